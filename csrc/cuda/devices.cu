@@ -1,0 +1,29 @@
+#include "devices.h"
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+
+namespace skipnet::cuda {
+namespace {
+
+void check(cudaError_t status) {
+    if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
+}
+
+}  // namespace
+
+std::vector<std::pair<std::string, std::string>> devices() {
+    int count = 0;
+    check(cudaGetDeviceCount(&count));
+    std::vector<std::pair<std::string, std::string>> found;
+    for (int device = 0; device < count; ++device) {
+        cudaDeviceProp properties;
+        check(cudaGetDeviceProperties(&properties, device));
+        found.emplace_back(properties.name,
+                           std::to_string(properties.major) + "." + std::to_string(properties.minor));
+    }
+    return found;
+}
+
+}  // namespace skipnet::cuda

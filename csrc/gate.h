@@ -1,0 +1,51 @@
+// The gate step's arithmetic, one definition for host and device, always in float32.
+// Source: SkipNet paper, section 3.1; the LSTM cell is PyTorch's torch.nn.LSTMCell.
+#pragma once
+
+#include <cmath>
+
+#include "network.h"
+
+#ifdef __CUDACC__
+#define SKIPNET_HD __host__ __device__
+#else
+#define SKIPNET_HD
+#endif
+
+namespace skipnet {
+
+SKIPNET_HD inline float sigmoid(float z) { return 1.0f / (1.0f + expf(-z)); }
+
+// Exactly 0.5 skips, and so does NaN.
+SKIPNET_HD inline bool executes(float probability) { return probability > 0.5f; }
+
+// sum_k weight[k] * x[k] + start, in ascending k: the order is part of an image's result.
+SKIPNET_HD inline float dot(const float* weight, const float* x, int size, float start) {
+    float sum = start;
+    for (int k = 0; k < size; ++k) sum += weight[k] * x[k];
+    return sum;
+}
+
+// One image's LSTM step. `gates` is scratch, [4 * hidden].
+SKIPNET_HD inline void lstm_step(const Lstm& lstm, const float* feature, float* hidden, float* cell, float* gates) {
+    const int n = lstm.hidden;
+    for (int k = 0; k < 4 * n; ++k) {
+        const float from_input = dot(lstm.input_weight + k * lstm.embed, feature, lstm.embed, lstm.bias[k]);
+        gates[k] = dot(lstm.hidden_weight + k * n, hidden, n, from_input);
+    }
+    for (int k = 0; k < n; ++k) {
+        const float kept = sigmoid(gates[n + k]) * cell[k];
+        cell[k] = kept + sigmoid(gates[k]) * tanhf(gates[2 * n + k]);
+        hidden[k] = sigmoid(gates[3 * n + k]) * tanhf(cell[k]);
+    }
+}
+
+// Writes one image's decision.
+SKIPNET_HD inline void decide(const Decision& decision, int image, float logit) {
+    const float probability = sigmoid(logit);
+    decision.logit[image] = logit;
+    decision.probability[image] = probability;
+    decision.executed[image] = decision.forced ? decision.forced[image] : executes(probability);
+}
+
+}  // namespace skipnet

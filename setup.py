@@ -1,0 +1,94 @@
+"""Builds the native extension skipnet_rt._C: C++ always, CUDA where nvcc is found. Everything else: pyproject.toml.
+
+SKIPNET_CUDA=0             leave the CUDA sources out
+SKIPNET_CUDA_ARCHS=90,120  build for these compute capabilities; "all" for every one that is supported
+"""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
+from setuptools import setup
+
+# What a wheel holds. 90a and 100a are the architecture-specific variants; the highest one also comes as PTX.
+ALL_ARCHS = ("80", "86", "89", "90a", "100", "120")
+# Where no GPU is seen: one code for each of the two common generations, and PTX for all later ones.
+DEFAULT_ARCHS = ("80", "90")
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler: CUDA_HOME's, the PATH's, or the usual place's."""
+    homes = [os.environ.get("CUDA_HOME", ""), "", "/usr/local/cuda"]
+    return next(filter(None, (shutil.which(f"{home}/bin/nvcc" if home else "nvcc") for home in homes)), None)
+
+
+def toolkit_root(nvcc: str) -> Path:
+    """The toolkit's folder in nvcc's own words: the nvcc on the PATH may be a link or a script."""
+    dry = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True, check=True)
+    top = next(line for line in dry.stderr.splitlines() if line.startswith("#$ TOP="))
+    return Path(top.removeprefix("#$ TOP="))
+
+
+def cuda_archs() -> tuple[str, ...]:
+    """The architectures to build for: those asked for, else of the GPUs at hand, else the default."""
+    asked = os.environ.get("SKIPNET_CUDA_ARCHS", "")
+    if asked:
+        return ALL_ARCHS if asked == "all" else tuple(asked.replace(".", "").split(","))
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    if shutil.which(query[0]):
+        seen = subprocess.run(query, capture_output=True, text=True, check=False)
+        if seen.returncode == 0 and seen.stdout.strip():
+            return tuple(sorted({line.strip().replace(".", "") for line in seen.stdout.splitlines()}))
+    return DEFAULT_ARCHS
+
+
+class BuildExtension(build_ext):
+    """Compiles the .cu sources with nvcc beside the C++ ones and links cudart statically."""
+
+    def build_extension(self, ext: Pybind11Extension) -> None:
+        """Build one extension; without nvcc it is CPU only, and says so."""
+        nvcc = find_nvcc()
+        if os.environ.get("SKIPNET_CUDA") == "0":
+            why = "left out: SKIPNET_CUDA=0 was set when skipnet-rt was built"
+        elif nvcc is None:
+            why = "left out: no nvcc was found when skipnet-rt was built"
+        else:
+            why = self.add_cuda(ext, nvcc)
+        print(f"skipnet-rt: CUDA sources {why}")
+        ext.define_macros.append(("SKIPNET_CUDA_BUILD", f'"{why}"'))
+        super().build_extension(ext)
+
+    def add_cuda(self, ext: Pybind11Extension, nvcc: str) -> str:
+        """Compile the CUDA sources to objects and add them; returns what was done."""
+        archs = cuda_archs()
+        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        newest = archs[-1].rstrip("af")
+        codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+        folder = Path(self.build_temp) / "cuda"
+        folder.mkdir(parents=True, exist_ok=True)
+        for source in sorted(Path("csrc/cuda").glob("*.cu")):
+            target = folder / f"{source.stem}.o"
+            subprocess.run([nvcc, "-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0", *codes,
+                            "-c", str(source), "-o", str(target)], check=True)
+            ext.extra_objects.append(str(target))
+        root = toolkit_root(nvcc)
+        ext.library_dirs += [str(path) for path in (root / "lib64", *root.glob("targets/*/lib")) if path.is_dir()]
+        ext.libraries += ["cudart_static", "rt", "dl", "pthread"]
+        ext.define_macros.append(("SKIPNET_CUDA_ARCHS", f'"{",".join(archs)}"'))
+        return f"built for {', '.join(f'sm_{arch}' for arch in archs)} and PTX {newest}"
+
+
+ParallelCompile("SKIPNET_BUILD_JOBS", default=0).install()
+setup(
+    ext_modules=[Pybind11Extension(
+        "skipnet_rt._C",
+        sorted(["csrc/bindings.cpp", *map(str, Path("csrc/cpu").glob("*.cpp"))]),
+        depends=[str(path) for path in Path("csrc").rglob("*.h")],
+        cxx_std=17,
+        # No contraction by the compiler: one rounding sequence, whatever instruction set it builds for.
+        extra_compile_args=["-O3", "-fno-math-errno", "-ffp-contract=off"],
+    )],
+    cmdclass={"build_ext": BuildExtension},
+)

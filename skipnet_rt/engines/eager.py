@@ -1,0 +1,89 @@
+"""The oracle: plain PyTorch on any device, one image at a time through every layer.
+
+One at a time, because PyTorch chooses its kernels by batch size: only so is an image's result bitwise the same in any
+company (promise 2), on any device and with any library underneath. Other engines are tested against this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from skipnet_rt.engines.engine import Decisions, Engine
+from skipnet_rt.packing import PackedConvolution, PackedEmbedding, PackedFeedforwardGate, PackedLSTM
+
+
+def _convolve(x: Tensor, layer: PackedConvolution) -> Tensor:
+    return F.conv2d(x, layer.weight, layer.bias, stride=layer.stride, padding=layer.padding)
+
+
+def _one_by_one(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return torch.cat([function(image) for image in x.split(1)])
+
+
+class EagerEngine(Engine):
+    """Plain PyTorch with real compaction: a block's convolutions run for the executing images only."""
+
+    name = "eager"
+    devices = None
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    waits_for = ("cuda", "xpu", "mps")  # the row list's length is needed on the host
+
+    def stem(self, images: Tensor) -> Tensor:
+        def one(image: Tensor) -> Tensor:
+            x = F.relu(_convolve(image, self.network.stem))
+            return x if self.network.arch.stem == "cifar" else F.max_pool2d(x, 3, stride=2, padding=1)
+
+        return _one_by_one(one, images)
+
+    def gate_step(self, index: int, x: Tensor, decisions: Decisions) -> None:
+        gate, forced = self.network.gates[index], decisions.forced_by(index)
+        for row, image in enumerate(x.to(self.network.gate_dtype).split(1)):
+            if isinstance(gate, PackedEmbedding):
+                assert self.network.lstm is not None
+                feature = F.linear(image.mean(dim=(2, 3)), gate.weight, gate.bias)
+                state = decisions.hidden[row:row + 1], decisions.cell[row:row + 1]
+                logit = self._lstm_step(self.network.lstm, feature, *state)
+            else:
+                logit = self._feedforward(gate, image)
+            decisions.gate_logits[index, row] = logit[0]
+        decisions.probabilities[index] = torch.sigmoid(decisions.gate_logits[index])
+        decisions.executed[index] = decisions.probabilities[index] > 0.5 if forced is None else forced
+
+    @staticmethod
+    def _lstm_step(lstm: PackedLSTM, feature: Tensor, hidden: Tensor, cell: Tensor) -> Tensor:
+        """Advance ``hidden`` and ``cell``, ``[1, hidden_dim]``, in place; returns the execute logit ``[1]``."""
+        gates = F.linear(feature, lstm.input_weight, lstm.bias) + F.linear(hidden, lstm.hidden_weight)
+        i, f, g, o = gates.chunk(4, dim=1)
+        cell.copy_(torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g))
+        hidden.copy_(torch.sigmoid(o) * torch.tanh(cell))
+        return F.linear(hidden, lstm.projection_weight.unsqueeze(0), lstm.projection_bias)[0]
+
+    @staticmethod
+    def _feedforward(gate: PackedFeedforwardGate, image: Tensor) -> Tensor:
+        """Execute logit ``[1]`` of an activation ``[1, C, H, W]``."""
+        x = F.max_pool2d(image, 2) if gate.max_pool else image
+        for layer in gate.convolutions:
+            x = F.relu(_convolve(x, layer))
+        return F.linear(x.mean(dim=(2, 3)), gate.weight.unsqueeze(0), gate.bias)[0]
+
+    def compact(self, index: int, decisions: Decisions) -> Tensor:
+        return decisions.executed[index].nonzero().squeeze(1)
+
+    def run_block(self, index: int, x: Tensor, rows: Tensor) -> Tensor:
+        block = self.network.blocks[index]
+        shortcut = x if block.projection is None else _one_by_one(lambda image: _convolve(image, block.projection), x)
+        for row in rows.tolist():
+            y = x[row:row + 1]
+            for layer in block.convolutions[:-1]:
+                y = F.relu(_convolve(y, layer))
+            y = _convolve(y, block.convolutions[-1])
+            shortcut[row:row + 1] = F.relu(y + shortcut[row:row + 1])
+        return shortcut
+
+    def head(self, x: Tensor) -> Tensor:
+        return _one_by_one(
+            lambda image: F.linear(image.mean(dim=(2, 3)), self.network.head_weight, self.network.head_bias), x)
