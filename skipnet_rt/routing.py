@@ -18,8 +18,8 @@ class OperationCount:
 
     Attributes:
         multiply_adds: of convolutions and of the gates' matrix products: the figure that papers quote.
-        operations: everything: two for a multiply-add of any layer (classifier and biases included), one for every other
-            arithmetic operation (batch normalisation two an element; ReLU, residual addition, pooling, each
+        operations: everything: two for a multiply-add of any layer (classifier and biases included), one for every
+            other arithmetic operation (batch normalisation two an element; ReLU, residual addition, pooling, each
             nonlinearity of a gate one an element).
     """
 

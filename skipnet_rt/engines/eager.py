@@ -1,7 +1,8 @@
 """The oracle: plain PyTorch on any device, one image at a time through every layer.
 
-One at a time, because PyTorch chooses its kernels by batch size: only so is an image's result bitwise the same in any
-company (promise 2), on any device and with any library underneath. Other engines are tested against this one.
+One at a time, because PyTorch chooses its kernels by batch size, and each image in memory of its own, because the
+libraries underneath look at its alignment: only so is a result bitwise the same in any company (promise 2) everywhere.
+Other engines are tested against this one.
 """
 
 from __future__ import annotations
@@ -20,8 +21,13 @@ def _convolve(x: Tensor, layer: PackedConvolution) -> Tensor:
     return F.conv2d(x, layer.weight, layer.bias, stride=layer.stride, padding=layer.padding)
 
 
+def _alone(x: Tensor, row: int) -> Tensor:
+    """One image (or its state) as a batch of one, in memory of its own."""
+    return x[row:row + 1].clone()
+
+
 def _one_by_one(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return torch.cat([function(image) for image in x.split(1)])
+    return torch.cat([function(_alone(x, row)) for row in range(len(x))])
 
 
 class EagerEngine(Engine):
@@ -41,12 +47,14 @@ class EagerEngine(Engine):
 
     def gate_step(self, index: int, x: Tensor, decisions: Decisions) -> None:
         gate, forced = self.network.gates[index], decisions.forced_by(index)
-        for row, image in enumerate(x.to(self.network.gate_dtype).split(1)):
+        for row in range(len(x)):
+            image = _alone(x, row).to(self.network.gate_dtype)
             if isinstance(gate, PackedEmbedding):
                 assert self.network.lstm is not None
                 feature = F.linear(image.mean(dim=(2, 3)), gate.weight, gate.bias)
-                state = decisions.hidden[row:row + 1], decisions.cell[row:row + 1]
-                logit = self._lstm_step(self.network.lstm, feature, *state)
+                hidden, cell = _alone(decisions.hidden, row), _alone(decisions.cell, row)
+                logit, decisions.hidden[row], decisions.cell[row] = self._lstm_step(self.network.lstm, feature,
+                                                                                    hidden, cell)
             else:
                 logit = self._feedforward(gate, image)
             decisions.gate_logits[index, row] = logit[0]
@@ -54,13 +62,13 @@ class EagerEngine(Engine):
         decisions.executed[index] = decisions.probabilities[index] > 0.5 if forced is None else forced
 
     @staticmethod
-    def _lstm_step(lstm: PackedLSTM, feature: Tensor, hidden: Tensor, cell: Tensor) -> Tensor:
-        """Advance ``hidden`` and ``cell``, ``[1, hidden_dim]``, in place; returns the execute logit ``[1]``."""
+    def _lstm_step(lstm: PackedLSTM, feature: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The execute logit ``[1]`` and the next state ``[hidden_dim]`` twice, from a state ``[1, hidden_dim]``."""
         gates = F.linear(feature, lstm.input_weight, lstm.bias) + F.linear(hidden, lstm.hidden_weight)
         i, f, g, o = gates.chunk(4, dim=1)
-        cell.copy_(torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g))
-        hidden.copy_(torch.sigmoid(o) * torch.tanh(cell))
-        return F.linear(hidden, lstm.projection_weight.unsqueeze(0), lstm.projection_bias)[0]
+        cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
+        hidden = torch.sigmoid(o) * torch.tanh(cell)
+        return F.linear(hidden, lstm.projection_weight.unsqueeze(0), lstm.projection_bias)[0], hidden[0], cell[0]
 
     @staticmethod
     def _feedforward(gate: PackedFeedforwardGate, image: Tensor) -> Tensor:
@@ -77,7 +85,7 @@ class EagerEngine(Engine):
         block = self.network.blocks[index]
         shortcut = x if block.projection is None else _one_by_one(lambda image: _convolve(image, block.projection), x)
         for row in rows.tolist():
-            y = x[row:row + 1]
+            y = _alone(x, row)
             for layer in block.convolutions[:-1]:
                 y = F.relu(_convolve(y, layer))
             y = _convolve(y, block.convolutions[-1])
