@@ -1,0 +1,34 @@
+# Two commands set everything up in .venv: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+
+.PHONY: demo test lint clean
+demo: $(VENV)/installed
+	$(BIN)/skipnet-rt demo
+
+test: $(VENV)/developing
+	$(BIN)/pytest
+
+lint: $(VENV)/developing
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# PyTorch first and by its exact version: a range would fetch whatever is newest.
+$(VENV)/torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet $$(grep '^torch==' constraints.txt)
+	touch $@
+
+$(VENV)/installed: $(VENV)/torch $(SOURCES)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/developing: $(VENV)/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info skipnet_rt/*.so
