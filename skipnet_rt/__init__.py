@@ -4,7 +4,7 @@ from importlib.metadata import version
 
 from skipnet_rt.arch import ArchError, BlockPlan, SkipNetArch, arch
 from skipnet_rt.card import ModelCard
-from skipnet_rt.checkpoint import CheckpointError, load, save
+from skipnet_rt.checkpoint import CheckpointError, convert, load, save
 from skipnet_rt.engines import EngineError, engines
 from skipnet_rt.model import SkipNet, build
 from skipnet_rt.preprocessing import Preprocessing
@@ -28,6 +28,7 @@ __all__ = [
     "arch",
     "build",
     "compile",
+    "convert",
     "count_operations",
     "engines",
     "load",

@@ -113,6 +113,8 @@ class SkipNet(nn.Module):
 
     def _initialise(self) -> None:
         """He initialisation over the fan-out, and the published code's equivalent for linear layers."""
+        if self.fc.weight.is_meta:  # shapes only, about to be filled by a checkpoint
+            return
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels

@@ -1,0 +1,66 @@
+"""Microbenchmarks of the native gate step: ``pytest benchmarks/bench_kernels.py --benchmark-enable``."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+import skipnet_rt as srt
+from skipnet_rt import _C
+from skipnet_rt.kernels import gate_step_ref
+from skipnet_rt.packing import PackedEmbedding, PackedNetwork, pack
+
+BATCHES = (1, 8, 64, 512)
+
+
+@pytest.fixture(scope="module")
+def network() -> PackedNetwork:
+    """SkipNet-110's weights, fresh: a gate's time does not depend on them."""
+    torch.manual_seed(0)
+    return pack(srt.build("cifar10_rnn_gate_110"), torch.device("cpu"), torch.float32)
+
+
+def gate_inputs(batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A pooled feature and LSTM state for the last group: 64 channels, 10 hidden."""
+    generator = torch.Generator().manual_seed(batch)
+    pooled, hidden, cell = (torch.randn(batch, size, generator=generator) for size in (64, 10, 10))
+    return pooled, hidden, cell
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_gate_step(benchmark: BenchmarkFixture, network: PackedNetwork, batch: int) -> None:
+    """RNNGate after one block, fused: embed, LSTM step, decide, compact."""
+    lstm, gate = network.lstm, network.gates[-1]
+    assert lstm is not None
+    assert isinstance(gate, PackedEmbedding)
+    native = _C.RNNGate(gate.weight.numpy(), gate.bias.numpy(), lstm.input_weight.numpy(),
+                        lstm.hidden_weight.numpy(), lstm.bias.numpy(), lstm.projection_weight.numpy(),
+                        lstm.projection_bias.item())
+    state = [tensor.numpy() for tensor in gate_inputs(batch)]
+    logit, probability = np.empty(batch, np.float32), np.empty(batch, np.float32)
+    executed, rows = np.empty(batch, np.bool_), np.empty(batch, np.int64)
+    benchmark(native.step, *state, logit, probability, executed, None, rows)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_gate_step_in_pytorch(benchmark: BenchmarkFixture, network: PackedNetwork, batch: int) -> None:
+    """The same in plain PyTorch, compaction by ``nonzero``: what the fused step replaces."""
+    lstm, gate = network.lstm, network.gates[-1]
+    assert lstm is not None
+    assert isinstance(gate, PackedEmbedding)
+    inputs = gate_inputs(batch)
+
+    def step() -> None:
+        logit, _, _ = gate_step_ref(inputs[0], gate, lstm, inputs[1], inputs[2])
+        (torch.sigmoid(logit) > 0.5).nonzero()
+
+    benchmark(step)
+
+
+@pytest.mark.parametrize(("pixels", "channels"), [(1024, 16), (256, 32), (64, 64)])
+def test_pool(benchmark: BenchmarkFixture, pixels: int, channels: int) -> None:
+    """Global average pool of eight images at the three groups' shapes."""
+    activation = np.ones((8, pixels, channels), np.float32)
+    benchmark(_C.pool, activation, np.arange(8), np.empty((8, channels), np.float32))
