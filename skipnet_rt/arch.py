@@ -211,7 +211,9 @@ class SkipNetArch:
         if unknown := sorted(set(values) - known):
             raise ArchError(f"unknown architecture entries: {', '.join(unknown)}")
         try:
-            return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+            tuples: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value
+                                      for key, value in values.items()}
+            return cls(**tuples)
         except TypeError as error:
             raise ArchError(f"incomplete architecture: {error}") from None
 

@@ -132,9 +132,9 @@ def _digits(root: Path) -> Data:
 def _torchvision(module: str) -> Any:
     try:
         return importlib.import_module(f"torchvision.{module}")
-    except ImportError as error:
-        raise DataError(f"this data set needs torchvision ({error}); install it with: "
-                        "pip install 'skipnet-rt[train]'") from None
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
+        raise DataError(f"this data set needs a torchvision that fits torch {torch.__version__} ({error}); "
+                        "install it with: pip install 'skipnet-rt[train]'") from None
 
 
 def _cifar(kind: str) -> Callable[[Path], Data]:
@@ -158,10 +158,10 @@ def _svhn(root: Path) -> Data:
 
 def _image_folder(root: Path) -> Data:
     """ImageNet's usual preprocessing: random crops of any scale and flips; centre crops of 224 when held out."""
-    datasets, transforms = _torchvision("datasets"), _torchvision("transforms")
     for split in ("train", "val"):
         if not (root / split).is_dir():
             raise DataError(f"an image folder holds train/<class>/* and val/<class>/*; {root / split} is missing")
+    datasets, transforms = _torchvision("datasets"), _torchvision("transforms")
     augmented = transforms.Compose([transforms.RandomResizedCrop(IMAGENET.image_size),
                                     transforms.RandomHorizontalFlip(), IMAGENET.normalise])
     try:

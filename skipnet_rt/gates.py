@@ -53,7 +53,8 @@ class PooledEmbedding(nn.Sequential):
 
     def forward(self, activation: Tensor) -> Tensor:
         """Embedded feature ``[N, embed_dim]`` of an activation ``[N, C, H, W]``."""
-        return super().forward(activation).flatten(1)
+        pool, embed = self
+        return embed(pool(activation)).flatten(1)
 
 
 class FeedforwardGate(nn.Module):

@@ -164,11 +164,11 @@ class _Packer:
                                      self.gate_tensor(weight[1] - weight[0]), self.gate_tensor(bias[1:] - bias[:1]))
 
     def lstm(self, control: RNNGate) -> PackedLSTM:
-        rnn, projection = control.rnn, control.proj
-        bias = rnn.bias_ih_l0.detach().double() + rnn.bias_hh_l0.detach().double()
-        return PackedLSTM(self.gate_tensor(rnn.weight_ih_l0), self.gate_tensor(rnn.weight_hh_l0),
-                          self.gate_tensor(bias), self.gate_tensor(projection.weight.flatten()),
-                          self.gate_tensor(projection.bias))
+        weights = dict(control.named_parameters())
+        bias = weights["rnn.bias_ih_l0"].detach().double() + weights["rnn.bias_hh_l0"].detach().double()
+        return PackedLSTM(self.gate_tensor(weights["rnn.weight_ih_l0"]), self.gate_tensor(weights["rnn.weight_hh_l0"]),
+                          self.gate_tensor(bias), self.gate_tensor(weights["proj.weight"].flatten()),
+                          self.gate_tensor(weights["proj.bias"]))
 
     def block(self, model: SkipNet, plan: BlockPlan) -> PackedBlock:
         block = model.block(plan)

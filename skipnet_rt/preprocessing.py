@@ -55,7 +55,9 @@ class Preprocessing:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
         """The inverse of :meth:`to_dict`; lists become tuples."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        tuples: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value
+                                  for key, value in values.items()}
+        return cls(**tuples)
 
 
 # The published code's values: its cifar/data.py and imagenet/train_*.py.

@@ -87,7 +87,7 @@ class SkipNetRuntime(nn.Module):
             return EnginePass(logits, self.engine.begin(0, steps, forced))
         size = self.max_batch or len(images)
         passes = [self.engine.run(part, None if forced is None else forced[start:start + size], steps)
-                  for start, part in zip(range(0, len(images), size), images.split(size), strict=True)]
+                  for start, part in zip(range(0, len(images), size), torch.split(images, size), strict=True)]
         return passes[0] if len(passes) == 1 else EnginePass.joined(passes)
 
     def _check_images(self, images: Tensor) -> None:

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -92,6 +92,8 @@ class TrainConfig:
             batches of 128 is 1.28 here.
         temperature: divides the gates' last linear layers when the hybrid stage begins; below 1 the sampled
             decisions start closer to the hard ones.
+        gate_bias: added to the gates' last biases before training from scratch. Above 0 the blocks begin open;
+            at 0 the gates may all close before the blocks have learned anything worth running.
         seed: of the weights, the data order, the augmentation and the sampled actions.
         device: a torch device.
         precision: ``"bfloat16"`` or ``"float16"`` (with loss scaling) trains under :func:`torch.autocast`.
@@ -109,20 +111,21 @@ class TrainConfig:
     init: Path | None = None
     stages: Stages = "supervised+hybrid"
     gate_mode: Literal["hard", "soft"] = "hard"
-    supervised_epochs: int = 24
-    reinforce_epochs: int = 16
+    supervised_epochs: int = 16
+    reinforce_epochs: int = 24
     batch_size: int = 64
-    supervised_lr: float = 0.1
-    reinforce_lr: float = 0.02
+    supervised_lr: float = 0.05
+    reinforce_lr: float = 0.03
     supervised_schedule: Schedule = "cosine"
     reinforce_schedule: Schedule = "cosine"
     warmup_steps: int = 23
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    alpha: float = 0.1
+    alpha: float = 2.0
     gamma: float = 1.0
-    rl_weight: float = 1.0
-    temperature: float = 0.5
+    rl_weight: float = 0.2
+    temperature: float = 4.0
+    gate_bias: float = 1.0
     seed: int = 0
     device: str = "cpu"
     precision: Precision = "float32"
@@ -181,7 +184,7 @@ PRECISIONS: dict[Precision, torch.dtype] = {
 _CIFAR_RECIPE: dict[str, Any] = dict(
     supervised_epochs=164, reinforce_epochs=26, batch_size=128, supervised_lr=0.1, reinforce_lr=1e-4,
     supervised_schedule="cifar", reinforce_schedule="constant", warmup_steps=400, weight_decay=1e-4,
-    alpha=0.1, rl_weight=1.28, temperature=1.0)
+    alpha=0.1, rl_weight=1.28, temperature=1.0, gate_bias=0.0)
 
 RECIPES: dict[str, dict[str, Any]] = {
     "digits": {},
@@ -192,7 +195,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "imagenet": dict(
         arch="imagenet_rnn_gate_34", supervised_epochs=120, reinforce_epochs=40, batch_size=256, supervised_lr=0.1,
         reinforce_lr=1e-4, supervised_schedule="imagenet", reinforce_schedule="imagenet", warmup_steps=0,
-        weight_decay=1e-4, alpha=0.01, rl_weight=0.01, temperature=0.05),
+        weight_decay=1e-4, alpha=0.01, rl_weight=0.01, temperature=0.05,
+        gate_bias=0.0),
 }
 """Per data set, what differs from :class:`TrainConfig`'s defaults, which are those of digits."""
 
@@ -364,15 +368,29 @@ class _Meter:
         return f"loss {self.loss:.4f}, accuracy {self.accuracy:.1f} %, computation {self.computation:.1f} %"
 
 
+def _last_layers(model: SkipNet) -> Iterator[nn.Linear | nn.Conv2d]:
+    """The layers that give the execute logits: one shared by all gates (RNNGate) or one a gate."""
+    for module in model.modules():
+        if isinstance(module, RNNGate):
+            yield module.proj
+        elif isinstance(module, FeedforwardGate):
+            yield module.linear_layer
+
+
+@torch.no_grad()
+def open_gates(model: SkipNet, bias: float) -> None:
+    """Add to every gate's execute logit."""
+    for layer in _last_layers(model):
+        assert layer.bias is not None
+        layer.bias[-1] += bias  # of (execute,) or of (skip, execute)
+
+
+@torch.no_grad()
 def sharpen_gates(model: SkipNet, temperature: float) -> None:
-    """Divide the gates' last linear layers by the temperature; hard decisions stay as they are."""
-    with torch.no_grad():
-        for module in model.modules():
-            last = module.proj if isinstance(module, RNNGate) else (
-                module.linear_layer if isinstance(module, FeedforwardGate) else None)
-            if last is not None:
-                for parameter in last.parameters():
-                    parameter.div_(temperature)
+    """Divide every gate's execute logit by the temperature; hard decisions stay as they are."""
+    for layer in _last_layers(model):
+        for parameter in layer.parameters():
+            parameter.div_(temperature)
 
 
 class _Run:
@@ -426,7 +444,7 @@ class _Run:
         with self._autocast():
             trace = self.model.trace(images)
         loss = objective_loss(objective, trace, labels, self.config)
-        if not math.isfinite(value := float(loss)):
+        if not math.isfinite(value := float(loss.detach())):
             raise TrainError(f"the loss became {value} in epoch {len(self.history) + 1}; try a lower learning rate")
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -492,7 +510,7 @@ class _Run:
             "config": config.to_dict(), "torch": torch.__version__, "threads": torch.get_num_threads(),
             "seconds": round(sum(line["seconds"] for line in self.history), 1)}
         card = self.model.card = ModelCard(self.data.labels, self.data.preprocessing, training)
-        _replace(config.output / f"{name}.safetensors", lambda path: checkpoint.save(self.model, path, card=card))
+        checkpoint.save(self.model, config.output / f"{name}.safetensors")
         return card
 
 
@@ -515,7 +533,9 @@ def _model(config: TrainConfig, data: Data) -> SkipNet:
     if config.stages == "pure" and not architecture.gated:
         raise TrainError(f"pure reinforcement learning trains gates, and {architecture} has none")
     model = build(architecture)
-    if config.init is not None:
+    if config.init is None:
+        open_gates(model, config.gate_bias)
+    else:
         model.load_state_dict(checkpoint.load(config.init).state_dict())
     return model
 
@@ -562,8 +582,8 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
                     run.save()
                     if epoch + 1 == run.stages[0].end and len(run.stages) > 1:
                         run.publish(run.stages[0].objective)
+            card = run.publish("model")
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"stopped; {len(run.history)} of {run.epochs} epochs are kept in "
                                     f"{config.output}, resume goes on from there") from None
-    card = run.publish("model")
     return TrainResult(run.model.eval(), card, run.history, config.output / "model.safetensors")

@@ -137,7 +137,8 @@ def test_batch_invariance_is_bitwise(target, name, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cifar10_rnn_gate_110-s33", "cifar10_feedforward_38-s71", "imagenet_rnn_gate_50-s134"])
+@pytest.mark.parametrize("name", ["cifar10_rnn_gate_110-s33", "cifar10_feedforward_38-s71",
+                                  "imagenet_rnn_gate_50-s134"])
 def test_batch_invariance_of_published_networks(target, name):
     case = GoldenCase(name)
     runtime = compiled(case.model, target)

@@ -79,9 +79,9 @@ class CpuEngine(Engine):
             if isinstance(gate, PackedEmbedding):
                 assert network.lstm is not None
                 lstm = network.lstm
-                shared = (lstm.input_weight, lstm.hidden_weight, lstm.bias, lstm.projection_weight)
-                self._gates.append(_C.RNNGate(gate.weight.numpy(), gate.bias.numpy(), *(t.numpy() for t in shared),
-                                              lstm.projection_bias.item()))
+                self._gates.append(_C.RNNGate(
+                    gate.weight.numpy(), gate.bias.numpy(), lstm.input_weight.numpy(), lstm.hidden_weight.numpy(),
+                    lstm.bias.numpy(), lstm.projection_weight.numpy(), lstm.projection_bias.item()))
             else:
                 self._gates.append(_C.FeedforwardGate(gate.weight.numpy(), gate.bias.item()))
                 self._gate_convolutions.append([_Convolution(layer) for layer in gate.convolutions])
@@ -90,7 +90,7 @@ class CpuEngine(Engine):
 
     @classmethod
     def availability(cls) -> Availability:
-        if not torch.backends.mkldnn.is_available():
+        if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
             return Availability(False, "this PyTorch was built without oneDNN")
         return Availability(True)
 

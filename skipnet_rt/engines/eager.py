@@ -83,7 +83,8 @@ class EagerEngine(Engine):
 
     def run_block(self, index: int, x: Tensor, rows: Tensor) -> Tensor:
         block = self.network.blocks[index]
-        shortcut = x if block.projection is None else _one_by_one(lambda image: _convolve(image, block.projection), x)
+        projection = block.projection
+        shortcut = x if projection is None else _one_by_one(lambda image: _convolve(image, projection), x)
         for row in rows.tolist():
             y = _alone(x, row)
             for layer in block.convolutions[:-1]:

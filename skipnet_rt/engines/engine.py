@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -120,7 +120,7 @@ class Engine(ABC):
     def begin(self, batch: int, steps: int, routing: Tensor | None) -> Decisions:
         """Empty decisions for a batch; ``routing`` is bool ``[N, G]`` or None."""
         network = self.network
-        options = {"dtype": network.gate_dtype, "device": network.device}
+        options: dict[str, Any] = {"dtype": network.gate_dtype, "device": network.device}
         state = network.arch.hidden_dim if network.arch.gate == "rnn" else 0
         return Decisions(
             gate_logits=torch.empty(steps, batch, **options),
