@@ -5,12 +5,20 @@ SKIPNET_CUDA_ARCHS=90,120  build for these compute capabilities; "all" for every
 """
 
 import os
+import platform
 import shutil
 import subprocess
 from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
+
+# The CPU engine's source is compiled once for each of these and chosen at run time: name, floats in a vector, flags.
+VARIANTS = [("portable", 4, [])]
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+if X86:
+    VARIANTS += [("avx2", 8, ["-mavx2", "-mfma"]),
+                 ("avx512", 16, ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma"])]
 
 # What a wheel holds. 90a and 100a are the architecture-specific variants; the highest one also comes as PTX.
 ALL_ARCHS = ("80", "86", "89", "90a", "100", "120")
@@ -58,7 +66,18 @@ class BuildExtension(build_ext):
             why = self.add_cuda(ext, nvcc)
         print(f"skipnet-rt: CUDA sources {why}")
         ext.define_macros.append(("SKIPNET_CUDA_BUILD", f'"{why}"'))
+        self.add_variants(ext)
         super().build_extension(ext)
+
+    def add_variants(self, ext: Pybind11Extension) -> None:
+        """Compile the resident CPU network for each instruction set, with fused multiply-adds where there are any."""
+        if X86:
+            ext.define_macros.append(("SKIPNET_X86", "1"))
+        for name, width, flags in VARIANTS:
+            ext.extra_objects += self.compiler.compile(
+                ["csrc/cpu/resident.cpp"], output_dir=str(Path(self.build_temp) / name),
+                macros=[("SKIPNET_ISA", name), ("SKIPNET_WIDTH", str(width))], depends=ext.depends,
+                extra_postargs=["-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=fast", *flags])
 
     def add_cuda(self, ext: Pybind11Extension, nvcc: str) -> str:
         """Compile the CUDA sources to objects and add them; returns what was done."""
@@ -84,7 +103,8 @@ ParallelCompile("SKIPNET_BUILD_JOBS", default=0).install()
 setup(
     ext_modules=[Pybind11Extension(
         "skipnet_rt._C",
-        sorted(["csrc/bindings.cpp", *map(str, Path("csrc/cpu").glob("*.cpp"))]),
+        sorted(["csrc/bindings.cpp", *(str(path) for path in Path("csrc/cpu").glob("*.cpp")
+                                       if path.name != "resident.cpp")]),
         depends=[str(path) for path in Path("csrc").rglob("*.h")],
         cxx_std=17,
         # No contraction by the compiler: one rounding sequence, whatever instruction set it builds for.

@@ -8,6 +8,7 @@
 
 #include "check.h"
 #include "cpu/gate_step.h"
+#include "cpu/resident.h"
 #ifdef SKIPNET_CUDA_ARCHS
 #include "cuda/devices.h"
 #endif
@@ -149,6 +150,120 @@ void classify(const Array<float>& pooled, const Array<float>& weight, const Arra
     cpu::classify(x, static_cast<int>(batch), static_cast<int>(channels), w, b, static_cast<int>(classes), y);
 }
 
+// A convolution from Python: (weight [out, in, kernel, kernel], bias [out], stride).
+using Layer = std::tuple<Array<float>, Array<float>, int>;
+
+cpu::ConvolutionWeights convolution_of(const Layer& layer) {
+    const auto& [weight, bias, stride] = layer;
+    check(weight.ndim() == 4 && weight.shape(2) == weight.shape(3) && (weight.shape(2) == 1 || weight.shape(2) == 3),
+          "weight: expected [out, in, kernel, kernel] with a kernel of 1 or 3");
+    check(stride >= 1, "stride: expected 1 or more, got ", stride);
+    check_shape(bias, "bias", {weight.shape(0)});
+    return {static_cast<int>(weight.shape(1)), static_cast<int>(weight.shape(0)), static_cast<int>(weight.shape(2)),
+            stride, weight.data(), bias.data()};
+}
+
+// Holds a packed network and what its calls have to be checked against.
+class Resident {
+public:
+    Resident(std::pair<int, int> image_size, const Layer& stem,
+             const std::vector<std::tuple<Layer, Layer, std::optional<Layer>>>& blocks,
+             const std::vector<std::pair<Array<float>, Array<float>>>& embeddings,
+             const std::optional<std::tuple<Array<float>, Array<float>, Array<float>, Array<float>, float>>& lstm,
+             const std::vector<std::tuple<bool, std::vector<Layer>, Array<float>, float>>& gates,
+             const Array<float>& head_weight, const Array<float>& head_bias, const std::string& instruction_set)
+        : in_(static_cast<int>(std::get<0>(stem).shape(1))), height_(image_size.first), width_(image_size.second),
+          blocks_(static_cast<int>(blocks.size())), classes_(static_cast<int>(head_bias.size())),
+          gated_(lstm || !gates.empty()) {
+        check(!blocks.empty(), "blocks: expected at least one");
+        cpu::NetworkWeights network{};
+        network.height = height_;
+        network.width = width_;
+        network.classes = classes_;
+        network.stem = convolution_of(stem);
+        int channels = network.stem.out;
+        for (const auto& [first, last, projection] : blocks) {
+            cpu::BlockWeights block{convolution_of(first), convolution_of(last), projection.has_value(), {}};
+            if (projection) block.projection = convolution_of(*projection);
+            check(block.first.in == channels && block.last.in == block.first.out, "blocks: channels do not fit");
+            check(block.last.kernel == 3 && block.last.stride == 1 && block.first.kernel == 3 &&
+                      (block.projects ? block.projection.out == block.last.out && block.projection.in == channels &&
+                                            block.projection.stride == block.first.stride
+                                      : block.first.stride == 1 && block.last.out == channels),
+                  "blocks: expected basic blocks whose shortcuts fit");
+            channels = block.last.out;
+            network.blocks.push_back(block);
+        }
+        if (lstm) {
+            const auto& [input_weight, hidden_weight, bias, projection_weight, projection_bias] = *lstm;
+            hidden_ = static_cast<int>(projection_weight.size());
+            check(input_weight.ndim() == 2, "input_weight: expected [4 * hidden, embed]");
+            const int embed = static_cast<int>(input_weight.shape(1));
+            check_shape(input_weight, "input_weight", {4 * hidden_, embed});
+            check_shape(hidden_weight, "hidden_weight", {4 * hidden_, hidden_});
+            check_shape(bias, "bias", {4 * hidden_});
+            network.lstm = {embed, hidden_, input_weight.data(), hidden_weight.data(), bias.data(),
+                            projection_weight.data(), projection_bias};
+            check(static_cast<int>(embeddings.size()) == blocks_, "embeddings: expected one a block");
+            for (int i = 0; i < blocks_; ++i) {
+                const int out = network.blocks[i].last.out;
+                check_shape(embeddings[i].first, "embedding", {embed, out});
+                check_shape(embeddings[i].second, "embedding's bias", {embed});
+                network.embeddings.push_back({out, embeddings[i].first.data(), embeddings[i].second.data()});
+            }
+        }
+        check(gates.empty() || (static_cast<int>(gates.size()) == blocks_ && !lstm), "gates: expected one a block");
+        for (int i = 0; i < static_cast<int>(gates.size()); ++i) {
+            const auto& [max_pool, layers, weight, bias] = gates[i];
+            const int out = network.blocks[i].last.out;
+            cpu::GateConvolutions gate{max_pool, {}};
+            for (const Layer& layer : layers) {
+                gate.layers.push_back(convolution_of(layer));
+                check(gate.layers.back().in == out && gate.layers.back().out == out && gate.layers.back().kernel == 3,
+                      "gates: channels do not fit");
+            }
+            check(gate.layers.size() == (max_pool ? 2u : 1u) && gate.layers.front().stride == (max_pool ? 1 : 2) &&
+                      gate.layers.back().stride == 2,
+                  "gates: expected FFGate-I or FFGate-II");
+            check_shape(weight, "gate's weight", {out});
+            network.gates.push_back(gate);
+            network.tails.push_back({out, weight.data(), bias});
+        }
+        check_shape(head_weight, "head_weight", {classes_, channels});
+        network.head_weight = head_weight.data();
+        network.head_bias = head_bias.data();
+        resident_ = cpu::make_resident(network, instruction_set);
+    }
+
+    void run(const Array<float>& images, Array<float> logits, Array<float> gate_logits, Array<float> probabilities,
+             Array<bool> executed, const std::optional<Array<bool>>& forced, Array<float> hidden, Array<float> cell,
+             int threads) {
+        const py::ssize_t batch = images.shape(0), steps = gate_logits.shape(0);
+        check_shape(images, "images", {batch, in_, height_, width_});
+        check_shape(logits, "logits", {batch, classes_});
+        check(steps == (gated_ ? blocks_ - 1 : 0) || (gated_ && steps == blocks_), "gate_logits: expected ",
+              blocks_ - 1, " or ", blocks_, " rows, got ", steps);
+        check_shape(gate_logits, "gate_logits", {steps, batch});
+        check_shape(probabilities, "probabilities", {steps, batch});
+        check_shape(executed, "executed", {steps, batch});
+        check_shape(hidden, "hidden", {batch, hidden_});
+        check_shape(cell, "cell", {batch, hidden_});
+        if (forced) check_shape(*forced, "forced", {gated_ ? blocks_ - 1 : 0, batch});
+        if (batch == 0) return;
+        const cpu::Call call{static_cast<int>(batch), static_cast<int>(steps), threads, images.data(),
+                             forced ? forced->data() : nullptr, logits.mutable_data(), gate_logits.mutable_data(),
+                             probabilities.mutable_data(), executed.mutable_data(), hidden.mutable_data(),
+                             cell.mutable_data()};
+        py::gil_scoped_release released;
+        resident_->run(call);
+    }
+
+private:
+    int in_, height_, width_, blocks_, classes_, hidden_ = 0;
+    bool gated_;
+    std::unique_ptr<cpu::Resident> resident_;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -182,6 +297,22 @@ PYBIND11_MODULE(_C, module) {
             py::arg("pooled").noconvert(), py::arg("logit").noconvert(), py::arg("probability").noconvert(),
             py::arg("executed").noconvert(), py::arg("forced").noconvert().none(true), py::arg("rows").noconvert(),
             "Decide for a batch in place; returns how many images execute, listed in order at the head of rows.");
+
+    py::class_<Resident>(module, "Resident", "A whole CIFAR-scale network in one call.")
+        .def(py::init<std::pair<int, int>, const Layer&,
+                      const std::vector<std::tuple<Layer, Layer, std::optional<Layer>>>&,
+                      const std::vector<std::pair<Array<float>, Array<float>>>&,
+                      const std::optional<std::tuple<Array<float>, Array<float>, Array<float>, Array<float>, float>>&,
+                      const std::vector<std::tuple<bool, std::vector<Layer>, Array<float>, float>>&,
+                      const Array<float>&, const Array<float>&, const std::string&>(),
+             py::arg("image_size"), py::arg("stem"), py::arg("blocks"), py::arg("embeddings"), py::arg("lstm"),
+             py::arg("gates"), py::arg("head_weight"), py::arg("head_bias"), py::arg("instruction_set"))
+        .def("run", &Resident::run, py::arg("images").noconvert(), py::arg("logits").noconvert(),
+             py::arg("gate_logits").noconvert(), py::arg("probabilities").noconvert(),
+             py::arg("executed").noconvert(), py::arg("forced").noconvert().none(true),
+             py::arg("hidden").noconvert(), py::arg("cell").noconvert(), py::arg("threads"),
+             "Images to logits and decisions, all written in place.");
+    module.def("instruction_sets", &cpu::instruction_sets, "What this machine can run of what was built, best first.");
 
     module.def("pool", &pool, py::arg("activation").noconvert(), py::arg("rows").noconvert(),
                py::arg("pooled").noconvert(),

@@ -163,4 +163,4 @@ def compile(model: nn.Module, engine: str = "auto", device: torch.device | str |
     chosen_dtype = dtype or parameter.dtype
     network = load(model)
     chosen = choose_engine(engine, network.arch, target, chosen_dtype)
-    return SkipNetRuntime(chosen(pack(network, target, chosen_dtype)), parameter.dtype, max_batch)
+    return SkipNetRuntime(chosen.build(pack(network, target, chosen_dtype)), parameter.dtype, max_batch)

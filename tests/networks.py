@@ -28,12 +28,14 @@ SMALL = {
                               embed_dim=6, hidden_dim=9),
     "imagenet-reinforced": SkipNetArch("imagenet", "basic", (2, 2), (8, 16), "rnn", "reinforced",
                                        image_size=(32, 32), in_channels=1),
+    "bottleneck-feedforward": SkipNetArch("cifar", "bottleneck", (2, 2), (8, 8), "feedforward1", image_size=(12, 16)),
     "dense": SkipNetArch("cifar", "basic", (2, 2, 2), (8, 12, 16), "none", image_size=(16, 16)),
 }
 
 # (seed, gate bias) with which a network takes several routes over small_images, no gate within 0.002 of 0.5.
 WEIGHTS = {"rnn": (5, -2.0), "rnn-reinforced": (6, 1.0), "feedforward1": (6, -1.0), "feedforward2": (6, -2.0),
-           "bottleneck": (5, -1.0), "imagenet-reinforced": (6, 3.0), "dense": (5, 0.0)}
+           "bottleneck": (5, -1.0), "imagenet-reinforced": (6, 3.0), "bottleneck-feedforward": (6, -1.0),
+           "dense": (5, 0.0)}
 
 
 @cache

@@ -30,6 +30,7 @@ def expected_structure(name):
         "rnn-reinforced": ([(3,)] * gates, [(3, 2)] * gates, None),
         "feedforward1": ([(3,)] * gates, [(3, 2)] * (gates + 1), None),
         "feedforward2": ([(3,)] * gates, [(3, 2)] * (gates + 1), None),
+        "bottleneck-feedforward": ([(3,)] * gates, [(3, 2)] * (gates + 1), None),
         "bottleneck": ([(3,)] * gates, [(3,)] * gates, (1, 3, 9)),
         "imagenet-reinforced": ([(3,)] * gates, [(3,)] * gates, (1, 3, 10)),
     }[name]

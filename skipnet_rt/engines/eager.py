@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from skipnet_rt.engines.engine import Decisions, Engine
+from skipnet_rt.engines.engine import Decisions, WalkingEngine
 from skipnet_rt.packing import PackedConvolution, PackedEmbedding, PackedFeedforwardGate, PackedLSTM
 
 
@@ -30,7 +30,7 @@ def _one_by_one(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.cat([function(_alone(x, row)) for row in range(len(x))])
 
 
-class EagerEngine(Engine):
+class EagerEngine(WalkingEngine):
     """Plain PyTorch with real compaction: a block's convolutions run for the executing images only."""
 
     name = "eager"

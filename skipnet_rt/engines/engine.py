@@ -1,8 +1,8 @@
 """What an engine is: five rooms, and the walk through them.
 
 Every engine shows the same rooms under the same names, in this order: ``stem``, ``gate_step``, ``compact``,
-``run_block``, ``head``. :meth:`Engine.run` is the data path; an engine that does the whole walk in one native call
-overrides it, and its native source shows the rooms.
+``run_block``, ``head``. :meth:`WalkingEngine.run` is the data path; an engine that does the whole walk in one native
+call is an :class:`Engine` only, and its native source shows the rooms.
 """
 
 from __future__ import annotations
@@ -131,6 +131,25 @@ class Engine(ABC):
             forced=None if routing is None else routing.t().contiguous(),
         )
 
+    @classmethod
+    def build(cls, network: PackedNetwork) -> Engine:
+        """The engine for a network it has no objection to."""
+        return cls(network)
+
+    @abstractmethod
+    def run(self, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
+        """From images to logits.
+
+        Args:
+            images: ``[N, in_channels, H, W]``, N >= 1, in the network's dtype, on its device, contiguous.
+            routing: bool ``[N, G]``, decisions that replace the gates' own; None lets the gates decide.
+            steps: gates to evaluate: G, or G + 1 where the last one's probabilities are wanted too.
+        """
+
+
+class WalkingEngine(Engine):
+    """An engine that goes block by block; it fills the rooms."""
+
     @abstractmethod
     def stem(self, images: Tensor) -> Tensor:
         """Images ``[N, C, H, W]`` to the first block's input, in the engine's own layout."""
@@ -152,13 +171,6 @@ class Engine(ABC):
         """Global average pool and classifier: logits ``[N, num_classes]``."""
 
     def run(self, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
-        """The walk from images to logits.
-
-        Args:
-            images: ``[N, in_channels, H, W]``, N >= 1, in the network's dtype, on its device, contiguous.
-            routing: bool ``[N, G]``, decisions that replace the gates' own; None lets the gates decide.
-            steps: gates to evaluate: G, or G + 1 where the last one's probabilities are wanted too.
-        """
         architecture = self.network.arch
         decisions = self.begin(images.shape[0], steps, routing)
         everyone = torch.arange(images.shape[0], device=images.device)

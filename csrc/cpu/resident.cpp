@@ -1,0 +1,556 @@
+// The resident strategy, compiled once for each instruction set (SKIPNET_ISA, SKIPNET_WIDTH; setup.py lists them).
+//
+// A team of threads takes a few images from stem to head; a worker's activations stay in its cache. Skipping is a
+// branch. The rooms are those of every engine: stem, gate_step, compact, run_block, head.
+#include "resident.h"
+
+#include <atomic>
+#include <mutex>
+
+#include "convolution.h"
+
+#define SKIPNET_JOIN_(a, b) a##b
+#define SKIPNET_JOIN(a, b) SKIPNET_JOIN_(a, b)
+
+namespace skipnet::cpu {
+namespace {
+
+constexpr int kGroup = 4;  // images that share a pass over the weights, at most
+
+// The LSTM for one image in vectors: lanes are hidden units, each gate (i, f, g, o) in vectors of its own.
+class RnnCell {
+public:
+    RnnCell(const Lstm& lstm)
+        : embed_(lstm.embed), hidden_(lstm.hidden), lanes_(padded(hidden_)),
+          weight_(static_cast<std::size_t>(embed_ + hidden_) * 4 * lanes_), bias_(4 * lanes_), projection_(lanes_),
+          projection_bias_(lstm.projection_bias) {
+        for (int gate = 0; gate < 4; ++gate)
+            for (int unit = 0; unit < hidden_; ++unit) {
+                const int from = gate * hidden_ + unit, to = gate * lanes_ + unit;
+                bias_.get()[to] = lstm.bias[from];
+                for (int k = 0; k < embed_; ++k)
+                    weight_.get()[k * 4 * lanes_ + to] = lstm.input_weight[from * embed_ + k];
+                for (int k = 0; k < hidden_; ++k)
+                    weight_.get()[(embed_ + k) * 4 * lanes_ + to] = lstm.hidden_weight[from * hidden_ + k];
+            }
+        for (int unit = 0; unit < hidden_; ++unit) projection_.get()[unit] = lstm.projection_weight[unit];
+    }
+
+    int embed() const { return embed_; }
+    int hidden() const { return hidden_; }
+    int lanes() const { return lanes_; }
+
+    // Advances hidden and cell, [lanes], from the embedded feature, [embed]; returns the execute logit.
+    float step(const float* feature, float* hidden, float* cell) const {
+        for (int lane = 0; lane < lanes_; lane += kWidth) {
+            Vector gates[4];
+            for (int gate = 0; gate < 4; ++gate) gates[gate] = load(bias_.get() + gate * lanes_ + lane);
+            for (int k = 0; k < embed_ + hidden_; ++k) {
+                const Vector x = broadcast(k < embed_ ? feature[k] : hidden[k - embed_]);
+                for (int gate = 0; gate < 4; ++gate)
+                    gates[gate] += x * load(weight_.get() + (k * 4 + gate) * lanes_ + lane);
+            }
+            const Vector kept = sigmoid(gates[1]) * load(cell + lane);
+            const Vector next = kept + sigmoid(gates[0]) * hyperbolic_tangent(gates[2]);
+            store(cell + lane, next);
+            store(output_of(cell, lane), sigmoid(gates[3]) * hyperbolic_tangent(next));
+        }
+        std::memcpy(hidden, output_of(cell, 0), lanes_ * sizeof(float));
+        float logit = projection_bias_;
+        for (int unit = 0; unit < hidden_; ++unit) logit += projection_.get()[unit] * hidden[unit];
+        return logit;
+    }
+
+private:
+    // The new hidden state waits behind the cell until all lanes have read the old one.
+    float* output_of(float* cell, int lane) const { return cell + lanes_ + lane; }
+
+    int embed_, hidden_, lanes_;
+    Buffer weight_;      // [embed + hidden, 4, lanes]
+    Buffer bias_;        // [4, lanes]
+    Buffer projection_;  // [lanes]
+    float projection_bias_;
+};
+
+// A matrix that maps a pooled feature to embeddings or to logits: lanes are outputs.
+class Linear {
+public:
+    Linear(const float* weight /* [out, in] */, const float* bias /* [out] */, int in, int out)
+        : in_(in), out_(out), lanes_(padded(out)), weight_(static_cast<std::size_t>(in) * lanes_), bias_(lanes_) {
+        for (int o = 0; o < out; ++o) {
+            bias_.get()[o] = bias[o];
+            for (int c = 0; c < in; ++c) weight_.get()[c * lanes_ + o] = weight[static_cast<std::size_t>(o) * in + c];
+        }
+    }
+
+    void run(const float* x /* [in] */, float* y /* [out] */) const {
+        for (int lane = 0; lane < lanes_; lane += kWidth) {
+            Vector sums[4] = {load(bias_.get() + lane)};  // four chains: one would wait for itself
+            for (int c = 0; c < in_; ++c) sums[c % 4] += broadcast(x[c]) * load(weight_.get() + c * lanes_ + lane);
+            float result[kWidth];
+            store(result, (sums[0] + sums[1]) + (sums[2] + sums[3]));
+            for (int o = lane; o < out_ && o < lane + kWidth; ++o) y[o] = result[o - lane];
+        }
+    }
+
+private:
+    int in_, out_, lanes_;
+    Buffer weight_;  // [in, lanes]
+    Buffer bias_;    // [lanes]
+};
+
+struct Block {
+    int group;       // of its output, from 0
+    bool changes;    // the group: the first convolution is strided, the shortcut a projection
+    int first;       // place in direct_ where it changes the group, in winograd_ otherwise
+    int last;        // place in winograd_
+    int projection;  // place in direct_, where it changes the group
+};
+
+struct FeedforwardGate {
+    bool max_pool;
+    int first;   // place in winograd_, where there is a max pool (FFGate-I)
+    int second;  // place in direct_
+};
+
+enum class Pooled { current, from_tiles, from_plane };  // what the pooled feature is, or how to come by it
+
+// An image's memory in one group of blocks.
+struct Room {
+    Buffer x, inner;                  // the activation, and a block's inner one
+    Buffer tile_sums;                 // [tiles, channels] of x
+    Buffer halved, seen, feature;     // of a feed-forward gate: max pool, first and second convolution
+};
+
+// One image on its way.
+struct Guest {
+    Buffer image;             // channels last, bordered
+    std::vector<Room> rooms;  // one a group
+    Buffer pooled, seen;      // [most channels]: of the activation, of a feed-forward gate's feature map
+    Pooled state;             // of pooled
+    Buffer feature;           // [embed]
+    Buffer hidden, cell;      // [lanes], [2 * lanes]
+    bool executes;            // the next block
+};
+
+// What a team needs for a few images. Made once, reused from call to call.
+struct Workspace {
+    std::vector<Guest> guests;     // [kGroup]
+    std::vector<Scratch> scratch;  // [threads of the team]
+};
+
+// A team's few images, shared by its threads.
+struct Visit {
+    const Call& call;
+    Workspace& space;
+    int first, count;  // images first .. first + count - 1 of the call
+};
+
+// Some of a visit's guests, in order.
+struct Guests {
+    Guest* of[kGroup];
+    int count = 0;
+
+    void add(Guest& guest) { of[count++] = &guest; }
+};
+
+// A buffer of each of some guests.
+struct Buffers {
+    float* of[kGroup];
+
+    template <typename Select>
+    Buffers(const Guests& guests, const Select& select) {
+        for (int i = 0; i < guests.count; ++i) of[i] = select(*guests.of[i]).get();
+    }
+};
+
+// One thread's part in a visit.
+struct Worker {
+    Visit& visit;
+    Team team;
+    Scratch& scratch;
+
+    Guests everyone() const {
+        Guests guests;
+        for (int i = 0; i < visit.count; ++i) guests.add(visit.space.guests[i]);
+        return guests;
+    }
+};
+
+// to[c] = sum over i of from[i * channels + c], divided by `pixels`; in ascending i.
+void average(const float* from, int count, int channels, int pixels, float* to) {
+    for (int c = 0; c < channels; c += kWidth) {
+        Vector sum = {};
+        for (int i = 0; i < count; ++i) sum += load(from + i * channels + c);
+        store(to + c, sum / broadcast(static_cast<float>(pixels)));
+    }
+}
+
+// Global average of a plane.
+void pool(const Plane& plane, const float* x, float* to) {
+    for (int c = 0; c < plane.channels; c += kWidth) {
+        Vector sum = {};
+        for (int y = 0; y < plane.height; ++y)
+            for (int pixel = 0; pixel < plane.width; ++pixel) sum += load(x + plane.at(y, pixel) + c);
+        store(to + c, sum / broadcast(static_cast<float>(plane.height * plane.width)));
+    }
+}
+
+// 2x2 maximum of all four, NaN if any is; the team shares the rows.
+void max_pool(const Plane& in, const float* from, const Plane& out, float* to, const Team& team) {
+    const Share rows(out.height, team);
+    for (int y = rows.begin; y < rows.end; ++y)
+        for (int x = 0; x < out.width; ++x)
+            for (int c = 0; c < out.channels; c += kWidth) {
+                const float* corner = from + in.at(2 * y, 2 * x) + c;
+                Vector most = load(corner);
+                for (int offset : {in.channels, in.row(), in.row() + in.channels}) {
+                    const Vector value = load(corner + offset);
+                    most = most < value || value != value ? value : most;
+                }
+                store(to + out.at(y, x) + c, most);
+            }
+}
+
+class Network final : public Resident {
+public:
+    explicit Network(const NetworkWeights& weights);
+    void run(const Call& call) override;
+
+private:
+    void walk(const Worker& worker) const;
+    void stem(const Worker& worker) const;
+    void gate_step(const Worker& worker, int index) const;
+    Guests compact(const Worker& worker) const;
+    void run_block(const Worker& worker, int index, const Guests& executing) const;
+    void head(const Worker& worker) const;
+
+    void feedforward_features(const Worker& worker, int index) const;
+    float gate_logit(int index, Guest& guest) const;
+    const float* pooled(int group, Guest& guest) const;
+
+    std::unique_ptr<Workspace> take_workspace(int threads);
+    void return_workspace(std::unique_ptr<Workspace> space);
+    Room make_room(int group) const;
+
+    // What a feed-forward gate's last convolution reads and writes in a group.
+    Plane seen_plane(int group) const {
+        const Plane& plane = planes_[group];
+        return gates_[0].max_pool ? Plane{plane.height / 2, plane.width / 2, plane.channels} : plane;
+    }
+    Plane feature_plane(int group) const {
+        const Plane seen = seen_plane(group);
+        return {(seen.height + 1) / 2, (seen.width + 1) / 2, seen.channels};
+    }
+
+    int add(std::vector<Direct>& layers, const ConvolutionWeights& layer, int in_channels) {
+        layers.emplace_back(layer, in_channels);
+        return static_cast<int>(layers.size()) - 1;
+    }
+    int add(std::vector<Winograd>& layers, const ConvolutionWeights& layer, int in_channels) {
+        layers.emplace_back(layer, in_channels);
+        return static_cast<int>(layers.size()) - 1;
+    }
+
+    int classes_, most_channels_ = 0;
+    Plane image_;                // the input, channels last
+    std::vector<Plane> planes_;  // one a group
+    std::vector<Block> blocks_;
+    std::vector<Direct> direct_;  // the stem is the first
+    std::vector<Winograd> winograd_;
+    std::vector<Linear> embeddings_, tails_;  // one a block, for the gates' kind
+    std::vector<FeedforwardGate> gates_;
+    std::unique_ptr<RnnCell> cell_;
+    std::unique_ptr<Linear> head_;
+
+    std::mutex mutex_;
+    std::vector<std::unique_ptr<Workspace>> idle_;  // under mutex_
+};
+
+Network::Network(const NetworkWeights& weights)
+    : classes_(weights.classes), image_{weights.height, weights.width, weights.stem.in} {
+    add(direct_, weights.stem, image_.channels);
+    planes_.push_back(direct_[0].out(image_));
+    for (std::size_t index = 0; index < weights.blocks.size(); ++index) {
+        const BlockWeights& block = weights.blocks[index];
+        const int channels = planes_.back().channels;
+        Block packed{};
+        packed.changes = block.projects;
+        if (block.projects) {
+            packed.projection = add(direct_, block.projection, channels);
+            packed.first = add(direct_, block.first, channels);
+            planes_.push_back(direct_[packed.first].out(planes_.back()));
+        } else {
+            packed.first = add(winograd_, block.first, channels);
+        }
+        packed.group = static_cast<int>(planes_.size()) - 1;
+        packed.last = add(winograd_, block.last, planes_.back().channels);
+        blocks_.push_back(packed);
+
+        const int out = block.last.out;
+        if (!weights.embeddings.empty()) {
+            const Embedding& embedding = weights.embeddings[index];
+            embeddings_.emplace_back(embedding.weight, embedding.bias, out, weights.lstm.embed);
+        }
+        if (!weights.gates.empty()) {
+            const GateConvolutions& gate = weights.gates[index];
+            const int seen = planes_.back().channels;
+            FeedforwardGate packed_gate{gate.max_pool, -1, -1};
+            if (gate.max_pool) packed_gate.first = add(winograd_, gate.layers[0], seen);
+            packed_gate.second = add(direct_, gate.layers.back(), seen);
+            gates_.push_back(packed_gate);
+            tails_.emplace_back(weights.tails[index].weight, &weights.tails[index].bias, out, 1);
+        }
+    }
+    if (!embeddings_.empty()) cell_ = std::make_unique<RnnCell>(weights.lstm);
+    head_ = std::make_unique<Linear>(weights.head_weight, weights.head_bias, weights.blocks.back().last.out, classes_);
+    for (const Plane& plane : planes_) most_channels_ = plane.channels > most_channels_ ? plane.channels : most_channels_;
+}
+
+Room Network::make_room(int group) const {
+    const Plane& plane = planes_[group];
+    Room room{Buffer(plane.size()), Buffer(plane.size()), Buffer(plane.tiles() * plane.channels), {}, {}, {}};
+    if (!gates_.empty()) {
+        if (gates_[0].max_pool) {
+            room.halved = Buffer(seen_plane(group).size());
+            room.seen = Buffer(seen_plane(group).size());
+        }
+        room.feature = Buffer(feature_plane(group).size());
+    }
+    return room;
+}
+
+std::unique_ptr<Workspace> Network::take_workspace(int threads) {
+    std::unique_ptr<Workspace> space;
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        if (!idle_.empty()) {
+            space = std::move(idle_.back());
+            idle_.pop_back();
+        }
+    }
+    if (!space) {
+        space = std::make_unique<Workspace>();
+        const int lanes = cell_ ? cell_->lanes() : 0;
+        for (int i = 0; i < kGroup; ++i) {
+            Guest guest{Buffer(image_.size()), {}, Buffer(most_channels_), Buffer(most_channels_), Pooled::current,
+                        Buffer(cell_ ? cell_->embed() : 0), Buffer(lanes), Buffer(2 * lanes), true};
+            for (int group = 0; group < static_cast<int>(planes_.size()); ++group)
+                guest.rooms.push_back(make_room(group));
+            space->guests.push_back(std::move(guest));
+        }
+    }
+    while (static_cast<int>(space->scratch.size()) < threads) space->scratch.emplace_back(most_channels_);
+    return space;
+}
+
+void Network::return_workspace(std::unique_ptr<Workspace> space) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    idle_.push_back(std::move(space));
+}
+
+// Few images: all threads work on each. Many: every thread takes a few at a time, as long as there are any.
+void Network::run(const Call& call) {
+    struct Tour {
+        Network& network;
+        const Call& call;
+        const int team_size, group;
+        std::vector<std::unique_ptr<Workspace>> spaces;  // one a team
+        std::vector<std::unique_ptr<Visit>> visits;
+        std::vector<std::unique_ptr<Barrier>> barriers;
+        std::atomic<int> next{0};  // the first image that nobody has taken
+
+        // The team's first thread takes images for all of it.
+        void take(Visit& visit) {
+            visit.first = next.fetch_add(group, std::memory_order_relaxed);
+            const int left = call.batch - visit.first;
+            visit.count = left < group ? left : group;
+        }
+    };
+    const int threads = call.threads < 1 ? 1 : call.threads;
+    const int team_size = call.batch < threads ? threads / call.batch : 1, teams = threads / team_size;
+    const int share = call.batch / (2 * teams);  // of a team, in two rounds at least: depth differs
+    Tour tour{*this, call, team_size, share < 1 ? 1 : share > kGroup ? kGroup : share, {}, {}, {}};
+    for (int team = 0; team < teams; ++team) {
+        tour.spaces.push_back(take_workspace(team_size));
+        tour.visits.push_back(std::unique_ptr<Visit>(new Visit{call, *tour.spaces.back(), 0, 0}));
+        tour.barriers.push_back(std::make_unique<Barrier>(team_size));
+    }
+    run_threads(teams * team_size, [](void* context, int rank, int given) {
+        Tour& tour = *static_cast<Tour*>(context);
+        const int size = given == 1 ? 1 : tour.team_size, number = rank / size;
+        const Team team{rank % size, size, tour.barriers[number].get()};
+        Visit& visit = *tour.visits[number];
+        const Worker worker{visit, team, tour.spaces[number]->scratch[team.rank]};
+        for (;;) {
+            if (team.rank == 0) tour.take(visit);
+            team.meet();
+            if (visit.count <= 0) return;
+            tour.network.walk(worker);
+            team.meet();
+        }
+    }, &tour);
+    for (auto& space : tour.spaces) return_workspace(std::move(space));
+}
+
+void Network::walk(const Worker& worker) const {
+    Visit& visit = worker.visit;
+    const int steps = visit.call.steps, blocks = static_cast<int>(blocks_.size());
+    stem(worker);
+    for (int index = 0; index < blocks; ++index) {
+        run_block(worker, index, compact(worker));
+        if (index < steps) gate_step(worker, index);
+    }
+    head(worker);
+}
+
+void Network::stem(const Worker& worker) const {
+    const Visit& visit = worker.visit;
+    const Guests guests = worker.everyone();
+    const int channels = image_.channels, pixels = image_.height * image_.width;
+    const Share rows(image_.height, worker.team);
+    for (int i = 0; i < guests.count; ++i) {
+        Guest& guest = *guests.of[i];
+        const float* from = visit.call.images + static_cast<std::size_t>(visit.first + i) * channels * pixels;
+        for (int y = rows.begin; y < rows.end; ++y)
+            for (int x = 0; x < image_.width; ++x)
+                for (int c = 0; c < channels; ++c)
+                    guest.image.get()[image_.at(y, x) + c] = from[c * pixels + y * image_.width + x];
+        if (worker.team.rank == 0) {
+            guest.executes = true;
+            if (cell_) {
+                std::memset(guest.hidden.get(), 0, cell_->lanes() * sizeof(float));
+                std::memset(guest.cell.get(), 0, cell_->lanes() * sizeof(float));
+            }
+        }
+    }
+    worker.team.meet();
+    const Buffers images(guests, [](Guest& guest) -> Buffer& { return guest.image; });
+    const Buffers x(guests, [](Guest& guest) -> Buffer& { return guest.rooms[0].x; });
+    direct_[0].run(image_, images.of, x.of, true, guests.count, worker.team);
+    worker.team.meet();
+}
+
+// Pool-finish, embed, LSTM step, decide.
+void Network::gate_step(const Worker& worker, int index) const {
+    if (!gates_.empty()) feedforward_features(worker, index);
+    if (worker.team.rank == 0) {
+        const Visit& visit = worker.visit;
+        const Call& call = visit.call;
+        const bool decides = index + 1 < static_cast<int>(blocks_.size());
+        for (int i = 0; i < visit.count; ++i) {
+            Guest& guest = visit.space.guests[i];
+            const std::size_t to = static_cast<std::size_t>(index) * call.batch + visit.first + i;
+            const float logit = gate_logit(index, guest);
+            const float probability = sigmoid(broadcast(logit))[0];
+            guest.executes = call.forced && decides ? call.forced[to] : probability > 0.5f;  // half and NaN skip
+            call.gate_logits[to] = logit;
+            call.probabilities[to] = probability;
+            call.executed[to] = guest.executes;
+        }
+    }
+    worker.team.meet();
+}
+
+float Network::gate_logit(int index, Guest& guest) const {
+    const int group = blocks_[index].group;
+    if (cell_) {
+        embeddings_[index].run(pooled(group, guest), guest.feature.get());
+        return cell_->step(guest.feature.get(), guest.hidden.get(), guest.cell.get());
+    }
+    float logit;
+    pool(feature_plane(group), guest.rooms[group].feature.get(), guest.seen.get());
+    tails_[index].run(guest.seen.get(), &logit);
+    return logit;
+}
+
+void Network::feedforward_features(const Worker& worker, int index) const {
+    const FeedforwardGate& gate = gates_[index];
+    const int group = blocks_[index].group;
+    const Guests guests = worker.everyone();
+    const Buffers x(guests, [&](Guest& guest) -> Buffer& { return guest.rooms[group].x; });
+    const Buffers feature(guests, [&](Guest& guest) -> Buffer& { return guest.rooms[group].feature; });
+    if (!gate.max_pool) {
+        direct_[gate.second].run(planes_[group], x.of, feature.of, true, guests.count, worker.team);
+    } else {
+        const Buffers halved(guests, [&](Guest& guest) -> Buffer& { return guest.rooms[group].halved; });
+        const Buffers seen(guests, [&](Guest& guest) -> Buffer& { return guest.rooms[group].seen; });
+        const Plane plane = seen_plane(group);
+        for (int i = 0; i < guests.count; ++i) max_pool(planes_[group], x.of[i], plane, halved.of[i], worker.team);
+        worker.team.meet();
+        winograd_[gate.first].run(plane, halved.of, seen.of, false, nullptr, guests.count, worker.team,
+                                  worker.scratch);
+        worker.team.meet();
+        direct_[gate.second].run(plane, seen.of, feature.of, true, guests.count, worker.team);
+    }
+    worker.team.meet();
+}
+
+// The guests that run the next block, in order. Every thread of a team makes the same list.
+Guests Network::compact(const Worker& worker) const {
+    Guests executing;
+    for (int i = 0; i < worker.visit.count; ++i)
+        if (worker.visit.space.guests[i].executes) executing.add(worker.visit.space.guests[i]);
+    return executing;
+}
+
+void Network::run_block(const Worker& worker, int index, const Guests& executing) const {
+    const Block& block = blocks_[index];
+    const int group = block.group;
+    const Plane& plane = planes_[group];
+    const Team& team = worker.team;
+    const Buffers inner(executing, [&](Guest& guest) -> Buffer& { return guest.rooms[group].inner; });
+    const Buffers x(executing, [&](Guest& guest) -> Buffer& { return guest.rooms[group].x; });
+    const Buffers sums(executing, [&](Guest& guest) -> Buffer& { return guest.rooms[group].tile_sums; });
+    if (block.changes) {
+        const Guests guests = worker.everyone();
+        const Buffers all_before(guests, [&](Guest& guest) -> Buffer& { return guest.rooms[group - 1].x; });
+        const Buffers all_x(guests, [&](Guest& guest) -> Buffer& { return guest.rooms[group].x; });
+        const Buffers before(executing, [&](Guest& guest) -> Buffer& { return guest.rooms[group - 1].x; });
+        direct_[block.projection].run(planes_[group - 1], all_before.of, all_x.of, false, guests.count, team);
+        direct_[block.first].run(planes_[group - 1], before.of, inner.of, true, executing.count, team);
+        if (team.rank == 0)
+            for (int i = 0; i < guests.count; ++i) guests.of[i]->state = Pooled::from_plane;
+    } else {
+        winograd_[block.first].run(plane, x.of, inner.of, false, nullptr, executing.count, team, worker.scratch);
+    }
+    team.meet();
+    winograd_[block.last].run(plane, inner.of, x.of, true, sums.of, executing.count, team, worker.scratch);
+    if (team.rank == 0)
+        for (int i = 0; i < executing.count; ++i) executing.of[i]->state = Pooled::from_tiles;
+    team.meet();
+}
+
+// Global average pool and classifier.
+void Network::head(const Worker& worker) const {
+    if (worker.team.rank != 0) return;
+    const Visit& visit = worker.visit;
+    for (int i = 0; i < visit.count; ++i) {
+        Guest& guest = visit.space.guests[i];
+        const std::size_t image = visit.first + i;
+        head_->run(pooled(static_cast<int>(planes_.size()) - 1, guest), visit.call.logits + image * classes_);
+        if (cell_) {
+            std::memcpy(visit.call.hidden + image * cell_->hidden(), guest.hidden.get(), cell_->hidden() * sizeof(float));
+            std::memcpy(visit.call.cell + image * cell_->hidden(), guest.cell.get(), cell_->hidden() * sizeof(float));
+        }
+    }
+}
+
+// The activation's pooled feature, brought up to date. An image that skipped its block has it still.
+const float* Network::pooled(int group, Guest& guest) const {
+    const Plane& plane = planes_[group];
+    const Room& room = guest.rooms[group];
+    if (guest.state == Pooled::from_plane) pool(plane, room.x.get(), guest.pooled.get());
+    if (guest.state == Pooled::from_tiles)
+        average(room.tile_sums.get(), plane.tiles(), plane.channels, plane.height * plane.width, guest.pooled.get());
+    guest.state = Pooled::current;
+    return guest.pooled.get();
+}
+
+}  // namespace
+
+std::unique_ptr<Resident> SKIPNET_JOIN(make_resident_, SKIPNET_ISA)(const NetworkWeights& weights) {
+    return std::make_unique<Network>(weights);
+}
+
+}  // namespace skipnet::cpu
