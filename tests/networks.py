@@ -34,7 +34,7 @@ SMALL = {
 
 # (seed, gate bias) with which a network takes several routes over small_images, no gate within 0.002 of 0.5.
 WEIGHTS = {"rnn": (5, -2.0), "rnn-reinforced": (6, 1.0), "feedforward1": (6, -1.0), "feedforward2": (6, -2.0),
-           "bottleneck": (5, -1.0), "imagenet-reinforced": (6, 3.0), "bottleneck-feedforward": (6, -1.0),
+           "bottleneck": (5, -1.0), "imagenet-reinforced": (6, 3.0), "bottleneck-feedforward": (7, 1.0),
            "dense": (5, 0.0)}
 
 

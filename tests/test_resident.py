@@ -28,7 +28,8 @@ def torch_threads():
 
 
 @pytest.mark.parametrize("instruction_set", _C.instruction_sets())
-@pytest.mark.parametrize("name", ["cifar10_rnn_gate_38-s15", "cifar10_feedforward_38-s71", "cifar10_feedforward_110-s83"])
+@pytest.mark.parametrize("name", ["cifar10_rnn_gate_38-s15", "cifar10_feedforward_38-s71",
+                                  "cifar10_feedforward_110-s83"])
 def test_golden_cases_with_every_instruction_set(instruction_set, name):
     case = GoldenCase(name)
     result = engine_for(case.model, instruction_set).run(case.images, None, case.model.arch.num_gates)
