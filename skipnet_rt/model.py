@@ -158,7 +158,7 @@ class SkipNet(nn.Module):
             executed = F.relu(block.residual(x) + shortcut)
             x = self._blend(masks[-1], executed, shortcut) if masks else executed
             if self.arch.gated and (plan.index < last or self.arch.steps_last_gate):
-                logit, state = self._gate_step(plan, x, state)
+                logit, state = self.gate_step(plan, x, state)
                 gate_logits.append(logit)
                 if plan.index < last:
                     masks.append(decide(logit, self.gate_mode if self.training else "hard"))
@@ -167,7 +167,8 @@ class SkipNet(nn.Module):
         return Trace(logits, torch.stack(masks, dim=1) if masks else nothing,
                      torch.stack(gate_logits, dim=1) if gate_logits else nothing, state)
 
-    def _gate_step(self, plan: BlockPlan, x: Tensor, state: LSTMState | None) -> tuple[Tensor, LSTMState | None]:
+    def gate_step(self, plan: BlockPlan, x: Tensor, state: LSTMState | None) -> tuple[Tensor, LSTMState | None]:
+        """The gate after a block: execute logit ``[N]`` from its output ``[N, C, H, W]``, and the next LSTM state."""
         seen = self.gate(plan)(x)
         if self.arch.gate != "rnn":
             return seen, None

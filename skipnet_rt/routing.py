@@ -255,4 +255,5 @@ class RoutingStats:
     @property
     def distinct_routes(self) -> int:
         """How many different routes were taken."""
-        return torch.unique(self.executed, dim=0).shape[0] if self.images else 0
+        executed = self.executed
+        return torch.unique(executed, dim=0).shape[0] if executed.numel() else min(1, self.images)

@@ -1,0 +1,166 @@
+"""The bundled network on the bundled pictures: the demonstration, and the self-check that ``doctor`` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import resources
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from skipnet_rt.checkpoint import load
+from skipnet_rt.data import DIGITS, Pictures, digits_pictures
+from skipnet_rt.engines import EngineError, engines
+from skipnet_rt.engines.engine import Availability
+from skipnet_rt.evaluate import Evaluation, evaluate
+from skipnet_rt.model import SkipNet
+from skipnet_rt.runtime import compile
+from skipnet_rt.timing import Comparison, compare_with_dense
+
+BUNDLED = "skipnet38-digits.safetensors"
+"""SkipNet-38 with RNNGate, trained on the handwritten digits; see the card inside."""
+
+BATCHES = {1: 16, 64: 64}
+"""Batch sizes that the demonstration times, and the images a round: enough for their routes to be typical."""
+
+_SECONDS = {1: 4.0, 64: 7.0}
+"""How long each is timed."""
+
+LOGITS_TOLERANCE = 1e-4
+"""Relative norm within which an engine's float32 logits must agree with the eager engine's."""
+
+
+def bundled_model() -> SkipNet:
+    """The network that ships with the package.
+
+    Raises:
+        skipnet_rt.CheckpointError: the installation lacks its file, or it is damaged.
+    """
+    with resources.as_file(resources.files("skipnet_rt.assets") / BUNDLED) as path:
+        return load(path)
+
+
+def held_out_digits() -> Pictures:
+    """The 360 held-out digits as a data set."""
+    pictures, labels = digits_pictures(held_out=True)
+    return Pictures(pictures, labels, DIGITS)
+
+
+def spread(digits: Pictures, count: int) -> Tensor:
+    """So many of the digits, evenly spread, as one batch ``[count, 3, 32, 32]``."""
+    return torch.stack([digits[len(digits) * place // count][0] for place in range(count)])
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """What :func:`demonstrate` found.
+
+    Attributes:
+        evaluation: of the held-out digits with the engine that ``"auto"`` chooses.
+        pictures: the digits as they are, 8x8 and grey.
+        comparisons: each engine beside dense execution, one entry a device and batch size.
+        engines: every engine's availability.
+    """
+
+    evaluation: Evaluation
+    pictures: list[Image.Image]
+    comparisons: list[Comparison]
+    engines: dict[str, Availability]
+
+    @property
+    def easiest(self) -> int:
+        """The image that ran the fewest blocks."""
+        return self.evaluation.easiest_first[0]
+
+    @property
+    def hardest(self) -> int:
+        """The image that ran the most blocks."""
+        return self.evaluation.easiest_first[-1]
+
+    def _image(self, number: int) -> dict[str, Any]:
+        evaluation = self.evaluation
+        return {"image": number, "class": int(evaluation.targets[number]),
+                "prediction": int(evaluation.predictions[number]), "blocks_run": int(evaluation.blocks_run[number])}
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, in the units of its parts."""
+        return {
+            "evaluation": self.evaluation.to_dict(),
+            "easiest": self._image(self.easiest),
+            "hardest": self._image(self.hardest),
+            "timings": [comparison.to_dict() for comparison in self.comparisons],
+            "engines": {name: vars(availability) for name, availability in self.engines.items()},
+        }
+
+
+def devices() -> list[str]:
+    """Where engines may run on this machine: the CPU, and the current GPU if there is one."""
+    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def demonstrate(on_progress: Callable[[str, float], None] | None = None) -> Demonstration:
+    """Classify the held-out digits with the bundled network, then time every engine beside dense execution.
+
+    Args:
+        on_progress: told what is being done and the share of it that is done, 0 to 1.
+
+    Raises:
+        skipnet_rt.CheckpointError: see :func:`bundled_model`.
+    """
+    report = on_progress or (lambda what, share: None)
+    model, digits = bundled_model(), held_out_digits()
+    evaluation = evaluate(compile(model), digits,
+                          on_progress=lambda done: report("classifying the digits", done / len(digits)))
+    comparisons = []
+    for device in devices():
+        for batch, count in BATCHES.items():
+            progress = partial(report, f"timing batches of {batch} on {device}")
+            progress(0)
+            comparisons.append(compare_with_dense(model, spread(digits, count), batch, device=device,
+                                                  seconds=_SECONDS[batch], on_progress=progress))
+    return Demonstration(evaluation, list(digits.pictures), comparisons, engines())
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """One engine on one device against the eager engine on the CPU, in float32.
+
+    Attributes:
+        engine, device: what was checked.
+        passed: equal decisions, and logits within :data:`LOGITS_TOLERANCE`.
+        detail: what was found, in words.
+    """
+
+    engine: str
+    device: str
+    passed: bool
+    detail: str
+
+
+def self_check(model: SkipNet, images: int = 16) -> list[SelfCheck]:
+    """Classify a few held-out digits on every available engine and compare with the eager engine on the CPU.
+
+    Args:
+        model: the bundled network.
+        images: how many, evenly spread over the 360.
+    """
+    few = spread(held_out_digits(), images)
+    oracle = compile(model, engine="eager", device="cpu", dtype=torch.float32).infer(few)
+    checks = []
+    for name, availability in engines().items():
+        for device in devices() if availability else ():
+            try:
+                runtime = compile(model, engine=name, device=device, dtype=torch.float32)
+            except EngineError:
+                continue  # it does not run on this device
+            result = runtime.infer(few.to(device))
+            flips = int((result.executed.cpu() != oracle.executed).sum())
+            error = float((result.logits.cpu() - oracle.logits).norm() / oracle.logits.norm())
+            checks.append(SelfCheck(name, device, flips == 0 and error <= LOGITS_TOLERANCE,
+                                    f"{images} images: {flips} of {oracle.executed.numel()} decisions differ, "
+                                    f"relative error of the logits {error:.1e}"))
+    return checks
