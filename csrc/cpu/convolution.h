@@ -147,30 +147,53 @@ public:
     int out_channels() const { return out_; }
 
 private:
-    // One dimension of B^T d: six values at d[0], d[step], ...
-    static inline void transform_six(const Vector* d, int step, Vector* to, int to_step) {
-        const Vector d0 = d[0], d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step], d5 = d[5 * step];
-        const Vector p = d4 - 4.0f * d2, q = d3 - 4.0f * d1, r = d4 - d2, s = d3 - d1;
-        to[0] = d4 - 5.0f * d2 + 4.0f * d0;
-        to[to_step] = p + q;
-        to[2 * to_step] = p - q;
-        to[3 * to_step] = r + 2.0f * s;
-        to[4 * to_step] = r - 2.0f * s;
-        to[5 * to_step] = d5 - 5.0f * d3 + 4.0f * d1;
-    }
+    // One dimension of B^T d: six values to six, of which outer() gives rows 0, 1, 2 and 5, inner() 3 and 4.
+    struct Six {
+        Vector d0, d1, d2, d3, d4, d5;
+
+        Six(const float* d, int step)
+            : d0(load(d)), d1(load(d + step)), d2(load(d + 2 * step)), d3(load(d + 3 * step)),
+              d4(load(d + 4 * step)), d5(load(d + 5 * step)) {}
+        Six(const Vector (&d)[kPatch]) : d0(d[0]), d1(d[1]), d2(d[2]), d3(d[3]), d4(d[4]), d5(d[5]) {}
+
+        void outer(Vector& row0, Vector& row1, Vector& row2, Vector& row5) const {
+            const Vector p = d4 - 4.0f * d2, q = d3 - 4.0f * d1;
+            row0 = d4 - 5.0f * d2 + 4.0f * d0;
+            row1 = p + q;
+            row2 = p - q;
+            row5 = d5 - 5.0f * d3 + 4.0f * d1;
+        }
+        void inner(Vector& row3, Vector& row4) const {
+            const Vector r = d4 - d2, s = d3 - d1;
+            row3 = r + 2.0f * s;
+            row4 = r - 2.0f * s;
+        }
+    };
 
     void transform_input(const Plane& plane, const float* image, int tile, int place, float* to) const {
         const int y = tile / plane.tiles_across() * kTile, x = tile % plane.tiles_across() * kTile;
         for (int c = 0; c < in_; c += kWidth) {
             const float* corner = image + plane.at(y - 1, x - 1) + c;
-            Vector patch[kPoints], half[kPoints];
-            for (int i = 0; i < kPatch; ++i)
+            const auto finish = [&](int row, const Vector (&half)[kPatch]) {
+                Vector result[kPatch];
+                const Six six(half);
+                six.outer(result[0], result[1], result[2], result[5]);
+                six.inner(result[3], result[4]);
                 for (int j = 0; j < kPatch; ++j)
-                    patch[i * kPatch + j] = load(corner + i * plane.row() + j * plane.channels);
-            for (int j = 0; j < kPatch; ++j) transform_six(patch + j, kPatch, half + j, kPatch);
-            for (int i = 0; i < kPatch; ++i) transform_six(half + i * kPatch, 1, patch + i * kPatch, 1);
-            for (int point = 0; point < kPoints; ++point)
-                store(to + (point * kTileBlock + place) * in_ + c, patch[point]);
+                    store(to + ((row * kPatch + j) * kTileBlock + place) * in_ + c, result[j]);
+            };
+            // Columns first, in two passes over the patch: all six rows at once do not fit the registers.
+            Vector row0[kPatch], row1[kPatch], row2[kPatch], row5[kPatch];
+            for (int j = 0; j < kPatch; ++j)
+                Six(corner + j * plane.channels, plane.row()).outer(row0[j], row1[j], row2[j], row5[j]);
+            finish(0, row0);
+            finish(1, row1);
+            finish(2, row2);
+            finish(5, row5);
+            Vector row3[kPatch], row4[kPatch];
+            for (int j = 0; j < kPatch; ++j) Six(corner + j * plane.channels, plane.row()).inner(row3[j], row4[j]);
+            finish(3, row3);
+            finish(4, row4);
         }
     }
 
@@ -210,17 +233,21 @@ private:
         for (int i = 0; i < kTile; ++i) transform_four(half + i * kPatch, 1, result + i * kTile, 1);
         const Vector bias = load(bias_.get() + column * kWidth);
         Vector sum = {};
-        const int rows = plane.height - y < kTile ? plane.height - y : kTile;
-        const int pixels = plane.width - x < kTile ? plane.width - x : kTile;
-        for (int i = 0; i < rows; ++i)
-            for (int j = 0; j < pixels; ++j) {
-                float* to = image + plane.at(y + i, x + j) + column * kWidth;
-                Vector value = result[i * kTile + j] + bias;
-                if (add_outputs) value += load(to);
-                value = relu(value);
-                store(to, value);
-                sum += value;
-            }
+        const auto finish = [&](int rows, int pixels) __attribute__((always_inline)) {
+            for (int i = 0; i < rows; ++i)
+                for (int j = 0; j < pixels; ++j) {
+                    float* to = image + plane.at(y + i, x + j) + column * kWidth;
+                    Vector value = result[i * kTile + j] + bias;
+                    if (add_outputs) value += load(to);
+                    value = relu(value);
+                    store(to, value);
+                    sum += value;
+                }
+        };
+        if (plane.height - y >= kTile && plane.width - x >= kTile)
+            finish(kTile, kTile);  // with constants the result stays in registers
+        else
+            finish(plane.height - y < kTile ? plane.height - y : kTile, plane.width - x < kTile ? plane.width - x : kTile);
         if (tile_sums) store(tile_sums + tile * out_ + column * kWidth, sum);
     }
 
