@@ -5,20 +5,16 @@ SKIPNET_CUDA_ARCHS=90,120  build for these compute capabilities; "all" for every
 """
 
 import os
-import platform
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
-# The CPU engine's source is compiled once for each of these and chosen at run time: name, floats in a vector, flags.
-VARIANTS = [("portable", 4, [])]
-X86 = platform.machine().lower() in ("x86_64", "amd64")
-if X86:
-    VARIANTS += [("avx2", 8, ["-mavx2", "-mfma"]),
-                 ("avx512", 16, ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma"])]
+sys.path.insert(0, str(Path(__file__).parent / "csrc"))
+from variants import MACROS, VARIANTS
 
 # What a wheel holds. 90a and 100a are the architecture-specific variants; the highest one also comes as PTX.
 ALL_ARCHS = ("80", "86", "89", "90a", "100", "120")
@@ -71,8 +67,7 @@ class BuildExtension(build_ext):
 
     def add_variants(self, ext: Pybind11Extension) -> None:
         """Compile the resident CPU network for each instruction set, with fused multiply-adds where there are any."""
-        if X86:
-            ext.define_macros.append(("SKIPNET_X86", "1"))
+        ext.define_macros += MACROS
         for name, width, flags in VARIANTS:
             ext.extra_objects += self.compiler.compile(
                 ["csrc/cpu/resident.cpp"], output_dir=str(Path(self.build_temp) / name),

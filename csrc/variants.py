@@ -1,0 +1,13 @@
+"""The instruction sets that csrc/cpu/resident.cpp is compiled for; setup.py and the sanitizer tests read this."""
+
+import platform
+
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+# Name, floats in a vector, compiler flags.
+VARIANTS = [("portable", 4, [])]
+if X86:
+    VARIANTS += [("avx2", 8, ["-mavx2", "-mfma"]),
+                 ("avx512", 16, ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma"])]
+
+MACROS = [("SKIPNET_X86", "1")] if X86 else []
