@@ -1,8 +1,8 @@
-"""The paper's pictures of where a SkipNet computes, and what for. Needs matplotlib: the extra ``plots``.
+"""Pictures of where a SkipNet computes, what for, and how long it takes. Needs matplotlib: the extra ``plots``.
 
 Every function returns a :class:`matplotlib.figure.Figure` of its own; nothing touches pyplot's global state, so that no
 display is needed and the caller's figures stay as they are.
-Source: SkipNet paper, section 4, figures 8, 10 and 11.
+Source of all but the last: SkipNet paper, section 4, figures 8, 10 and 11.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
+from skipnet_rt.benchmark import Benchmark
 from skipnet_rt.evaluate import Evaluation
 from skipnet_rt.preprocessing import Preprocessing
 
 DPI = 150
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")  # Okabe & Ito: for all kinds of sight
 _QUIET = "#555555"
+_MARKERS = "oD^vPsX<>"
 _LETTERS = 9  # of a small text an inch of the figure's width, so that it stays well within the axes
 _WRONG = "#c1121f"
 _ALL_CLASSES = 20  # as many classes as one picture shows; of more, those that skip the most and the fewest
@@ -191,7 +193,7 @@ def accuracy_against_computation(networks: Sequence[TradeOff], dataset: str) -> 
         if not network.gated:
             axes.axhline(100 * network.accuracy, color=color, linewidth=1, linestyle="--", zorder=1)
         # Colours repeat after a while; marker shapes repeat at another rate.
-        axes.plot(network.multiply_adds / 1e6, 100 * network.accuracy, "oD^vP"[number % 5] if network.gated else "s",
+        axes.plot(network.multiply_adds / 1e6, 100 * network.accuracy, _MARKERS[number % 5] if network.gated else "s",
                   color=color, markersize=9, markeredgecolor="black", linestyle="none", zorder=2,
                   label=f"{network.name}\n{network.computation:.1%} computation" if network.gated
                   else f"{network.name}\ndense")
@@ -203,4 +205,54 @@ def accuracy_against_computation(networks: Sequence[TradeOff], dataset: str) -> 
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False, fontsize=9, labelspacing=1)
     _titled(figure, axes, "Accuracy against computation", dataset)
+    return figure
+
+
+def time_against_computation(found: Benchmark) -> Figure:
+    """What a benchmark measured: time against executed share with the proportional line, and time against batch size.
+
+    On the left times are relative to the best dense engine's at the same batch size, so that one line is the ceiling
+    of all. On the right is everything that was measured, in milliseconds an image.
+    """
+    figure = Figure(figsize=(11.5, 5.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    engines = list(dict.fromkeys(one.engine for result in found.results for one in result.ours))
+    for number, result in enumerate(found.results):
+        for engine, marker in zip(engines, _MARKERS * len(engines), strict=False):
+            points = sorted((100 * one.multiply_adds_share, 100 / one.timing.speedup_over(result.best_dense))
+                            for one in result.ours if one.engine == engine)
+            left.plot(*zip(*points, strict=True), marker=marker, color=_COLORS[number % len(_COLORS)],
+                      label=f"{engine}, batch {result.batch} (dense: {result.best})")
+    end = max(100.0, *(100 * one.multiply_adds_share for result in found.results for one in result.ours))
+    left.plot([0, end], [0, end], color=_QUIET, linestyle="--", linewidth=1, label="ceiling: time in proportion")
+    left.set(xlabel="executed multiply-adds (% of the dense network's)", ylabel="time (% of the best dense engine's)")
+    left.set_xlim(left=0)
+    left.set_ylim(bottom=0)
+
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for result in found.results:
+        timings = {**result.peers, **{one.name: one.timing for one in result.ours}}
+        for name, timing in timings.items():
+            lines.setdefault(name, []).append((result.batch, 1e3 * timing.median / result.batch))
+    for number, (name, line) in enumerate(lines.items()):
+        peer = name in found.results[0].peers
+        right.plot(*zip(*sorted(line), strict=True), marker=_MARKERS[number % len(_MARKERS)], markersize=5,
+                   linewidth=1 if peer else 2, linestyle="--" if peer else "-",
+                   color=_QUIET if peer else _COLORS[(number - len(found.results[0].peers)) % len(_COLORS)], label=name)
+    right.set(xlabel="batch size", ylabel="time an image (ms)", xscale="log", yscale="log")
+    right.xaxis.set_major_locator(FixedLocator([result.batch for result in found.results]))
+    right.xaxis.set_minor_locator(NullLocator())
+    right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    right.yaxis.set_minor_locator(NullLocator())
+    for axis in (right.xaxis, right.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    for axes in (left, right):
+        axes.grid(color="#e5e5e5")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False, fontsize=8)
+    threads = f"{found.cpu['threads']} thread{'s' * (found.cpu['threads'] > 1)}"
+    detail = f"{found.arch}, {str(found.dtype).removeprefix('torch.')}, {threads}"
+    _titled(figure, left, "Time against executed share", detail)
+    _titled(figure, right, "Time against batch size", detail)
     return figure

@@ -1,31 +1,34 @@
 """Our engines beside dense engines, in one run: what skipping saves, and how near that comes to what it could.
 
-The figure of merit is the **share of the FLOP ceiling**: (the fastest dense engine's time x the executed fraction of
-the multiply-adds) / our time. 100 % means that every skipped block is a saving in full; more means that our kernels
-beat that engine's, too.
+The figure of merit is the **share of the FLOP ceiling**: (the fastest dense engine's time x the executed share of the
+multiply-adds) / our time. 100 % means that every skipped block is a saving in full; more means that our kernels beat
+that engine's, too.
 """
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
-from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from skipnet_rt import machine
 from skipnet_rt.arch import SkipNetArch
 from skipnet_rt.model import SkipNet
-from skipnet_rt.peers import PEERS, Peer
-from skipnet_rt.routing import count_operations
+from skipnet_rt.peers import PEERS, PUBLISHED_WAY, Peer
+from skipnet_rt.routing import RoutingStats
 from skipnet_rt.runtime import compile
 from skipnet_rt.timing import Timing, alternate
+
+BATCHES = (1, 8, 64)
+FRACTIONS = (0.5, 1.0)
+
+
+class BenchmarkError(ValueError):
+    """What was asked for cannot be measured; the message says why."""
 
 
 def random_routing(architecture: SkipNetArch, batch: int, fraction: float, seed: int = 0) -> Tensor:
@@ -41,8 +44,9 @@ def random_routing(architecture: SkipNetArch, batch: int, fraction: float, seed:
         bool ``[batch, G]``.
     """
     gates = architecture.num_gates
-    order = torch.rand(batch, gates, generator=torch.Generator().manual_seed(seed)).argsort(dim=1)
-    return order < round(fraction * gates)
+    # The ranks of random numbers are a random order of 0 to G - 1 in every row.
+    ranks = torch.rand(batch, gates, generator=torch.Generator().manual_seed(seed)).argsort(dim=1)
+    return ranks < round(fraction * gates)
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,18 @@ class Contestant:
     multiply_adds_share: float
     timing: Timing
 
+    @property
+    def name(self) -> str:
+        """As in tables."""
+        return _name(self.engine, self.fraction)
+
     def share_of_ceiling(self, dense: Timing) -> float:
         """The figure of merit against a dense engine, 1 for 100 %: median over the rounds."""
         return self.multiply_adds_share * self.timing.speedup_over(dense)
+
+
+def _name(engine: str, fraction: float) -> str:
+    return f"{engine}, {100 * fraction:.3g}% executed"
 
 
 @dataclass(frozen=True)
@@ -73,99 +86,129 @@ class BatchResult:
     Attributes:
         batch: images a batch.
         ours: our engines, each at every fraction.
-        peers: the others, dense, by name.
-        best: name of the fastest dense peer.
+        peers: the others, by name.
     """
 
     batch: int
     ours: tuple[Contestant, ...]
     peers: dict[str, Timing]
-    best: str
+
+    @property
+    def best(self) -> str:
+        """Name of the fastest dense peer."""
+        return min(self.peers.keys() - {PUBLISHED_WAY.name}, key=lambda name: self.peers[name].median)
+
+    @property
+    def best_dense(self) -> Timing:
+        """The fastest dense peer's time: executing everything, the ceiling."""
+        return self.peers[self.best]
+
+    @property
+    def published(self) -> Timing | None:
+        """The published way's time, if it was measured."""
+        return self.peers.get(PUBLISHED_WAY.name)
+
+    @property
+    def rounds(self) -> int:
+        """How often each contestant was timed."""
+        return len(self.best_dense.seconds)
+
+    @property
+    def steady(self) -> bool:
+        """No contestant's times vary much; see :attr:`Timing.steady`."""
+        return all(timing.steady for timing in (*self.peers.values(), *(one.timing for one in self.ours)))
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: times in milliseconds, ratios as medians over the rounds."""
+        """For JSON: times in milliseconds, shares in percent, ratios as medians over the rounds."""
         return {
-            "batch": self.batch, "best_dense": self.best, "rounds": len(self.peers[self.best].seconds),
-            "dense": {name: timing.to_dict() for name, timing in self.peers.items()},
+            "batch": self.batch, "rounds": self.rounds, "steady": self.steady, "best_dense": self.best,
+            "peers": {name: timing.to_dict() for name, timing in self.peers.items()},
             "engines": [{
-                "engine": one.engine, "fraction": one.fraction, "multiply_adds_share": one.multiply_adds_share,
-                "time": one.timing.to_dict(),
-                "share_of_ceiling": one.share_of_ceiling(self.peers[self.best]),
+                "engine": one.engine, "fraction": one.fraction,
+                "multiply_adds_share": 100 * one.multiply_adds_share, "time": one.timing.to_dict(),
+                "share_of_ceiling": 100 * one.share_of_ceiling(self.best_dense),
                 "speedup_over": {name: one.timing.speedup_over(timing) for name, timing in self.peers.items()},
             } for one in self.ours],
         }
 
 
-def benchmark(model: SkipNet, *, engines: Sequence[str], batches: Sequence[int], fractions: Sequence[float],
-              dtype: torch.dtype = torch.float32, peers: Sequence[Peer] = PEERS, seconds: float = 5.0,
-              on_progress: Callable[[str], None] | None = None) -> list[BatchResult]:
+@dataclass(frozen=True)
+class Benchmark:
+    """What :func:`benchmark` measured.
+
+    Attributes:
+        arch: of the network.
+        dtype: of the computation.
+        versions, cpu, load: of the machine, before the first measurement; see :mod:`skipnet_rt.machine`.
+        left_out: peers that could not be measured, and why.
+        results: one for each batch size.
+    """
+
+    arch: SkipNetArch
+    dtype: torch.dtype
+    versions: dict[str, str | None]
+    cpu: dict[str, Any]
+    load: float | None
+    left_out: dict[str, str]
+    results: tuple[BatchResult, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; the units are those of the results."""
+        return {
+            "architecture": str(self.arch), "dtype": str(self.dtype).removeprefix("torch."), "versions": self.versions,
+            "cpu": self.cpu, "load": self.load, "left_out": self.left_out,
+            "results": [result.to_dict() for result in self.results],
+        }
+
+
+def benchmark(model: SkipNet, *, engines: Sequence[str] = ("cpu",), batches: Sequence[int] = BATCHES,
+              fractions: Sequence[float] = FRACTIONS, dtype: torch.dtype = torch.float32,
+              peers: Sequence[Peer] = PEERS, seconds: float = 10.0,
+              on_progress: Callable[[str, float], None] | None = None) -> Benchmark:
     """Time our engines and the peers on the CPU, on seeded random images with forced routes.
 
     Args:
-        model: a gated network.
+        model: a gated network on the CPU. Its weights hardly matter: images and routes are the same for all.
         engines: ours.
         batches, fractions: what to measure; see :func:`random_routing`.
         dtype: of the computation; images are float32, and converted by each contestant.
-        peers: those that object are left out.
+        peers: to measure against; those that object are left out.
         seconds: for each batch size.
-        on_progress: told what is being done.
+        on_progress: told what is being done and the share of it that is done, 0 to 1.
+
+    Raises:
+        BenchmarkError: the network has no gates, or no dense peer is left.
+        skipnet_rt.EngineError: an engine cannot take the network.
     """
-    report = on_progress or (lambda text: None)
+    report = on_progress or (lambda what, share: None)
+    left_out = {peer.name: objection for peer in peers if (objection := peer.objection(dtype)) is not None}
+    measured = [peer for peer in peers if peer.name not in left_out]
+    if not model.arch.gated:
+        raise BenchmarkError(f"{model.arch} is a dense network: it has nothing to skip")
+    if not any(peer is not PUBLISHED_WAY for peer in measured):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        raise BenchmarkError("there is no dense engine to measure against" + (f" ({reasons})" if reasons else ""))
+    versions, cpu, load = machine.versions(), machine.cpu(), machine.load()
+    runtimes = [compile(model, engine=engine, dtype=dtype) for engine in engines]
     results = []
     for batch in batches:
         shape = (batch, model.arch.in_channels, *model.arch.image_size)
         images = torch.randn(shape, generator=torch.Generator().manual_seed(batch))
         calls: dict[str, Callable[[], object]] = {}
-        for peer in peers:
-            if peer.objection(dtype) is None:
-                report(f"batch {batch}: building {peer.name}")
-                calls[peer.name] = partial(peer.build(model, images, dtype), images)
-        dense = list(calls)
+        for number, peer in enumerate(measured):
+            report(f"batch {batch}: building {peer.name}", number / len(measured))
+            calls[peer.name] = partial(peer.build(model, images, dtype), images)
         ours: dict[str, tuple[str, float, float]] = {}
-        for engine in engines:
-            runtime = compile(model, engine=engine, dtype=dtype)
-            for fraction in fractions:
-                routing = random_routing(model.arch, batch, fraction)
-                name = f"{engine} at {fraction:g}"
+        for fraction in fractions:
+            routing = random_routing(model.arch, batch, fraction)
+            stats = RoutingStats(model.arch)
+            stats.update(routing)
+            for runtime in runtimes:
+                name = _name(runtime.engine.name, fraction)
                 calls[name] = partial(runtime.infer, images, routing=routing)
-                counts = count_operations(model.arch)
-                share = counts.per_image(routing)[0].double().mean().item() / counts.dense.multiply_adds
-                ours[name] = engine, fraction, share
-        report(f"batch {batch}: timing {len(calls)} contestants in turns")
-        timings = alternate(calls, seconds=seconds)
-        results.append(BatchResult(
-            batch, tuple(Contestant(*ours[name], timings[name]) for name in ours),
-            {name: timings[name] for name in dense}, min(dense, key=lambda name: timings[name].median)))
-    return results
-
-
-def environment() -> dict[str, Any]:
-    """What a figure depends on: processor, threads, versions."""
-    versions = {}
-    for package in ("skipnet-rt", "torch", "openvino", "onnxruntime", "numpy"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None, "python": platform.python_version(),
-            "system": platform.platform(), "versions": versions}
-
-
-def _processor() -> str:
-    described = Path("/proc/cpuinfo")
-    if described.exists():
-        for line in described.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def summary(results: Sequence[BatchResult]) -> dict[str, float]:
-    """Median share of the ceiling over all batch sizes, by engine and fraction."""
-    shares: dict[str, list[float]] = {}
-    for result in results:
-        for one in result.ours:
-            shares.setdefault(f"{one.engine} at {one.fraction:g}", []).append(
-                one.share_of_ceiling(result.peers[result.best]))
-    return {name: median(values) for name, values in shares.items()}
+                ours[name] = runtime.engine.name, fraction, stats.multiply_adds_share
+        timings = alternate(calls, seconds=seconds,
+                            on_progress=partial(report, f"batch {batch}: {len(calls)} contestants taking turns"))
+        results.append(BatchResult(batch, tuple(Contestant(*ours[name], timings[name]) for name in ours),
+                                   {peer.name: timings[peer.name] for peer in measured}))
+    return Benchmark(model.arch, dtype, versions, cpu, load, left_out, tuple(results))

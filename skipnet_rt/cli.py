@@ -11,7 +11,6 @@ import inspect
 import io
 import json
 import os
-import platform
 import re
 import sys
 import warnings
@@ -20,7 +19,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO, get_args, get_origin, get_type_hints
@@ -34,14 +32,17 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from skipnet_rt import _C, __version__
+from skipnet_rt import __version__
 from skipnet_rt import demo as demonstration
 from skipnet_rt.arch import PUBLISHED, ArchError, BlockPlan, SkipNetArch, arch
+from skipnet_rt.benchmark import BATCHES, FRACTIONS, BatchResult, Benchmark, BenchmarkError, benchmark
 from skipnet_rt.checkpoint import CheckpointError, convert, load
 from skipnet_rt.data import DATASETS, DIGITS, Data, DataError, load_dataset
+from skipnet_rt.doctor import Diagnosis, diagnose
 from skipnet_rt.engines import EngineError, engines
 from skipnet_rt.evaluate import Evaluation, evaluate
-from skipnet_rt.model import SkipNet
+from skipnet_rt.model import SkipNet, build
+from skipnet_rt.peers import PEERS, Peer
 from skipnet_rt.preprocessing import CIFAR, IMAGENET, SVHN, Preprocessing
 from skipnet_rt.routing import NetworkCount, count_operations
 from skipnet_rt.runtime import SkipNetRuntime, compile
@@ -53,7 +54,7 @@ class CommandError(Exception):
     """What a user asked for cannot be done; the message is one clear line."""
 
 
-_MISTAKES = (CommandError, ArchError, CheckpointError, DataError, EngineError, TrainError)
+_MISTAKES = (CommandError, ArchError, BenchmarkError, CheckpointError, DataError, EngineError, TrainError)
 """What a user can get wrong, beside files. Anything else is a bug of ours and keeps its stack trace."""
 
 class DTypeName(str, Enum):
@@ -257,6 +258,9 @@ def draw(picture: Image.Image) -> str:
                      for upper, lower in zip(lit[::2], lit[1::2], strict=True))
 
 
+_UNSTEADY = "Times vary a lot from round to round: something else is running, and these figures are rough."
+
+
 def _print_timings(comparison: Comparison) -> None:
     threads = "" if comparison.device != "cpu" else f", {comparison.threads} thread{'s' * (comparison.threads > 1)}"
     table = Table()
@@ -274,7 +278,7 @@ def _print_timings(comparison: Comparison) -> None:
                  f"Skipping leaves {comparison.multiply_adds_share:.0%} of the multiply-adds. "
                  f"PyTorch dense: eager PyTorch without gates, {comparison.variant}.")
     if not comparison.steady:
-        _out.print("Times vary a lot from round to round: something else is running, and these figures are rough.")
+        _out.print(_UNSTEADY)
 
 
 # predict -------------------------------------------------------------------------------------------------------------
@@ -395,7 +399,7 @@ def evaluate_command(
         as_json: Json = False) -> None:
     """Measure accuracy and routing of a checkpoint on a data set's held-out images."""
     if plots:
-        _prepare_plots(plots)
+        _prepare_plots("--plots", plots)
     paths = [model_path, *(compare or [])]
     names, models = _names(paths), [_model(path) for path in paths]
     place = _checked_device(device)
@@ -475,12 +479,12 @@ def _groups(architecture: SkipNetArch) -> list[list[BlockPlan]]:
     return [list(members) for _, members in groupby(architecture.blocks, key=lambda plan: plan.group)]
 
 
-def _prepare_plots(folder: Path) -> None:
-    """Find out before a long evaluation, not after it, that its figures cannot be drawn."""
+def _prepare_plots(option: str, folder: Path) -> None:
+    """Find out before long work, not after it, that its figures cannot be drawn."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise CommandError("--plots needs matplotlib; install it with: pip install 'skipnet-rt[plots]'") from None
+        raise CommandError(f"{option} needs matplotlib; install it with: pip install 'skipnet-rt[plots]'") from None
     folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -501,6 +505,96 @@ def _drawn(folder: Path, evaluations: Sequence[Evaluation], names: Sequence[str]
         figures["accuracy_against_computation"] = analysis.accuracy_against_computation(
             networks, f"{dataset}, {len(evaluation)} images")
     return [analysis.save(figure, folder / f"{name}.png") for name, figure in figures.items()]
+
+
+# benchmark -----------------------------------------------------------------------------------------------------------
+
+@app.command("benchmark")
+def benchmark_command(
+        arch_name: Annotated[str, typer.Option(
+            "--arch", metavar="NAME", help="A published name; the weights are random.")] = "cifar10_rnn_gate_110",
+        model_path: Annotated[Path | None, typer.Option(
+            "--model", metavar="CKPT", help="A checkpoint instead, published or .safetensors.")] = None,
+        engine: Annotated[list[str] | None, typer.Option(
+            metavar="NAME", help=f"One of ours: auto, {', '.join(engines())}; may be given several times.",
+            show_default="cpu")] = None,
+        batch: Annotated[list[int] | None, typer.Option(
+            min=1, help="Images a call; may be given several times.",
+            show_default=", ".join(map(str, BATCHES)))] = None,
+        fraction: Annotated[list[float] | None, typer.Option(
+            min=0, max=1, help="Of the gated blocks to execute, others in each image; may be given several times.",
+            show_default=", ".join(map(str, FRACTIONS)))] = None,
+        dtype: Annotated[DTypeName, typer.Option(help="Of weights and activations.")] = DTypeName.float32,
+        threads: Annotated[int | None, typer.Option(min=1, help="Of every engine.", show_default="PyTorch's")] = None,
+        seconds: Annotated[float, typer.Option(min=0, help="To measure for, each batch size.")] = 10.0,
+        without: Annotated[list[str] | None, typer.Option(
+            metavar="PEER", help=f"Leave this one out: {' | '.join(peer.name for peer in PEERS)}.")] = None,
+        output: Annotated[Path | None, typer.Option(
+            metavar="DIR", help="Write the JSON document and a plot there.")] = None,
+        as_json: Json = False) -> None:
+    """Time our engines, skipping, beside dense engines on the CPU: all take turns, in one run."""
+    if output:
+        _prepare_plots("--output", output)
+    if threads:
+        torch.set_num_threads(threads)
+    peers = _peers_without(without or [])
+    torch.manual_seed(0)
+    model = load(model_path) if model_path else build(arch_name).eval()
+    with _progress() as progress:
+        task = progress.add_task("compiling", total=1.0)
+        found = benchmark(
+            model, engines=engine or ["cpu"], batches=batch or BATCHES, fractions=fraction or FRACTIONS,
+            dtype=getattr(torch, dtype.value), peers=peers, seconds=seconds,
+            on_progress=lambda what, share: progress.update(task, description=what, completed=share))
+    document = {"model": str(model_path) if model_path else None, **found.to_dict()}
+    name = f"cpu-{_names([model_path])[0] if model_path else arch_name}-{dtype.value}"
+    written = _written(output, name, document, found) if output else []
+    if as_json:
+        _print_json(document)
+        return
+    for result in found.results:
+        _print_batch(found, result)
+    _out.print("\nCeiling: the best dense engine's time, times the executed share of the multiply-adds. At 100% every "
+               "skipped block is\na saving in full; above it our kernels beat that engine's, too.")
+    for peer, reason in found.left_out.items():
+        _out.print(f"Without {peer}: {reason}", markup=False)
+    for path in written:
+        _out.print(f"Wrote {path}", markup=False, soft_wrap=True)
+
+
+def _peers_without(names: Sequence[str]) -> list[Peer]:
+    known = [peer.name for peer in PEERS]
+    for name in names:
+        if name not in known:
+            raise CommandError(f"no peer is called {name!r}; known: {', '.join(known)}")
+    return [peer for peer in PEERS if peer.name not in names]
+
+
+def _print_batch(found: Benchmark, result: BatchResult) -> None:
+    table = Table()
+    table.add_column("engine")
+    for heading in ("median", "p20", "p80", "x best dense", "x published", "share of the ceiling"):
+        table.add_column(heading, justify="right")
+    rows = [*((name, timing, "") for name, timing in result.peers.items()),
+            *((one.name, one.timing, f"{one.share_of_ceiling(result.best_dense):.0%}") for one in result.ours)]
+    for name, timing, share in rows:
+        table.add_row(name, *(f"{value:.2f}" for value in timing.to_dict().values()),
+                      f"{timing.speedup_over(result.best_dense):.2f}",
+                      f"{timing.speedup_over(result.published):.2f}" if result.published else "", share)
+    threads = found.cpu["threads"]
+    _print_table(f"{found.arch}, batch of {result.batch}: milliseconds ({threads} thread{'s' * (threads > 1)}, "
+                 f"{str(found.dtype)[6:]}, {result.rounds} alternating rounds)", table,
+                 f"Best dense engine: {result.best}.")
+    if not result.steady:
+        _out.print(_UNSTEADY)
+
+
+def _written(folder: Path, name: str, document: Mapping[str, Any], found: Benchmark) -> list[Path]:
+    from skipnet_rt import analysis
+
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return [path, analysis.save(analysis.time_against_computation(found), folder / f"{name}.png")]
 
 
 # train ---------------------------------------------------------------------------------------------------------------
@@ -688,90 +782,36 @@ def convert_command(
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Say what this installation can do, and check that it does it right. Exit status 1 if it does not."""
-    document = _diagnosis()
+    found = diagnose()
     if as_json:
-        _print_json(document)
+        _print_json(found.to_dict())
     else:
-        _out.print(_diagnosis_table(document))
-    if not document["ok"]:
+        _out.print(_diagnosis_table(found))
+    if not found.ok:
         raise typer.Exit(1)
 
 
-def _diagnosis() -> dict[str, Any]:
-    bundled: dict[str, Any] = {"present": True, "problem": None}
-    checks: list[demonstration.SelfCheck] = []
-    try:
-        checks = demonstration.self_check(demonstration.bundled_model())
-    except CheckpointError as error:
-        bundled = {"present": False, "problem": str(error)}
-    return {
-        "ok": bool(checks) and all(check.passed for check in checks),
-        "versions": {"skipnet-rt": __version__, "python": platform.python_version(), "platform": platform.platform(),
-                     **{name: _installed(name) for name in ("torch", "triton", "numpy", "torchvision", "matplotlib")}},
-        "cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads(),
-                "torch_capability": torch.backends.cpu.get_cpu_capability(), "instructions": _cpu_instructions()},
-        "cuda": {"sources": _C.cuda_build, "archs": _C.cuda_archs, **_gpus(),
-                 "torch_cuda": torch.version.cuda, "torch_sees": torch.cuda.device_count()},
-        "engines": {name: vars(availability) for name, availability in engines().items()},
-        "bundled_model": bundled, "self_checks": [vars(check) for check in checks],
-    }
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-_INSTRUCTIONS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16",
-                 "amx_int8", "asimd", "asimddp", "bf16", "i8mm", "sve")
-
-
-def _cpu_instructions() -> list[str]:
-    """The instruction sets that matter here, as Linux names them; empty on other systems."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return []
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    present = set(found[1].split()) if found else set()
-    return [name for name in _INSTRUCTIONS if name in present]
-
-
-def _gpus() -> dict[str, Any]:
-    """The GPUs that our own CUDA code sees, or why it sees none."""
-    if not hasattr(_C, "cuda_devices"):
-        return {"gpus": [], "problem": None}
-    try:
-        return {"gpus": [{"name": name, "capability": capability} for name, capability in _C.cuda_devices()],
-                "problem": None}
-    except RuntimeError as error:
-        return {"gpus": [], "problem": str(error)}
-
-
-def _diagnosis_table(document: Mapping[str, Any]) -> Table:
-    cpu, cuda, bundled = document["cpu"], document["cuda"], document["bundled_model"]
+def _diagnosis_table(found: Diagnosis) -> Table:
+    cpu, cuda, problem = found.cpu, found.cuda, found.bundled_problem
     table = Table.grid(padding=(0, 2))
 
     def row(name: str, value: str, style: str = "") -> None:
         table.add_row(name, Text(value, style))
 
-    for name, installed in document["versions"].items():
+    for name, installed in found.versions.items():
         row(name, installed or "not installed")
-    row("CPU", f"{cpu['cores']} cores, {cpu['threads']} threads, PyTorch uses {cpu['torch_capability']}; "
-               f"has {', '.join(cpu['instructions']) or 'unknown instructions'}")
+    row("CPU", f"{cpu['processor']}, {cpu['cores']} cores, {cpu['threads']} threads, PyTorch uses "
+               f"{cpu['torch_capability']}; has {', '.join(cpu['instructions']) or 'unknown instructions'}")
     row("CUDA sources", cuda["sources"])
     row("GPUs", ", ".join(f"{gpu['name']} ({gpu['capability']})" for gpu in cuda["gpus"])
         or cuda["problem"] or "none looked for")
     row("PyTorch's CUDA", f"{cuda['torch_cuda'] or 'none'}, {cuda['torch_sees']} devices")
-    for name, engine in document["engines"].items():
-        row(f"Engine {name}", "available" if engine["available"] else f"not available: {engine['reason']}",
-            "green" if engine["available"] else "yellow")
-    row("Bundled network", "there" if bundled["present"] else bundled["problem"], "" if bundled["present"] else "red")
-    for check in document["self_checks"]:
-        row(f"Check {check['engine']} on {check['device']}",
-            f"{'passed' if check['passed'] else 'FAILED'}; {check['detail']}", "green" if check["passed"] else "red")
+    for name, availability in found.engines.items():
+        row(f"Engine {name}", str(availability), "green" if availability else "yellow")
+    row("Bundled network", problem or "there", "red" if problem else "")
+    for check in found.self_checks:
+        row(f"Check {check.engine} on {check.device}", f"{'passed' if check.passed else 'FAILED'}; {check.detail}",
+            "green" if check.passed else "red")
     return table
 
 

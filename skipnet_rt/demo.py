@@ -1,4 +1,4 @@
-"""The bundled network on the bundled pictures: the demonstration, and the self-check that ``doctor`` runs."""
+"""The bundled network on the bundled pictures: the demonstration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from skipnet_rt.checkpoint import load
 from skipnet_rt.data import DIGITS, Pictures, digits_pictures
-from skipnet_rt.engines import EngineError, engines
+from skipnet_rt.engines import engines
 from skipnet_rt.engines.engine import Availability
 from skipnet_rt.evaluate import Evaluation, evaluate
 from skipnet_rt.model import SkipNet
@@ -29,9 +29,6 @@ BATCHES = {1: 16, 64: 64}
 
 _SECONDS = {1: 4.0, 64: 7.0}
 """How long each is timed."""
-
-LOGITS_TOLERANCE = 1e-4
-"""Relative norm within which an engine's float32 logits must agree with the eager engine's."""
 
 
 def bundled_model() -> SkipNet:
@@ -123,44 +120,3 @@ def demonstrate(on_progress: Callable[[str, float], None] | None = None) -> Demo
             comparisons.append(compare_with_dense(model, spread(digits, count), batch, device=device,
                                                   seconds=_SECONDS[batch], on_progress=progress))
     return Demonstration(evaluation, list(digits.pictures), comparisons, engines())
-
-
-@dataclass(frozen=True)
-class SelfCheck:
-    """One engine on one device against the eager engine on the CPU, in float32.
-
-    Attributes:
-        engine, device: what was checked.
-        passed: equal decisions, and logits within :data:`LOGITS_TOLERANCE`.
-        detail: what was found, in words.
-    """
-
-    engine: str
-    device: str
-    passed: bool
-    detail: str
-
-
-def self_check(model: SkipNet, images: int = 16) -> list[SelfCheck]:
-    """Classify a few held-out digits on every available engine and compare with the eager engine on the CPU.
-
-    Args:
-        model: the bundled network.
-        images: how many, evenly spread over the 360.
-    """
-    few = spread(held_out_digits(), images)
-    oracle = compile(model, engine="eager", device="cpu", dtype=torch.float32).infer(few)
-    checks = []
-    for name, availability in engines().items():
-        for device in devices() if availability else ():
-            try:
-                runtime = compile(model, engine=name, device=device, dtype=torch.float32)
-            except EngineError:
-                continue  # it does not run on this device
-            result = runtime.infer(few.to(device))
-            flips = int((result.executed.cpu() != oracle.executed).sum())
-            error = float((result.logits.cpu() - oracle.logits).norm() / oracle.logits.norm())
-            checks.append(SelfCheck(name, device, flips == 0 and error <= LOGITS_TOLERANCE,
-                                    f"{images} images: {flips} of {oracle.executed.numel()} decisions differ, "
-                                    f"relative error of the logits {error:.1e}"))
-    return checks

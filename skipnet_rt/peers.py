@@ -1,6 +1,7 @@
-"""Other engines to measure against: each runs the dense network of the same weights, every block executed.
+"""Other engines to measure against: the dense network of the same weights, every block executed, on the CPU.
 
-They are optional; what is not installed says so. ONNX Runtime and OpenVINO get one and the same ONNX graph.
+They are optional; what is not installed says so. ONNX Runtime and OpenVINO get one and the same ONNX graph. One peer is
+not dense: :data:`PUBLISHED_WAY`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from skipnet_rt.model import SkipNet
 from skipnet_rt.packing import PackedConvolution, PackedNetwork, pack
 from skipnet_rt.timing import DenseNetwork
 
-Call = Callable[[Tensor], object]
+Call = Callable[[Tensor], Tensor]
+"""Images, float32 ``[N, in_channels, H, W]``, to logits ``[N, num_classes]``."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Peer:
         name: as in tables.
         packages: what has to be installed.
         dtypes: in which it is worth measuring.
-        build: from a model, a batch of images and a dtype to what runs such a batch.
+        build: from a model, a batch of images and a dtype to what runs batches of this size.
     """
 
     name: str
@@ -103,10 +105,16 @@ def _compiled(model: SkipNet, images: Tensor, dtype: torch.dtype) -> Call:
     import torch._inductor.config as inductor
 
     network = DenseNetwork(model, torch.device("cpu"), dtype, torch.channels_last)
+    torch.compiler.reset()  # networks of other batch sizes count towards the limit beyond which it stops compiling
     compiled = torch.compile(network, dynamic=False)
-    with inductor.patch(freezing=True), torch.no_grad():
-        compiled(images.to(dtype))
-    return lambda batch: compiled(batch.to(dtype))
+
+    @torch.no_grad()  # as at the first call: in another mode it would compile again, without freezing
+    def run(batch: Tensor) -> Tensor:
+        return compiled(batch.to(dtype))
+
+    with inductor.patch(freezing=True):
+        run(images)
+    return run
 
 
 def _onnxruntime(model: SkipNet, images: Tensor, dtype: torch.dtype) -> Call:
@@ -117,7 +125,7 @@ def _onnxruntime(model: SkipNet, images: Tensor, dtype: torch.dtype) -> Call:
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(_graph_of(model, images), options, providers=["CPUExecutionProvider"])
-    return lambda batch: session.run(None, {"images": batch.numpy()})
+    return lambda batch: torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])
 
 
 def _openvino(model: SkipNet, images: Tensor, dtype: torch.dtype) -> Call:
@@ -130,11 +138,10 @@ def _openvino(model: SkipNet, images: Tensor, dtype: torch.dtype) -> Call:
         "PERFORMANCE_HINT": "LATENCY",
     })
     request = compiled.create_infer_request()
-    return lambda batch: request.infer([batch.numpy()])
+    return lambda batch: torch.from_numpy(request.infer([batch.numpy()])[0])
 
 
 def _published(model: SkipNet, images: Tensor, dtype: torch.dtype) -> Call:
-    """What the published code does: every block and every gate computed, the result chosen by the mask."""
     weights = {name: value.to(dtype) if value.is_floating_point() else value
                for name, value in model.state_dict().items()}
     with torch.device("meta"):
@@ -160,12 +167,15 @@ def _published(model: SkipNet, images: Tensor, dtype: torch.dtype) -> Call:
 
 _BOTH = (torch.float32, torch.bfloat16)
 
+PUBLISHED_WAY = Peer("published way", (), (torch.float32,), _published)
+"""What the published code does: every block and every gate computed, the result chosen by multiplying with 0 or 1."""
+
 PEERS: tuple[Peer, ...] = (
-    Peer("published code's way", (), (torch.float32,), _published),
-    Peer("PyTorch eager", (), _BOTH, _pytorch(torch.contiguous_format)),
-    Peer("PyTorch eager, channels-last", (), _BOTH, _pytorch(torch.channels_last)),
+    PUBLISHED_WAY,
+    Peer("PyTorch", (), _BOTH, _pytorch(torch.contiguous_format)),
+    Peer("PyTorch channels-last", (), _BOTH, _pytorch(torch.channels_last)),
     Peer("torch.compile", (), _BOTH, _compiled),
     Peer("ONNX Runtime", ("onnx", "onnxruntime"), (torch.float32,), _onnxruntime),
     Peer("OpenVINO", ("onnx", "openvino"), _BOTH, _openvino),
 )
-"""Every peer; dense but for the first, which has gates and computes every block all the same."""
+"""All of them."""

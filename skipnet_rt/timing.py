@@ -46,6 +46,11 @@ class Timing:
         """How many times faster than ``other``: the median over the rounds of ``other / self``."""
         return median(theirs / own for own, theirs in zip(self.seconds, other.seconds, strict=True))
 
+    @property
+    def steady(self) -> bool:
+        """The 80th percentile is not half as long again as the 20th: the machine had nothing else to do."""
+        return self.quantile(0.8) <= 1.5 * self.quantile(0.2)
+
     def to_dict(self) -> dict[str, float]:
         """Milliseconds: ``median``, ``p20`` and ``p80``."""
         return {"median": 1e3 * self.median, "p20": 1e3 * self.quantile(0.2), "p80": 1e3 * self.quantile(0.8)}
@@ -168,9 +173,9 @@ class Comparison:
 
     @property
     def steady(self) -> bool:
-        """No contestant's 80th percentile is half as long again as its 20th: the machine had nothing else to do."""
+        """No contestant's times vary much; see :attr:`Timing.steady`."""
         timings = [self.pytorch, *(part for timed in self.engines for part in (timed.skipping, timed.dense))]
-        return all(timing.quantile(0.8) <= 1.5 * timing.quantile(0.2) for timing in timings)
+        return all(timing.steady for timing in timings)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; times in milliseconds, shares in percent."""

@@ -24,6 +24,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -39,7 +40,7 @@ from skipnet_rt import checkpoint
 from skipnet_rt.arch import SkipNetArch, arch
 from skipnet_rt.card import ModelCard
 from skipnet_rt.data import Data, Split, load_dataset
-from skipnet_rt.gates import FeedforwardGate, RNNGate
+from skipnet_rt.gates import FeedforwardGate, PooledEmbedding, RNNGate
 from skipnet_rt.model import SkipNet, Trace, build
 
 Stages = Literal["supervised+hybrid", "supervised", "hybrid", "pure"]
@@ -90,8 +91,14 @@ class TrainConfig:
         rl_weight: factor of the policy gradient. At 1 (and gamma 1) the objective is the paper's. The published
             CIFAR code sums the policy gradient over a batch where it averages the supervised one: its 0.01 with
             batches of 128 is 1.28 here.
-        temperature: divides the gates' last linear layers when the hybrid stage begins; below 1 the sampled
-            decisions start closer to the hard ones.
+        temperature, final_temperature: what divides the gates' last linear layers in a reinforced stage's first epoch,
+            and in its last; geometrically in between. Above 1 routes are explored, below 1 the sampled decisions
+            come close to the hard ones, which are the same at any temperature.
+        gate_start: the gates when the hybrid stage begins: ``"kept"`` as they are, or ``"standardised"`` over 256
+            training images (RNNGate only), see :func:`standardise_gates`; again before each of the next epochs as
+            long as the policy gradient has not set in.
+        policy_warmup_epochs: first epochs of the hybrid stage without policy gradient: blocks get used to sampled
+            routes first. A network that has never skipped would teach its gates to run everything.
         gate_bias: added to the gates' last biases before training from scratch. Above 0 the blocks begin open;
             at 0 the gates may all close before the blocks have learned anything worth running.
         seed: of the weights, the data order, the augmentation and the sampled actions.
@@ -121,10 +128,13 @@ class TrainConfig:
     warmup_steps: int = 23
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    alpha: float = 2.0
+    alpha: float = 0.8
     gamma: float = 1.0
-    rl_weight: float = 0.2
-    temperature: float = 4.0
+    rl_weight: float = 0.3
+    temperature: float = 1.0
+    final_temperature: float = 0.1
+    gate_start: Literal["kept", "standardised"] = "standardised"
+    policy_warmup_epochs: int = 4
     gate_bias: float = 1.0
     seed: int = 0
     device: str = "cpu"
@@ -142,7 +152,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field, allowed in (("data", RECIPES), ("stages", OBJECTIVES), ("gate_mode", ("hard", "soft")),
                                ("supervised_schedule", SCHEDULES), ("reinforce_schedule", SCHEDULES),
-                               ("precision", PRECISIONS)):
+                               ("gate_start", ("kept", "standardised")), ("precision", PRECISIONS)):
             if getattr(self, field) not in allowed:
                 raise TrainError(f"{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
         for field, low, high in (("supervised_epochs", 0, math.inf), ("reinforce_epochs", 0, math.inf),
@@ -150,6 +160,7 @@ class TrainConfig:
                                  ("reinforce_lr", 0, math.inf), ("warmup_steps", 0, math.inf), ("momentum", 0, 1),
                                  ("weight_decay", 0, math.inf), ("alpha", -math.inf, math.inf), ("gamma", 0, 1),
                                  ("rl_weight", 0, math.inf), ("temperature", 1e-6, math.inf),
+                                 ("final_temperature", 1e-6, math.inf), ("policy_warmup_epochs", 0, math.inf),
                                  ("seed", 0, math.inf), ("workers", 0, math.inf)):
             if not low <= getattr(self, field) <= high:
                 raise TrainError(f"{field} must be from {low:g} to {high:g}, got {getattr(self, field)!r}")
@@ -184,7 +195,8 @@ PRECISIONS: dict[Precision, torch.dtype] = {
 _CIFAR_RECIPE: dict[str, Any] = dict(
     supervised_epochs=164, reinforce_epochs=26, batch_size=128, supervised_lr=0.1, reinforce_lr=1e-4,
     supervised_schedule="cifar", reinforce_schedule="constant", warmup_steps=400, weight_decay=1e-4,
-    alpha=0.1, rl_weight=1.28, temperature=1.0, gate_bias=0.0)
+    alpha=0.1, rl_weight=1.28, temperature=1.0, final_temperature=1.0, policy_warmup_epochs=0,
+    gate_start="kept", gate_bias=0.0)
 
 RECIPES: dict[str, dict[str, Any]] = {
     "digits": {},
@@ -196,7 +208,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         arch="imagenet_rnn_gate_34", supervised_epochs=120, reinforce_epochs=40, batch_size=256, supervised_lr=0.1,
         reinforce_lr=1e-4, supervised_schedule="imagenet", reinforce_schedule="imagenet", warmup_steps=0,
         weight_decay=1e-4, alpha=0.01, rl_weight=0.01, temperature=0.05,
-        gate_bias=0.0),
+        final_temperature=0.05, policy_warmup_epochs=0, gate_start="kept", gate_bias=0.0),
 }
 """Per data set, what differs from :class:`TrainConfig`'s defaults, which are those of digits."""
 
@@ -270,14 +282,15 @@ def policy_loss(log_probabilities: Tensor, advantages: Tensor) -> Tensor:
     return -(advantages.detach() * log_probabilities).sum(1).mean()
 
 
-def objective_loss(objective: Objective, trace: Trace, labels: Tensor, config: TrainConfig) -> Tensor:
+def objective_loss(objective: Objective, trace: Trace, labels: Tensor, *, alpha: float, gamma: float,
+                   rl_weight: float) -> Tensor:
     """The scalar to minimise for one batch.
 
     Args:
         objective: the stage.
         trace: a pass in training mode, ``trace.masks`` sampled in the reinforced stages.
         labels: ``[N]``, class numbers.
-        config: resolved; its alpha, gamma and rl_weight count.
+        alpha, gamma, rl_weight: as in :class:`TrainConfig`.
     """
     logits, gates = trace.logits.float(), trace.masks.shape[1]
     if objective == "supervised":
@@ -286,13 +299,13 @@ def objective_loss(objective: Objective, trace: Trace, labels: Tensor, config: T
     log_probabilities = -F.binary_cross_entropy_with_logits(gate_logits, actions, reduction="none")
     if objective == "hybrid":
         losses = F.cross_entropy(logits, labels, reduction="none")
-        rewards = cumulative_rewards(actions, losses, config.alpha, config.gamma)
-        return losses.mean() + config.rl_weight * policy_loss(log_probabilities, leave_one_out(rewards))
+        rewards = cumulative_rewards(actions, losses, alpha, gamma)
+        return losses.mean() + rl_weight * policy_loss(log_probabilities, leave_one_out(rewards))
     predicted = torch.multinomial(logits.detach().softmax(1), 1)
     wrong = (predicted.squeeze(1) != labels).float()
-    rewards = torch.cat((cumulative_rewards(actions, wrong, config.alpha, config.gamma), -wrong[:, None]), dim=1)
+    rewards = torch.cat((cumulative_rewards(actions, wrong, alpha, gamma), -wrong[:, None]), dim=1)
     log_probabilities = torch.cat((log_probabilities, logits.log_softmax(1).gather(1, predicted)), dim=1)
-    return config.rl_weight * policy_loss(log_probabilities, leave_one_out(rewards))
+    return rl_weight * policy_loss(log_probabilities, leave_one_out(rewards))
 
 
 # One run ------------------------------------------------------------------------------------------------------------
@@ -393,6 +406,27 @@ def sharpen_gates(model: SkipNet, temperature: float) -> None:
             parameter.div_(temperature)
 
 
+@torch.no_grad()
+def standardise_gates(model: SkipNet, images: Tensor) -> None:
+    """Let RNNGates see what tells these images ``[N, C, H, W]`` apart, and run half of the blocks on average.
+
+    Data-dependent initialisation (Salimans and Kingma, "Weight normalization", 2016, section 3): every embedded
+    feature gets mean 0 and deviation 1, the execute logits get mean 0. What pooled features have in common is far
+    larger than their differences: otherwise a gate sees little but the former, and learns to treat all images alike.
+    """
+    features: dict[PooledEmbedding, Tensor] = {}
+    gates = [module for module in model.modules() if isinstance(module, PooledEmbedding)]
+    hooks = [gate.register_forward_hook(lambda gate, _, output: features.update({gate: output})) for gate in gates]
+    model.eval().trace(images)
+    for hook in hooks:
+        hook.remove()
+    for gate, feature in features.items():
+        convolution, deviation = cast(nn.Conv2d, gate[1]), feature.std(0) + 1e-6
+        convolution.weight.div_(deviation.view(-1, 1, 1, 1))
+        cast(Tensor, convolution.bias).sub_(feature.mean(0)).div_(deviation)
+    open_gates(model, -float(model.trace(images).gate_logits[:, :model.arch.num_gates].mean()))
+
+
 class _Run:
     """A training in progress: between two epochs it is exactly what ``state.pt`` holds."""
 
@@ -418,16 +452,21 @@ class _Run:
         """One pass over the training split and one over the held-out one; adds a line to the history."""
         started = time.perf_counter()
         stage = next(stage for stage in self.stages if epoch < stage.end)
+        torch.manual_seed(_epoch_seed(self.config.seed, epoch))
         if epoch == stage.first:
             self.begin(stage)
-            if stage.objective != "supervised":
-                sharpen_gates(self.model, self.config.temperature)
-        torch.manual_seed(_epoch_seed(self.config.seed, epoch))
+        warmup_left = self.config.policy_warmup_epochs - (epoch - stage.first) if stage.objective == "hybrid" else -1
+        if warmup_left >= 0 and self.config.gate_start == "standardised" and self.model.arch.gate == "rnn":
+            standardise_gates(self.model, self._some_images(256))
+        if stage.objective != "supervised":
+            before = self._temperature(stage, epoch - 1) if epoch > stage.first else 1.0
+            sharpen_gates(self.model, self._temperature(stage, epoch) / before)
         self.model.train()
+        rl_weight = 0.0 if warmup_left > 0 else self.config.rl_weight
         meter = _Meter(self.model.arch.num_gates)
         for step, (images, labels) in enumerate(self._batches(self.data.train, shuffle=True)):
             lr = stage.lr((epoch - stage.first) * self.steps + step, stage.epochs * self.steps)
-            self._train_step(stage.objective, lr, images, labels, meter)
+            self._train_step(stage.objective, lr, rl_weight, images, labels, meter)
             progress.update(task, advance=1, description=f"{stage.objective} {epoch + 1}/{self.epochs}: {meter}")
         held_out = self._measure()
         self.history.append({
@@ -438,12 +477,18 @@ class _Run:
         progress.console.print(f"epoch {epoch + 1}/{self.epochs} ({stage.objective}): {meter}; "
                                f"held out: {held_out}", highlight=False)
 
-    def _train_step(self, objective: Objective, lr: float, images: Tensor, labels: Tensor, meter: _Meter) -> None:
+    def _temperature(self, stage: _Stage, epoch: int) -> float:
+        first, last = self.config.temperature, self.config.final_temperature
+        return first * (last / first) ** ((epoch - stage.first) / max(1, stage.epochs - 1))
+
+    def _train_step(self, objective: Objective, lr: float, rl_weight: float, images: Tensor, labels: Tensor,
+                    meter: _Meter) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with self._autocast():
             trace = self.model.trace(images)
-        loss = objective_loss(objective, trace, labels, self.config)
+        loss = objective_loss(objective, trace, labels, alpha=self.config.alpha, gamma=self.config.gamma,
+                              rl_weight=rl_weight)
         if not math.isfinite(value := float(loss.detach())):
             raise TrainError(f"the loss became {value} in epoch {len(self.history) + 1}; try a lower learning rate")
         self.optimizer.zero_grad()
@@ -469,6 +514,11 @@ class _Run:
         for images, labels in loader:
             yield (images.to(self.device, non_blocking=True, memory_format=torch.channels_last),
                    labels.to(self.device, non_blocking=True))
+
+    def _some_images(self, count: int) -> Tensor:
+        """The first training images of a shuffle, augmented as in training."""
+        batches = self._batches(self.data.train, shuffle=True)
+        return torch.cat([images for images, _ in islice(batches, math.ceil(count / self.config.batch_size))])[:count]
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, PRECISIONS[self.config.precision],

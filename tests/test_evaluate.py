@@ -9,7 +9,8 @@ from networks import SMALL, relative_error, small_images, small_model
 from torch.utils.data import TensorDataset
 
 import skipnet_rt as srt
-from skipnet_rt.demo import bundled_model, held_out_digits, self_check
+from skipnet_rt.demo import bundled_model, held_out_digits
+from skipnet_rt.doctor import self_check
 from skipnet_rt.engines import REGISTRY
 from skipnet_rt.evaluate import evaluate
 from skipnet_rt.timing import MIN_ROUNDS, Comparison, DenseNetwork, EngineTiming, Timing, alternate, compare_with_dense

@@ -5,44 +5,71 @@
 #include <vector>
 
 #include "../gate.h"
+#include "threads.h"
 
 namespace skipnet::cpu {
 namespace {
 
-float to_float(float value) { return value; }
+// For loops that the compiler vectorises: it makes a copy for each instruction set, and the loader chooses.
+// No sum is reordered by that: every lane is a channel or a class of its own.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define SKIPNET_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define SKIPNET_CLONES
+#endif
 
-float to_float(std::uint16_t bfloat16) {
-    const std::uint32_t bits = static_cast<std::uint32_t>(bfloat16) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
+SKIPNET_CLONES void add(const float* from, int count, float* sums) {
+    for (int i = 0; i < count; ++i) sums[i] += from[i];
 }
 
-// One image, pixels in ascending order whatever the batch: the order is part of the result.
+SKIPNET_CLONES void add(const std::uint16_t* bfloat16, int count, float* sums) {
+    for (int i = 0; i < count; ++i) {
+        const std::uint32_t bits = static_cast<std::uint32_t>(bfloat16[i]) << 16;
+        float value;
+        std::memcpy(&value, &bits, sizeof value);
+        sums[i] += value;
+    }
+}
+
+SKIPNET_CLONES void add_scaled(const float* from, float scale, int count, float* sums) {
+    for (int i = 0; i < count; ++i) sums[i] += scale * from[i];
+}
+
+struct Pooling {
+    const Activation& activation;
+    const std::int64_t* rows;
+    std::int64_t count;
+    float* pooled;
+};
+
+// Some channels of every listed image, pixels in ascending order whatever the batch: the order is part of the result.
 template <typename Element>
-void pool_image(const Element* image /* [pixels, channels] */, int pixels, int channels, float* pooled) {
-    std::fill_n(pooled, channels, 0.0f);
-    for (int pixel = 0; pixel < pixels; ++pixel, image += channels)
-        for (int channel = 0; channel < channels; ++channel) pooled[channel] += to_float(image[channel]);
-    for (int channel = 0; channel < channels; ++channel) pooled[channel] /= static_cast<float>(pixels);
+void pool_channels(const Pooling& job, int first, int last) {
+    const Activation& x = job.activation;
+    for (std::int64_t i = 0; i < job.count; ++i) {
+        const Element* from = static_cast<const Element*>(x.data) + job.rows[i] * x.pixels * x.channels + first;
+        float* to = job.pooled + job.rows[i] * x.channels + first;
+        std::fill_n(to, last - first, 0.0f);
+        for (int pixel = 0; pixel < x.pixels; ++pixel) add(from + static_cast<std::int64_t>(pixel) * x.channels, last - first, to);
+        for (int channel = 0; channel < last - first; ++channel) to[channel] /= static_cast<float>(x.pixels);
+    }
 }
 
-template <typename Element>
-void pool_rows(const Activation& activation, const std::int64_t* rows, std::int64_t count, float* pooled) {
-    const auto* data = static_cast<const Element*>(activation.data);
-    const std::int64_t image_size = static_cast<std::int64_t>(activation.pixels) * activation.channels;
-    for (std::int64_t i = 0; i < count; ++i)
-        pool_image(data + rows[i] * image_size, activation.pixels, activation.channels,
-                   pooled + rows[i] * activation.channels);
-}
+constexpr std::int64_t kWorthwhile = 1 << 16;  // elements: below, waking a thread takes longer than the work
 
 }  // namespace
 
-void pool(const Activation& activation, const std::int64_t* rows, std::int64_t count, float* pooled) {
-    if (activation.bfloat16)
-        pool_rows<std::uint16_t>(activation, rows, count, pooled);
-    else
-        pool_rows<float>(activation, rows, count, pooled);
+void pool(const Activation& activation, const std::int64_t* rows, std::int64_t count, float* pooled, int threads) {
+    Pooling job{activation, rows, count, pooled};
+    const bool small = count * activation.pixels * activation.channels < kWorthwhile;
+    run_threads(small ? 1 : threads, [](void* context, int rank, int size) {
+        const auto& job = *static_cast<const Pooling*>(context);
+        const int channels = job.activation.channels, first = channels * rank / size, last = channels * (rank + 1) / size;
+        if (job.activation.bfloat16)
+            pool_channels<std::uint16_t>(job, first, last);
+        else
+            pool_channels<float>(job, first, last);
+    }, &job);
 }
 
 std::int64_t compact(const bool* executed, int batch, std::int64_t* rows) {
@@ -83,7 +110,7 @@ void classify(const float* pooled, int batch, int channels, const float* weight,
     for (int image = 0; image < batch; ++image, pooled += channels, logits += classes) {
         std::copy_n(bias, classes, logits);
         for (int channel = 0; channel < channels; ++channel)
-            for (int k = 0; k < classes; ++k) logits[k] += pooled[channel] * weight[channel * classes + k];
+            add_scaled(weight + static_cast<std::int64_t>(channel) * classes, pooled[channel], classes, logits);
     }
 }
 

@@ -14,9 +14,9 @@ struct Activation {
     int batch, pixels, channels;
 };
 
-// Average over the pixels of the images in `rows`, accumulated in float32.
+// Average over the pixels of the images in `rows`, accumulated in float32. At most `threads` share the channels.
 void pool(const Activation& activation, const std::int64_t* rows /* [count] */, std::int64_t count,
-          float* pooled /* [batch, channels] */);
+          float* pooled /* [batch, channels] */, int threads);
 
 // The executing images in order; returns their number. The rest of `rows` is left alone.
 std::int64_t compact(const bool* executed /* [batch] */, int batch, std::int64_t* rows /* [batch] */);

@@ -104,7 +104,8 @@ class CompactedCpuEngine(CpuEngine, WalkingEngine):
             if decisions.pooled is None or decisions.pooled.shape[1] != x.shape[3]:
                 decisions.pooled = _pool(x)
             else:  # an image that skipped the block keeps its feature
-                _C.pool(_pixels(x), decisions.rows[:decisions.count].numpy(), decisions.pooled.numpy())
+                _C.pool(_pixels(x), decisions.rows[:decisions.count].numpy(), decisions.pooled.numpy(),
+                        torch.get_num_threads())
             decisions.count = gate.step(decisions.pooled.numpy(), decisions.hidden.numpy(), decisions.cell.numpy(),
                                         *arrays)
         else:
@@ -165,5 +166,5 @@ def _pixels(x: Tensor) -> np.ndarray:
 def _pool(x: Tensor) -> Tensor:
     """Global average of ``[N, H, W, C]``, float32 ``[N, C]``."""
     pooled = torch.empty(x.shape[0], x.shape[3])
-    _C.pool(_pixels(x), torch.arange(len(x)).numpy(), pooled.numpy())
+    _C.pool(_pixels(x), torch.arange(len(x)).numpy(), pooled.numpy(), torch.get_num_threads())
     return pooled

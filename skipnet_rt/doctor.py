@@ -1,0 +1,117 @@
+"""What this installation can do, and whether it does it right: every engine against the eager one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from skipnet_rt import _C, machine
+from skipnet_rt.checkpoint import CheckpointError
+from skipnet_rt.demo import bundled_model, devices, held_out_digits, spread
+from skipnet_rt.engines import EngineError, engines
+from skipnet_rt.engines.engine import Availability
+from skipnet_rt.model import SkipNet
+from skipnet_rt.runtime import compile
+from skipnet_rt.tolerances import TOLERANCES
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """One engine on one device against the eager engine on the CPU, in float32.
+
+    Attributes:
+        engine, device: what was checked.
+        passed: equal decisions, and logits within float32's tolerance; see :mod:`skipnet_rt.tolerances`.
+        detail: what was found, in words.
+    """
+
+    engine: str
+    device: str
+    passed: bool
+    detail: str
+
+
+def self_check(model: SkipNet, images: int = 16) -> list[SelfCheck]:
+    """Classify a few held-out digits on every available engine and compare with the eager engine on the CPU.
+
+    Args:
+        model: the bundled network.
+        images: how many, evenly spread over the 360.
+    """
+    tolerance = TOLERANCES[torch.float32].logits
+    assert tolerance is not None
+    few = spread(held_out_digits(), images)
+    oracle = compile(model, engine="eager", device="cpu", dtype=torch.float32).infer(few)
+    checks = []
+    for name, availability in engines().items():
+        for device in devices() if availability else ():
+            try:
+                runtime = compile(model, engine=name, device=device, dtype=torch.float32)
+            except EngineError:
+                continue  # it does not run on this device
+            result = runtime.infer(few.to(device))
+            flips = int((result.executed.cpu() != oracle.executed).sum())
+            error = float((result.logits.cpu() - oracle.logits).norm() / oracle.logits.norm())
+            checks.append(SelfCheck(name, device, flips == 0 and error <= tolerance,
+                                    f"{images} images: {flips} of {oracle.executed.numel()} decisions differ, "
+                                    f"relative error of the logits {error:.1e}"))
+    return checks
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What :func:`diagnose` found.
+
+    Attributes:
+        versions, cpu: of the machine; see :mod:`skipnet_rt.machine`.
+        cuda: what our CUDA sources were built for, the GPUs that they and PyTorch see, and the problem if any.
+        engines: every engine's availability.
+        bundled_problem: why the bundled network cannot be loaded, or None. Without it there are no self-checks.
+        self_checks: one for each available engine and device.
+    """
+
+    versions: dict[str, str | None]
+    cpu: dict[str, Any]
+    cuda: dict[str, Any]
+    engines: dict[str, Availability]
+    bundled_problem: str | None
+    self_checks: list[SelfCheck]
+
+    @property
+    def ok(self) -> bool:
+        """There is something to check, and all of it is right."""
+        return bool(self.self_checks) and all(check.passed for check in self.self_checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "ok": self.ok, "versions": self.versions, "cpu": self.cpu, "cuda": self.cuda,
+            "engines": {name: vars(availability) for name, availability in self.engines.items()},
+            "bundled_model": {"present": self.bundled_problem is None, "problem": self.bundled_problem},
+            "self_checks": [vars(check) for check in self.self_checks],
+        }
+
+
+def diagnose() -> Diagnosis:
+    """Look at everything that can be wrong with an installation."""
+    problem, checks = None, []
+    try:
+        checks = self_check(bundled_model())
+    except CheckpointError as error:
+        problem = str(error)
+    return Diagnosis(machine.versions(), machine.cpu(), _cuda(), engines(), problem, checks)
+
+
+def _cuda() -> dict[str, Any]:
+    """GPUs as our own CUDA code sees them, or why it sees none, beside what PyTorch sees."""
+    gpus: list[dict[str, str]] = []
+    problem = None
+    if hasattr(_C, "cuda_devices"):
+        try:
+            gpus = [{"name": name, "capability": capability} for name, capability in _C.cuda_devices()]
+        except RuntimeError as error:
+            problem = str(error)
+    return {"sources": _C.cuda_build, "archs": _C.cuda_archs, "gpus": gpus, "problem": problem,
+            "torch_cuda": torch.version.cuda, "torch_sees": torch.cuda.device_count()}
