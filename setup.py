@@ -14,7 +14,7 @@ from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
 sys.path.insert(0, str(Path(__file__).parent / "csrc"))
-from variants import MACROS, VARIANTS
+from variants import MACROS, VARIANT_SOURCES, VARIANTS
 
 # What a wheel holds. 90a and 100a are the architecture-specific variants; the highest one also comes as PTX.
 ALL_ARCHS = ("80", "86", "89", "90a", "100", "120")
@@ -66,12 +66,12 @@ class BuildExtension(build_ext):
         super().build_extension(ext)
 
     def add_variants(self, ext: Pybind11Extension) -> None:
-        """Compile the resident CPU network for each instruction set, with fused multiply-adds where there are any."""
+        """Compile the CPU kernels for each instruction set, with fused multiply-adds where there are any."""
         ext.define_macros += MACROS
-        for name, width, flags in VARIANTS:
+        for isa, width, flags in VARIANTS:
             ext.extra_objects += self.compiler.compile(
-                ["csrc/cpu/resident.cpp"], output_dir=str(Path(self.build_temp) / name),
-                macros=[("SKIPNET_ISA", name), ("SKIPNET_WIDTH", str(width))], depends=ext.depends,
+                [f"csrc/cpu/{name}" for name in VARIANT_SOURCES], output_dir=str(Path(self.build_temp) / isa),
+                macros=[("SKIPNET_ISA", isa), ("SKIPNET_WIDTH", str(width))], depends=ext.depends,
                 extra_postargs=["-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=fast", *flags])
 
     def add_cuda(self, ext: Pybind11Extension, nvcc: str) -> str:
@@ -99,7 +99,7 @@ setup(
     ext_modules=[Pybind11Extension(
         "skipnet_rt._C",
         sorted(["csrc/bindings.cpp", *(str(path) for path in Path("csrc/cpu").glob("*.cpp")
-                                       if path.name != "resident.cpp")]),
+                                       if path.name not in VARIANT_SOURCES)]),
         depends=[str(path) for path in Path("csrc").rglob("*.h")],
         cxx_std=17,
         # No contraction by the compiler: one rounding sequence, whatever instruction set it builds for.

@@ -1,6 +1,12 @@
-"""Microbenchmarks of the native gate step: ``pytest benchmarks/bench_kernels.py --benchmark-enable``."""
+"""Microbenchmarks of the native CPU code: ``pytest benchmarks/bench_kernels.py --benchmark-enable``.
+
+Convolutions run on one thread; the group's extra columns are GFLOP/s, counted as a direct convolution counts them, and
+their share of what this core does in nothing but fused multiply-adds. Winograd can exceed 100 %.
+"""
 
 from __future__ import annotations
+
+import time
 
 import numpy as np
 import pytest
@@ -64,3 +70,32 @@ def test_pool(benchmark: BenchmarkFixture, pixels: int, channels: int) -> None:
     """Global average pool of eight images at the three groups' shapes."""
     activation = np.ones((8, pixels, channels), np.float32)
     benchmark(_C.pool, activation, np.arange(8), np.empty((8, channels), np.float32))
+
+
+@pytest.fixture(scope="module")
+def peak() -> float:
+    """Operations a second of one core in fused multiply-adds alone, with the best instruction set."""
+    best = 0.0
+    for _ in range(5):
+        started = time.perf_counter()
+        best = max(best, _C.multiply_add(2_000_000, _C.instruction_sets()[0]) / (time.perf_counter() - started))
+    return best
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize(("kernel", "stride", "channels_in", "channels_out", "size"), [
+    (3, 1, 3, 16, 32), (3, 1, 16, 16, 32), (3, 1, 32, 32, 16), (3, 1, 64, 64, 8),
+    (3, 2, 16, 32, 32), (3, 2, 32, 64, 16), (1, 2, 16, 32, 32), (1, 2, 32, 64, 16)])
+def test_convolution(benchmark: BenchmarkFixture, peak: float, kernel: int, stride: int, channels_in: int,
+                     channels_out: int, size: int, batch: int) -> None:
+    """Every convolution shape of the CIFAR networks, as the resident engine runs it."""
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((channels_out, channels_in, kernel, kernel), np.float32)
+    layer = (weight, np.zeros(channels_out, np.float32), stride)
+    alone = _C.Convolution(layer, batch, (size, size), _C.instruction_sets()[0])
+    alone.load(rng.standard_normal((batch, size, size, channels_in), np.float32))
+    benchmark(alone.run)
+    if benchmark.stats is not None:
+        operations = 2 * weight.size * (size // stride) ** 2 * batch
+        rate = operations / benchmark.stats.stats.median
+        benchmark.extra_info.update({"GFLOP/s": round(rate / 1e9, 1), "share of peak": round(rate / peak, 2)})

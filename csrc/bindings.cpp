@@ -9,6 +9,7 @@
 #include "check.h"
 #include "cpu/gate_step.h"
 #include "cpu/resident.h"
+#include "cpu/standalone.h"
 #ifdef SKIPNET_CUDA_ARCHS
 #include "cuda/devices.h"
 #endif
@@ -264,6 +265,34 @@ private:
     std::unique_ptr<cpu::Resident> resident_;
 };
 
+// One convolution by itself.
+class Convolution {
+public:
+    Convolution(const Layer& layer, int batch, std::pair<int, int> image_size, const std::string& instruction_set)
+        : weights_(convolution_of(layer)), batch_(batch), height_(image_size.first), width_(image_size.second) {
+        check(batch >= 1 && height_ >= 1 && width_ >= 1, "batch and image_size: expected 1 or more");
+        standalone_ = cpu::make_standalone(weights_, batch, height_, width_, instruction_set);
+    }
+    void load(const Array<float>& x) {
+        check_shape(x, "x", {batch_, height_, width_, weights_.in});
+        standalone_->load(x.data());
+    }
+    void run() {
+        py::gil_scoped_release released;
+        standalone_->run();
+    }
+    Array<float> read() const {
+        Array<float> y({batch_, standalone_->out_height(), standalone_->out_width(), weights_.out});
+        standalone_->read(y.mutable_data());
+        return y;
+    }
+
+private:
+    cpu::ConvolutionWeights weights_;  // its pointers are not used after construction
+    int batch_, height_, width_;
+    std::unique_ptr<cpu::Standalone> standalone_;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -312,6 +341,16 @@ PYBIND11_MODULE(_C, module) {
              py::arg("executed").noconvert(), py::arg("forced").noconvert().none(true),
              py::arg("hidden").noconvert(), py::arg("cell").noconvert(), py::arg("threads"),
              "Images to logits and decisions, all written in place.");
+    py::class_<Convolution>(module, "Convolution",
+                            "relu(convolution(x) + bias) by itself, on one thread, to be tested and measured.")
+        .def(py::init<const Layer&, int, std::pair<int, int>, const std::string&>(), py::arg("layer"),
+             py::arg("batch"), py::arg("image_size"), py::arg("instruction_set"))
+        .def("load", &Convolution::load, py::arg("x").noconvert(), "Set the input, [batch, height, width, in].")
+        .def("run", &Convolution::run)
+        .def("read", &Convolution::read, "The output, [batch, height, width, out].");
+    module.def("multiply_add", &cpu::multiply_add, py::arg("rounds"), py::arg("instruction_set"),
+               py::call_guard<py::gil_scoped_release>(),
+               "Fused multiply-adds and nothing else, on one thread; returns the number of operations, for the peak.");
     module.def("instruction_sets", &cpu::instruction_sets, "What this machine can run of what was built, best first.");
 
     module.def("pool", &pool, py::arg("activation").noconvert(), py::arg("rows").noconvert(),

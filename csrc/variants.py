@@ -1,6 +1,9 @@
-"""The instruction sets that csrc/cpu/resident.cpp is compiled for; setup.py and the sanitizer tests read this."""
+"""What is compiled once for each instruction set; setup.py and the sanitizer tests read this."""
 
 import platform
+
+# In csrc/cpu/.
+VARIANT_SOURCES = ("resident.cpp", "standalone.cpp")
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 

@@ -11,17 +11,16 @@ import inspect
 import io
 import json
 import os
-import re
 import sys
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TextIO
 
 import torch
 import typer
@@ -42,6 +41,7 @@ from skipnet_rt.doctor import Diagnosis, diagnose
 from skipnet_rt.engines import EngineError, engines
 from skipnet_rt.evaluate import Evaluation, evaluate
 from skipnet_rt.model import SkipNet, build
+from skipnet_rt.options import field_options
 from skipnet_rt.peers import PEERS, Peer
 from skipnet_rt.preprocessing import CIFAR, IMAGENET, SVHN, Preprocessing
 from skipnet_rt.routing import NetworkCount, count_operations
@@ -599,43 +599,8 @@ def _written(folder: Path, name: str, document: Mapping[str, Any], found: Benchm
 
 # train ---------------------------------------------------------------------------------------------------------------
 
-def attribute_help(kind: type) -> dict[str, str]:
-    """What the ``Attributes:`` section of a class's docstring says of each of its attributes, in plain text."""
-    text = inspect.getdoc(kind) or ""
-    section = re.search(r"^Attributes:\n((?: .*\n|\n)*)", text + "\n", re.MULTILINE)
-    entries = re.findall(r"^ {4}(\w[\w, ]*): (.*(?:\n {8}.*)*)", section[1] if section else "", re.MULTILINE)
-    helps = {}
-    for names, words in entries:
-        text = re.sub(r",? see :\w+:`[^`]*`", "", " ".join(words.split()))  # no use in a terminal
-        text = re.sub(r":\w+:`([^`]*)`|``([^`]*)``", r"\1\2", text)
-        helps.update(dict.fromkeys(names.split(", "), text))
-    return helps
-
-
-def _train_options() -> list[inspect.Parameter]:
-    """An option for every field of :class:`TrainConfig`: named, typed, explained and defaulted as it is there.
-
-    None, the value of an option that is not given, leaves the choice to the data set's recipe.
-    """
-    hints, options = get_type_hints(TrainConfig), []
-    helps = attribute_help(TrainConfig) | {"data": f"name of the data set: {', '.join(RECIPES)}."}
-    for field in fields(TrainConfig):
-        option = typer.Option(f"--{field.name.replace('_', '-')}", help=helps[field.name],
-                              show_default=False if field.default in (None, False) else str(field.default))
-        options.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None,
-                                         annotation=Annotated[_option_type(hints[field.name]) | None, option]))
-    return options
-
-
-def _option_type(hint: Any) -> Any:
-    """What typer parses for a field: for a choice an enumeration; of a union the first member, the one to be typed."""
-    if get_origin(hint) is Literal:
-        return Enum("Choice", {value: value for value in get_args(hint)})
-    return get_args(hint)[0] if get_args(hint) else hint
-
-
 def train_config(options: Mapping[str, Any]) -> TrainConfig:
-    """The configuration that options ask for: the data set's recipe, changed by those that are not None."""
+    """The configuration that options ask for: the data set's recipe, changed by those that were given."""
     given = {name: value.value if isinstance(value, Enum) else value for name, value in options.items()
              if value is not None}
     return TrainConfig.for_data(given.pop("data", TrainConfig.data), **given)
@@ -664,7 +629,8 @@ def _train_command(as_json: bool, **options: Any) -> None:
 
 
 _train_command.__signature__ = inspect.Signature([  # type: ignore[attr-defined]
-    *_train_options(), inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)])
+    *field_options(TrainConfig, {"data": f"name of the data set: {', '.join(RECIPES)}."}),
+    inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)])
 _train_command.__annotations__ = {
     name: parameter.annotation for name, parameter in inspect.signature(_train_command).parameters.items()}
 app.command("train")(_train_command)

@@ -62,7 +62,7 @@ def alternate(calls: Mapping[str, Callable[[], object]], *, seconds: float, devi
 
     Args:
         calls: the contestants; each is called once beforehand to warm up.
-        seconds: how long to go on; there are at least :data:`MIN_ROUNDS` rounds.
+        seconds: how long to go on; there are at least :data:`MIN_ROUNDS` rounds, and with 0 no more.
         device: waited for before the clock is read, unless it is a CPU.
         per: a call's time is divided by this: the number of batches it works off, say.
         on_progress: told the share of the time that has passed, after every round.
@@ -83,7 +83,7 @@ def alternate(calls: Mapping[str, Callable[[], object]], *, seconds: float, devi
             samples[name].append((time.perf_counter() - begun) / per)
         rounds, elapsed = rounds + 1, time.perf_counter() - started
         if on_progress:
-            on_progress(min(1.0, elapsed / seconds))
+            on_progress(min(rounds / MIN_ROUNDS, elapsed / seconds, 1.0) if seconds else rounds / MIN_ROUNDS)
     return {name: Timing(tuple(taken)) for name, taken in samples.items()}
 
 

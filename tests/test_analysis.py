@@ -11,8 +11,11 @@ from PIL import Image
 from torch.utils.data import TensorDataset
 
 import skipnet_rt as srt
+from skipnet_rt.benchmark import BatchResult, Benchmark, Contestant
 from skipnet_rt.evaluate import Evaluation, evaluate
+from skipnet_rt.peers import PEERS, PUBLISHED_WAY
 from skipnet_rt.preprocessing import CIFAR
+from skipnet_rt.timing import Timing
 
 analysis = pytest.importorskip("skipnet_rt.analysis", exc_type=ImportError)
 Text = pytest.importorskip("matplotlib.text").Text
@@ -31,6 +34,17 @@ def evaluation() -> Evaluation:
 def dense() -> Evaluation:
     images = small_images("dense", 4)
     return evaluate(srt.compile(small_model("dense")), TensorDataset(images, torch.arange(4)))
+
+
+def benchmarked(batches: tuple[int, ...] = (1, 8, 64), engines: tuple[str, ...] = ("cpu",)) -> Benchmark:
+    """Made up: dense engines take a second a batch, ours half of their share, the published way three seconds."""
+    def timing(seconds: float) -> Timing:
+        return Timing((seconds,) * 3)
+
+    results = tuple(BatchResult(
+        batch, tuple(Contestant(engine, share, share, timing(share / 2)) for engine in engines for share in (1, 0.5)),
+        {peer.name: timing(3 if peer is PUBLISHED_WAY else 1) for peer in PEERS}) for batch in batches)
+    return Benchmark(srt.arch("cifar10_rnn_gate_110"), torch.float32, {}, {"threads": 2}, None, {}, results)
 
 
 def shown_texts(figure) -> set[Text]:
@@ -121,14 +135,30 @@ def test_points_stand_at_accuracy_and_multiply_adds(evaluation, dense):
     assert [line.get_ydata()[0] for line in reference] == [pytest.approx(100 * dense.accuracy)]
 
 
+def test_lines_are_what_was_measured():
+    left, right = analysis.time_against_computation(benchmarked((1, 8), ("cpu", "eager"))).axes
+    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in left.lines}
+    assert lines.pop("ceiling: time in proportion") == ([0, 100], [0, 100])
+    best = benchmarked().results[0].best
+    assert lines == {f"{engine}, batch {batch} (dense: {best})": ([50, 100], [25, 50])
+                     for engine in ("cpu", "eager") for batch in (1, 8)}
+    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in right.lines}
+    assert lines["published way"] == ([1, 8], [3000, 375])
+    assert lines["cpu, 50% executed"] == ([1, 8], [250, 31.25])
+    assert len(lines) == len(PEERS) + 4
+
+
 @pytest.mark.parametrize("draw", [
     analysis.execution_rates,
     lambda evaluation: analysis.skipped_by_class(evaluation, LABELS),
     lambda evaluation: analysis.skipped_by_class(evaluation, ["a class with a really rather long name"] * 7),
     lambda evaluation: analysis.easiest_and_hardest(evaluation, lambda number: np.zeros((4, 4, 3), np.uint8), LABELS),
     lambda evaluation: analysis.accuracy_against_computation([analysis.TradeOff.of("x", evaluation)], "some data"),
+    lambda evaluation: analysis.time_against_computation(benchmarked()),
+    lambda evaluation: analysis.time_against_computation(benchmarked((1,), ("cpu", "eager"))),
 ], ids=["execution_rates", "skipped_by_class", "skipped_by_class, long names",
-        "easiest_and_hardest", "accuracy_against_computation"])
+        "easiest_and_hardest", "accuracy_against_computation", "time_against_computation",
+        "time_against_computation, one batch size"])
 @pytest.mark.filterwarnings("error")  # matplotlib warns where a layout leaves no room
 def test_nothing_is_cut_off_or_written_over(evaluation, draw, tmp_path):
     """No two texts of a figure overlap, and the file is a picture of a decent size."""

@@ -26,7 +26,7 @@ from skipnet_rt.evaluate import evaluate
 from skipnet_rt.train import RECIPES, TrainConfig
 
 ARCH = srt.SkipNetArch("cifar", "basic", (2, 2, 2), (8, 8, 16), "rnn")
-COMMANDS = ("demo", "predict", "evaluate", "train", "inspect", "convert", "doctor")
+COMMANDS = ("demo", "predict", "evaluate", "benchmark", "train", "inspect", "convert", "doctor")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -118,7 +118,8 @@ def test_installed_command_is_ours():
 @pytest.mark.parametrize("arguments", [
     ["unknown"], ["predict"], ["inspect"], ["convert", "one"], ["evaluate", "--unknown"],
     ["evaluate", "--dtype", "int8"], ["evaluate", "--batch-size", "0"], ["predict", "--top", "0", "x.png"],
-    ["train", "--stages", "all"], ["train", "--seed", "x"], ["predict", "--preprocessing", "mnist", "x.png"]])
+    ["train", "--stages", "all"], ["train", "--seed", "x"], ["predict", "--preprocessing", "mnist", "x.png"],
+    ["benchmark", "--fraction", "1.5"], ["benchmark", "--batch", "0"], ["benchmark", "cifar10_rnn_gate_38"]])
 def test_a_wrong_command_line_exits_with_2(run, arguments):
     ran = run(*arguments)
     assert ran.status == 2

@@ -118,3 +118,19 @@ def test_a_workspace_keeps_nothing_of_the_last_call():
     again = engine.run(images, None, 6)
     assert torch.equal(again.logits, expected.logits)
     assert torch.equal(again.decisions.gate_logits, expected.decisions.gate_logits)
+
+
+@pytest.mark.parametrize("instruction_set", _C.instruction_sets())
+@pytest.mark.parametrize(("kernel", "stride", "channels", "size"), [
+    (3, 1, (16, 16), (32, 32)), (3, 1, (64, 64), (8, 8)), (3, 1, (5, 19), (7, 13)), (3, 2, (16, 32), (32, 32)),
+    (3, 2, (7, 9), (11, 9)), (1, 2, (32, 64), (16, 16)), (3, 1, (40, 24), (3, 2))])
+def test_convolutions_alone(instruction_set, kernel, stride, channels, size):
+    """Winograd (3x3, stride 1) and direct kernels, with padding at every edge: relu(conv2d)."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(channels[1], channels[0], kernel, kernel, generator=generator) / (channels[0] * 3) ** 0.5
+    bias, x = torch.randn(channels[1], generator=generator), torch.randn(3, channels[0], *size, generator=generator)
+    alone = _C.Convolution((weight.numpy(), bias.numpy(), stride), 3, size, instruction_set)
+    alone.load(x.permute(0, 2, 3, 1).contiguous().numpy())
+    alone.run()
+    expected = torch.nn.functional.conv2d(x.double(), weight.double(), bias.double(), stride, kernel // 2).relu()
+    assert relative_error(torch.from_numpy(alone.read()).permute(0, 3, 1, 2), expected) < 2e-6

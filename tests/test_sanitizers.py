@@ -19,23 +19,24 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, 
 
 
 def variants():
-    """The instruction sets as setup.py compiles them: (name, vector width, flags)."""
+    """What setup.py compiles, and how."""
     spec = importlib.util.spec_from_file_location("variants", ROOT / "csrc" / "variants.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.VARIANTS, module.MACROS
+    return module
 
 
 def build(folder, *flags):
     """The fuzz program with some compiler flags."""
-    instruction_sets, macros = variants()
+    known = variants()
     common = ["g++", "-std=c++17", "-g", "-O1", "-fno-omit-frame-pointer", "-pthread", *flags,
-              *(f"-D{name}={value}" for name, value in macros)]
+              *(f"-D{name}={value}" for name, value in known.MACROS)]
     objects = []
-    for name, width, isa_flags in instruction_sets:
-        objects.append(folder / f"resident_{name}.o")
-        subprocess.run([*common, *isa_flags, f"-DSKIPNET_ISA={name}", f"-DSKIPNET_WIDTH={width}", "-c",
-                        "csrc/cpu/resident.cpp", "-o", objects[-1]], cwd=ROOT, check=True)
+    for name, width, isa_flags in known.VARIANTS:
+        for source in known.VARIANT_SOURCES:
+            objects.append(folder / f"{source}_{name}.o")
+            subprocess.run([*common, *isa_flags, f"-DSKIPNET_ISA={name}", f"-DSKIPNET_WIDTH={width}", "-c",
+                            f"csrc/cpu/{source}", "-o", objects[-1]], cwd=ROOT, check=True)
     program = folder / "fuzz"
     subprocess.run([*common, *SOURCES, *map(str, objects), "-o", program], cwd=ROOT, check=True)
     return program

@@ -1,38 +1,78 @@
-// Which of the compiled variants this machine runs.
+// Which of the compiled variants this machine runs, and the way to each.
 #include <algorithm>
 
 #include "../check.h"
 #include "resident.h"
+#include "standalone.h"
 
 namespace skipnet::cpu {
 
-std::unique_ptr<Resident> make_resident_portable(const NetworkWeights& weights);
+#define SKIPNET_DECLARE(isa)                                                                                        \
+    std::unique_ptr<Resident> make_resident_##isa(const NetworkWeights& weights);                                   \
+    std::unique_ptr<Standalone> make_standalone_##isa(const ConvolutionWeights& weights, int batch, int height,     \
+                                                      int width);                                                   \
+    double multiply_add_##isa(long rounds);
+
+SKIPNET_DECLARE(portable)
 #ifdef SKIPNET_X86
-std::unique_ptr<Resident> make_resident_avx2(const NetworkWeights& weights);
-std::unique_ptr<Resident> make_resident_avx512(const NetworkWeights& weights);
+SKIPNET_DECLARE(avx2)
+SKIPNET_DECLARE(avx512)
 #endif
 
-std::vector<std::string> instruction_sets() {
-    std::vector<std::string> found;
+namespace {
+
+// One instruction set's functions.
+struct Variant {
+    std::string name;
+    bool runs;  // on this machine
+    decltype(&make_resident_portable) make_resident;
+    decltype(&make_standalone_portable) make_standalone;
+    decltype(&multiply_add_portable) multiply_add;
+};
+
+#define SKIPNET_VARIANT_OF(isa, runs) {#isa, runs, make_resident_##isa, make_standalone_##isa, multiply_add_##isa}
+
+// Best first.
+const std::vector<Variant>& variants() {
 #ifdef SKIPNET_X86
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        found.push_back("avx512");
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back("avx2");
+    static const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    static const std::vector<Variant> all{SKIPNET_VARIANT_OF(avx512, avx512), SKIPNET_VARIANT_OF(avx2, avx2),
+                                          SKIPNET_VARIANT_OF(portable, true)};
+#else
+    static const std::vector<Variant> all{SKIPNET_VARIANT_OF(portable, true)};
 #endif
-    found.push_back("portable");
-    return found;
+    return all;
+}
+
+const Variant& variant(const std::string& name) {
+    for (const Variant& known : variants())
+        if (known.name == name && known.runs) return known;
+    fail("instruction_set: '", name, "' is not one that this machine runs");
+}
+
+}  // namespace
+
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (const Variant& known : variants())
+        if (known.runs) names.push_back(known.name);
+    return names;
 }
 
 std::unique_ptr<Resident> make_resident(const NetworkWeights& weights, const std::string& instruction_set) {
-    const auto known = instruction_sets();
-    check(std::find(known.begin(), known.end(), instruction_set) != known.end(), "instruction_set: '", instruction_set,
-          "' is not one that this machine runs");
-#ifdef SKIPNET_X86
-    if (instruction_set == "avx512") return make_resident_avx512(weights);
-    if (instruction_set == "avx2") return make_resident_avx2(weights);
-#endif
-    return make_resident_portable(weights);
+    return variant(instruction_set).make_resident(weights);
+}
+
+std::unique_ptr<Standalone> make_standalone(const ConvolutionWeights& weights, int batch, int height, int width,
+                                            const std::string& instruction_set) {
+    return variant(instruction_set).make_standalone(weights, batch, height, width);
+}
+
+double multiply_add(long rounds, const std::string& instruction_set) {
+    return variant(instruction_set).multiply_add(rounds);
 }
 
 }  // namespace skipnet::cpu

@@ -8,9 +8,7 @@
 #include <mutex>
 
 #include "convolution.h"
-
-#define SKIPNET_JOIN_(a, b) a##b
-#define SKIPNET_JOIN(a, b) SKIPNET_JOIN_(a, b)
+#include "variant.h"
 
 namespace skipnet::cpu {
 namespace {
@@ -549,7 +547,7 @@ const float* Network::pooled(int group, Guest& guest) const {
 
 }  // namespace
 
-std::unique_ptr<Resident> SKIPNET_JOIN(make_resident_, SKIPNET_ISA)(const NetworkWeights& weights) {
+std::unique_ptr<Resident> SKIPNET_VARIANT(make_resident)(const NetworkWeights& weights) {
     return std::make_unique<Network>(weights);
 }
 

@@ -1,0 +1,110 @@
+// Compiled once for each instruction set, like resident.cpp.
+#include "standalone.h"
+
+#include <vector>
+
+#include "convolution.h"
+#include "variant.h"
+
+// Makes the compiler believe that vector registers are looked at, so that every round is needed.
+#if defined(__aarch64__)
+#define SKIPNET_REGISTER "+w"
+#else
+#define SKIPNET_REGISTER "+x"
+#endif
+#define SKIPNET_KEEP(p, q, r, s) \
+    asm volatile("" : SKIPNET_REGISTER(p), SKIPNET_REGISTER(q), SKIPNET_REGISTER(r), SKIPNET_REGISTER(s))
+
+namespace skipnet::cpu {
+namespace {
+
+class Layer final : public Standalone {
+public:
+    Layer(const ConvolutionWeights& weights, int batch, int height, int width)
+        : channels_(weights.in), out_channels_(weights.out),
+          in_{height, width, weights.kernel == 3 && weights.stride == 1 ? padded(weights.in) : weights.in},
+          scratch_(padded(weights.in > weights.out ? weights.in : weights.out)) {
+        if (weights.kernel == 3 && weights.stride == 1) {
+            winograd_ = std::make_unique<Winograd>(weights, in_.channels);
+            out_ = {height, width, winograd_->out_channels()};
+        } else {
+            direct_ = std::make_unique<Direct>(weights, in_.channels);
+            out_ = direct_->out(in_);
+        }
+        for (int image = 0; image < batch; ++image) {
+            x_.emplace_back(in_.size());
+            y_.emplace_back(out_.size());
+        }
+        for (int image = 0; image < batch; ++image) {
+            inputs_.push_back({x_[image].get()});
+            outputs_.push_back({y_[image].get()});
+        }
+    }
+
+    void load(const float* x) override {
+        for (Buffer& image : x_)
+            for (int y = 0; y < in_.height; ++y)
+                for (int column = 0; column < in_.width; ++column, x += channels_)
+                    std::memcpy(image.get() + in_.at(y, column), x, channels_ * sizeof(float));
+    }
+
+    void run() override {
+        const Team alone{0, 1, nullptr};
+        const int batch = static_cast<int>(x_.size());
+        const float* const* inputs = &inputs_[0].data;
+        float* const* outputs = &outputs_[0].data;
+        if (winograd_)
+            winograd_->run(in_, inputs, outputs, false, nullptr, batch, alone, scratch_);
+        else
+            direct_->run(in_, inputs, outputs, true, batch, alone);
+    }
+
+    void read(float* y) const override {
+        for (const Buffer& image : y_)
+            for (int row = 0; row < out_.height; ++row)
+                for (int column = 0; column < out_.width; ++column, y += out_channels_)
+                    std::memcpy(y, image.get() + out_.at(row, column), out_channels_ * sizeof(float));
+    }
+
+    int out_height() const override { return out_.height; }
+    int out_width() const override { return out_.width; }
+
+private:
+    // A type of our own, so that no vector of a common type is instantiated for this instruction set.
+    struct Image {
+        float* data;
+    };
+
+    int channels_, out_channels_;
+    Plane in_, out_;
+    Scratch scratch_;
+    std::unique_ptr<Winograd> winograd_;
+    std::unique_ptr<Direct> direct_;
+    std::vector<Buffer> x_, y_;
+    std::vector<Image> inputs_, outputs_;
+};
+
+}  // namespace
+
+std::unique_ptr<Standalone> SKIPNET_VARIANT(make_standalone)(const ConvolutionWeights& weights, int batch, int height,
+                                                             int width) {
+    return std::make_unique<Layer>(weights, batch, height, width);
+}
+
+double SKIPNET_VARIANT(multiply_add)(long rounds) {
+    // Twelve chains: more than the latency times the throughput of any core so far.
+    const Vector factor = broadcast(0.5f), term = broadcast(1.0f);
+    Vector a = term, b = term, c = term, d = term, e = term, f = term;
+    Vector g = term, h = term, i = term, j = term, k = term, l = term;
+    for (long round = 0; round < rounds; ++round) {
+        a = a * factor + term, b = b * factor + term, c = c * factor + term, d = d * factor + term;
+        e = e * factor + term, f = f * factor + term, g = g * factor + term, h = h * factor + term;
+        i = i * factor + term, j = j * factor + term, k = k * factor + term, l = l * factor + term;
+        SKIPNET_KEEP(a, b, c, d);
+        SKIPNET_KEEP(e, f, g, h);
+        SKIPNET_KEEP(i, j, k, l);
+    }
+    return 2.0 * 12 * kWidth * static_cast<double>(rounds);
+}
+
+}  // namespace skipnet::cpu

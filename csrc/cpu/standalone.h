@@ -1,0 +1,29 @@
+// The convolution kernels by themselves, to be tested and measured one at a time.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "resident.h"
+
+namespace skipnet::cpu {
+
+// One convolution with its own memory: relu(convolution(x) + bias), as the resident engine runs it on one thread.
+class Standalone {
+public:
+    virtual ~Standalone() = default;
+    virtual void load(const float* x) = 0;   // [batch, height, width, in]
+    virtual void run() = 0;                  // what is measured
+    virtual void read(float* y) const = 0;   // [batch, out height, out width, out]
+    virtual int out_height() const = 0;
+    virtual int out_width() const = 0;
+};
+
+std::unique_ptr<Standalone> make_standalone(const ConvolutionWeights& weights, int batch, int height, int width,
+                                            const std::string& instruction_set);
+
+// Fused multiply-adds of whole vectors, as many as the core does when nothing else is in the way; two operations each.
+// Returns how many operations were done: the caller holds the clock.
+double multiply_add(long rounds, const std::string& instruction_set);
+
+}  // namespace skipnet::cpu
