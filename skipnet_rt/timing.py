@@ -26,6 +26,8 @@ from skipnet_rt.runtime import compile
 
 MIN_ROUNDS = 3
 
+_PAUSE = 0.003  # seconds: the thread pools of PyTorch, ONNX Runtime and OpenVINO spin for less before they sleep
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -61,7 +63,9 @@ def alternate(calls: Mapping[str, Callable[[], object]], *, seconds: float, devi
     """Time some calls against each other.
 
     Args:
-        calls: the contestants; each is called once beforehand to warm up.
+        calls: the contestants. Each is called once beforehand to warm up, and once more, after a pause, right before
+            every timed call: what is measured is neither the last contestant's threads, which go on spinning for a
+            while, nor its data in the caches.
         seconds: how long to go on; there are at least :data:`MIN_ROUNDS` rounds, and with 0 no more.
         device: waited for before the clock is read, unless it is a CPU.
         per: a call's time is divided by this: the number of batches it works off, say.
@@ -76,6 +80,8 @@ def alternate(calls: Mapping[str, Callable[[], object]], *, seconds: float, devi
     while rounds < MIN_ROUNDS or elapsed < seconds:
         shuffled.shuffle(order)
         for name in order:
+            time.sleep(_PAUSE)
+            calls[name]()
             _wait_for(device)
             begun = time.perf_counter()
             calls[name]()

@@ -119,7 +119,7 @@ class TrainConfig:
     stages: Stages = "supervised+hybrid"
     gate_mode: Literal["hard", "soft"] = "hard"
     supervised_epochs: int = 16
-    reinforce_epochs: int = 24
+    reinforce_epochs: int = 44
     batch_size: int = 64
     supervised_lr: float = 0.05
     reinforce_lr: float = 0.03
@@ -128,7 +128,7 @@ class TrainConfig:
     warmup_steps: int = 23
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    alpha: float = 0.8
+    alpha: float = 0.6
     gamma: float = 1.0
     rl_weight: float = 0.3
     temperature: float = 1.0
@@ -150,6 +150,9 @@ class TrainConfig:
         return cls(**{"data": data, **RECIPES[data], **changes})
 
     def __post_init__(self) -> None:
+        for field in ("root", "output", "init"):
+            if isinstance(path := getattr(self, field), str):
+                object.__setattr__(self, field, Path(path))
         for field, allowed in (("data", RECIPES), ("stages", OBJECTIVES), ("gate_mode", ("hard", "soft")),
                                ("supervised_schedule", SCHEDULES), ("reinforce_schedule", SCHEDULES),
                                ("gate_start", ("kept", "standardised")), ("precision", PRECISIONS)):
@@ -455,14 +458,8 @@ class _Run:
         torch.manual_seed(_epoch_seed(self.config.seed, epoch))
         if epoch == stage.first:
             self.begin(stage)
-        warmup_left = self.config.policy_warmup_epochs - (epoch - stage.first) if stage.objective == "hybrid" else -1
-        if warmup_left >= 0 and self.config.gate_start == "standardised" and self.model.arch.gate == "rnn":
-            standardise_gates(self.model, self._some_images(256))
-        if stage.objective != "supervised":
-            before = self._temperature(stage, epoch - 1) if epoch > stage.first else 1.0
-            sharpen_gates(self.model, self._temperature(stage, epoch) / before)
+        rl_weight = self._prepare_gates(stage, epoch - stage.first)
         self.model.train()
-        rl_weight = 0.0 if warmup_left > 0 else self.config.rl_weight
         meter = _Meter(self.model.arch.num_gates)
         for step, (images, labels) in enumerate(self._batches(self.data.train, shuffle=True)):
             lr = stage.lr((epoch - stage.first) * self.steps + step, stage.epochs * self.steps)
@@ -477,9 +474,21 @@ class _Run:
         progress.console.print(f"epoch {epoch + 1}/{self.epochs} ({stage.objective}): {meter}; "
                                f"held out: {held_out}", highlight=False)
 
-    def _temperature(self, stage: _Stage, epoch: int) -> float:
+    def _prepare_gates(self, stage: _Stage, done: int) -> float:
+        """Before an epoch, with so many done of the stage: set the gates up, return the policy gradient's weight."""
+        if stage.objective == "supervised":
+            return 0.0
+        config = self.config
+        warmup = config.policy_warmup_epochs if stage.objective == "hybrid" else 0
+        if (stage.objective == "hybrid" and done <= warmup and config.gate_start == "standardised"
+                and self.model.arch.gate == "rnn"):
+            standardise_gates(self.model, self._some_images(256))
+        sharpen_gates(self.model, self._temperature(stage, done) / (self._temperature(stage, done - 1) if done else 1))
+        return config.rl_weight if done >= warmup else 0.0
+
+    def _temperature(self, stage: _Stage, done: int) -> float:
         first, last = self.config.temperature, self.config.final_temperature
-        return first * (last / first) ** ((epoch - stage.first) / max(1, stage.epochs - 1))
+        return first * (last / first) ** (done / max(1, stage.epochs - 1))
 
     def _train_step(self, objective: Objective, lr: float, rl_weight: float, images: Tensor, labels: Tensor,
                     meter: _Meter) -> None:
@@ -566,7 +575,7 @@ class _Run:
 
 def _epoch_seed(seed: int, epoch: int) -> int:
     """Independent random numbers for every epoch, so that nothing of the generators' states has to be kept."""
-    return int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0]) >> 1
 
 
 def _model(config: TrainConfig, data: Data) -> SkipNet:
