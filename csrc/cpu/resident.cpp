@@ -13,7 +13,9 @@
 namespace skipnet::cpu {
 namespace {
 
-constexpr int kGroup = 4;  // images that share a pass over the weights, at most
+// Images that share a pass over the weights, at most. The transformed weights of SkipNet-110 are 27 MB: a pass for one
+// image alone waits for memory; docs/performance.md has the figures.
+constexpr int kGroup = 8;
 
 // The LSTM for one image in vectors: lanes are hidden units, each gate (i, f, g, o) in vectors of its own.
 class RnnCell {
@@ -367,8 +369,8 @@ void Network::run(const Call& call) {
     };
     const int threads = call.threads < 1 ? 1 : call.threads;
     const int team_size = call.batch < threads ? threads / call.batch : 1, teams = threads / team_size;
-    const int share = call.batch / (2 * teams);  // of a team, in two rounds at least: depth differs
-    Tour tour{*this, call, team_size, share < 1 ? 1 : share > kGroup ? kGroup : share, {}, {}, {}};
+    const int rounds = (call.batch + teams * kGroup - 1) / (teams * kGroup);
+    Tour tour{*this, call, team_size, (call.batch + teams * rounds - 1) / (teams * rounds), {}, {}, {}};
     for (int team = 0; team < teams; ++team) {
         tour.spaces.push_back(take_workspace(team_size));
         tour.visits.push_back(std::unique_ptr<Visit>(new Visit{call, *tour.spaces.back(), 0, 0}));
