@@ -128,7 +128,7 @@ private:
     FeedforwardTail tail_;
 };
 
-void pool(const py::array& array, const Array<std::int64_t>& rows, Array<float> pooled, int threads) {
+void pool(const py::array& array, const Array<std::int64_t>& rows, Array<float> pooled) {
     const cpu::Activation activation = activation_of(array);
     check_shape(pooled, "pooled", {activation.batch, activation.channels});
     for (py::ssize_t i = 0; i < rows.size(); ++i)
@@ -138,7 +138,7 @@ void pool(const py::array& array, const Array<std::int64_t>& rows, Array<float> 
     const std::int64_t count = rows.size();
     float* features = pooled.mutable_data();
     py::gil_scoped_release released;
-    cpu::pool(activation, first, count, features, threads);
+    cpu::pool(activation, first, count, features);
 }
 
 void classify(const Array<float>& pooled, const Array<float>& weight, const Array<float>& bias, Array<float> logits) {
@@ -354,7 +354,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("instruction_sets", &cpu::instruction_sets, "What this machine can run of what was built, best first.");
 
     module.def("pool", &pool, py::arg("activation").noconvert(), py::arg("rows").noconvert(),
-               py::arg("pooled").noconvert(), py::arg("threads") = 1,
+               py::arg("pooled").noconvert(),
                "Average [batch, pixels, channels] over the pixels of the images in rows, in float32.");
     module.def("classify", &classify, py::arg("pooled").noconvert(), py::arg("weight").noconvert(),
                py::arg("bias").noconvert(), py::arg("logits").noconvert(),

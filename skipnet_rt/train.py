@@ -128,7 +128,7 @@ class TrainConfig:
     warmup_steps: int = 23
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    alpha: float = 0.6
+    alpha: float = 0.45
     gamma: float = 1.0
     rl_weight: float = 0.3
     temperature: float = 1.0

@@ -61,7 +61,7 @@ def test_golden_cases(target, name):
 
 
 def other_dtypes():
-    """Cases and dtypes; float16 has no fast kernels on a CPU and is left to three networks."""
+    """Cases with dtypes; float16 has no fast kernels on a CPU and is left to three networks."""
     quick = {"cifar10_rnn_gate_38-s15", "cifar10_feedforward_38-s71"}
     for case in (case for case in CASES if "cifar" in case or "_18" in case):
         for dtype in (torch.bfloat16, torch.float16, torch.float64):
@@ -69,7 +69,7 @@ def other_dtypes():
                 yield pytest.param(case, dtype, id=f"{case}-{dtype}", marks=[] if case in quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("name", "dtype"), other_dtypes())
+@pytest.mark.parametrize(("name", "dtype"), list(other_dtypes()))
 def test_other_dtypes_stay_within_the_error_bar(target, name, dtype):
     case = GoldenCase(name)
     runtime = compiled(case.model, target, dtype)

@@ -48,6 +48,14 @@ def test_odd_shapes_with_every_instruction_set(instruction_set, name):
     assert torch.equal(result.decisions.executed.t(), trace.masks.bool())
 
 
+@pytest.mark.skipif(not {"avx2", "avx512"} <= set(_C.instruction_sets()), reason="needs AVX2 and AVX-512")
+def test_fused_multiply_adds_of_any_width_give_the_same_bits():
+    case = GoldenCase("cifar10_rnn_gate_38-s15")
+    narrow, wide = (engine_for(case.model, name).run(case.images, None, 17) for name in ("avx2", "avx512"))
+    assert torch.equal(narrow.logits, wide.logits)
+    assert torch.equal(narrow.decisions.gate_logits, wide.decisions.gate_logits)
+
+
 def test_portable_code_is_always_there():
     assert _C.instruction_sets()[-1] == "portable"
     with pytest.raises(ValueError, match="instruction_set: 'mmx' is not one"):

@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "../gate.h"
-#include "threads.h"
 
 namespace skipnet::cpu {
 namespace {
@@ -35,41 +34,25 @@ SKIPNET_CLONES void add_scaled(const float* from, float scale, int count, float*
     for (int i = 0; i < count; ++i) sums[i] += scale * from[i];
 }
 
-struct Pooling {
-    const Activation& activation;
-    const std::int64_t* rows;
-    std::int64_t count;
-    float* pooled;
-};
-
-// Some channels of every listed image, pixels in ascending order whatever the batch: the order is part of the result.
+// Pixels in ascending order whatever the batch: the order is part of the result.
 template <typename Element>
-void pool_channels(const Pooling& job, int first, int last) {
-    const Activation& x = job.activation;
-    for (std::int64_t i = 0; i < job.count; ++i) {
-        const Element* from = static_cast<const Element*>(x.data) + job.rows[i] * x.pixels * x.channels + first;
-        float* to = job.pooled + job.rows[i] * x.channels + first;
-        std::fill_n(to, last - first, 0.0f);
-        for (int pixel = 0; pixel < x.pixels; ++pixel) add(from + static_cast<std::int64_t>(pixel) * x.channels, last - first, to);
-        for (int channel = 0; channel < last - first; ++channel) to[channel] /= static_cast<float>(x.pixels);
+void pool_rows(const Activation& x, const std::int64_t* rows, std::int64_t count, float* pooled) {
+    for (std::int64_t i = 0; i < count; ++i) {
+        const Element* from = static_cast<const Element*>(x.data) + rows[i] * x.pixels * x.channels;
+        float* to = pooled + rows[i] * x.channels;
+        std::fill_n(to, x.channels, 0.0f);
+        for (int pixel = 0; pixel < x.pixels; ++pixel, from += x.channels) add(from, x.channels, to);
+        for (int channel = 0; channel < x.channels; ++channel) to[channel] /= static_cast<float>(x.pixels);
     }
 }
 
-constexpr std::int64_t kWorthwhile = 1 << 16;  // elements: below, waking a thread takes longer than the work
-
 }  // namespace
 
-void pool(const Activation& activation, const std::int64_t* rows, std::int64_t count, float* pooled, int threads) {
-    Pooling job{activation, rows, count, pooled};
-    const bool small = count * activation.pixels * activation.channels < kWorthwhile;
-    run_threads(small ? 1 : threads, [](void* context, int rank, int size) {
-        const auto& job = *static_cast<const Pooling*>(context);
-        const int channels = job.activation.channels, first = channels * rank / size, last = channels * (rank + 1) / size;
-        if (job.activation.bfloat16)
-            pool_channels<std::uint16_t>(job, first, last);
-        else
-            pool_channels<float>(job, first, last);
-    }, &job);
+void pool(const Activation& activation, const std::int64_t* rows, std::int64_t count, float* pooled) {
+    if (activation.bfloat16)
+        pool_rows<std::uint16_t>(activation, rows, count, pooled);
+    else
+        pool_rows<float>(activation, rows, count, pooled);
 }
 
 std::int64_t compact(const bool* executed, int batch, std::int64_t* rows) {

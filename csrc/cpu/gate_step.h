@@ -14,9 +14,10 @@ struct Activation {
     int batch, pixels, channels;
 };
 
-// Average over the pixels of the images in `rows`, accumulated in float32. At most `threads` share the channels.
+// Average over the pixels of the images in `rows`, accumulated in float32. On the caller's thread: next to
+// PyTorch's, which spin for a while after a convolution, threads of our own cost more than they bring.
 void pool(const Activation& activation, const std::int64_t* rows /* [count] */, std::int64_t count,
-          float* pooled /* [batch, channels] */, int threads);
+          float* pooled /* [batch, channels] */);
 
 // The executing images in order; returns their number. The rest of `rows` is left alone.
 std::int64_t compact(const bool* executed /* [batch] */, int batch, std::int64_t* rows /* [batch] */);

@@ -21,31 +21,46 @@ from skipnet_rt.packing import PackedBlock, PackedConvolution, PackedEmbedding, 
 
 
 class _Convolution:
-    """A packed oneDNN convolution over channels-last activations ``[N, H, W, C]``."""
+    """A packed oneDNN convolution over channels-last activations ``[N, H, W, C]``.
 
-    def __init__(self, layer: PackedConvolution) -> None:
+    Args:
+        layer: the weights.
+        size: the input's height and width. oneDNN lays weights out by it and by the batch, one image or several, and
+            would do so again in every call for weights that were laid out for another. The bits do not depend on it.
+    """
+
+    def __init__(self, layer: PackedConvolution, size: tuple[int, int]) -> None:
         self.geometry = ([layer.padding] * 2, [layer.stride] * 2, [1, 1], 1)
-        self.weight = torch.ops.mkldnn._reorder_convolution_weight(layer.weight, *self.geometry)
+        self.for_one, self.for_several = (torch.ops.mkldnn._reorder_convolution_weight(
+            layer.weight, *self.geometry, [batch, layer.weight.shape[1], *size]) for batch in (1, 8))
+        self.out_size = ((size[0] - 1) // layer.stride + 1, (size[1] - 1) // layer.stride + 1)
         self.bias = layer.bias
 
     def __call__(self, x: Tensor, *, relu: bool = False, residual: Tensor | None = None) -> Tensor:
         """``relu(convolution(x) + residual)``, either part optional."""
-        planar = x.permute(0, 3, 1, 2)
+        planar, weight = x.permute(0, 3, 1, 2), self.for_one if len(x) == 1 else self.for_several
         if residual is None:
             y = torch.ops.mkldnn._convolution_pointwise(
-                planar, self.weight, self.bias, *self.geometry, "relu" if relu else "none", [], "")
+                planar, weight, self.bias, *self.geometry, "relu" if relu else "none", [], "")
         else:
             y = torch.ops.mkldnn._convolution_pointwise.binary(
-                planar, residual.permute(0, 3, 1, 2), self.weight, self.bias, *self.geometry,
+                planar, residual.permute(0, 3, 1, 2), weight, self.bias, *self.geometry,
                 "add", 1.0, "relu" if relu else None, [], None)
         return y.permute(0, 2, 3, 1)
 
 
+def _chain(layers: tuple[PackedConvolution, ...], size: tuple[int, int]) -> list[_Convolution]:
+    """Convolutions that follow one another, the first on an input of this size."""
+    chain: list[_Convolution] = []
+    for layer in layers:
+        chain.append(_Convolution(layer, chain[-1].out_size if chain else size))
+    return chain
+
+
 class _Block:
     def __init__(self, block: PackedBlock) -> None:
-        *first, last = map(_Convolution, block.convolutions)
-        self.first, self.last = first, last
-        self.projection = None if block.projection is None else _Convolution(block.projection)
+        *self.first, self.last = _chain(block.convolutions, block.plan.in_size)
+        self.projection = None if block.projection is None else _Convolution(block.projection, block.plan.in_size)
 
 
 @dataclass
@@ -67,11 +82,11 @@ class CompactedCpuEngine(CpuEngine, WalkingEngine):
 
     def __init__(self, network: PackedNetwork) -> None:
         super().__init__(network)
-        self._stem = _Convolution(network.stem)
+        self._stem = _Convolution(network.stem, network.arch.image_size)
         self._blocks = [_Block(block) for block in network.blocks]
         self._gates: list[_C.RNNGate | _C.FeedforwardGate] = []
         self._gate_convolutions: list[list[_Convolution]] = []
-        for gate in network.gates:
+        for plan, gate in zip(network.arch.blocks, network.gates, strict=False):  # a dense network has no gates
             if isinstance(gate, PackedEmbedding):
                 assert network.lstm is not None
                 lstm = network.lstm
@@ -80,7 +95,9 @@ class CompactedCpuEngine(CpuEngine, WalkingEngine):
                     lstm.bias.numpy(), lstm.projection_weight.numpy(), lstm.projection_bias.item()))
             else:
                 self._gates.append(_C.FeedforwardGate(gate.weight.numpy(), gate.bias.item()))
-                self._gate_convolutions.append([_Convolution(layer) for layer in gate.convolutions])
+                height, width = plan.out_size
+                seen = (height // 2, width // 2) if gate.max_pool else (height, width)
+                self._gate_convolutions.append(_chain(gate.convolutions, seen))
         self._head_weight = network.head_weight.float().t().contiguous().numpy()
         self._head_bias = network.head_bias.float().numpy()
 
@@ -104,8 +121,7 @@ class CompactedCpuEngine(CpuEngine, WalkingEngine):
             if decisions.pooled is None or decisions.pooled.shape[1] != x.shape[3]:
                 decisions.pooled = _pool(x)
             else:  # an image that skipped the block keeps its feature
-                _C.pool(_pixels(x), decisions.rows[:decisions.count].numpy(), decisions.pooled.numpy(),
-                        torch.get_num_threads())
+                _C.pool(_pixels(x), decisions.rows[:decisions.count].numpy(), decisions.pooled.numpy())
             decisions.count = gate.step(decisions.pooled.numpy(), decisions.hidden.numpy(), decisions.cell.numpy(),
                                         *arrays)
         else:
@@ -166,5 +182,5 @@ def _pixels(x: Tensor) -> np.ndarray:
 def _pool(x: Tensor) -> Tensor:
     """Global average of ``[N, H, W, C]``, float32 ``[N, C]``."""
     pooled = torch.empty(x.shape[0], x.shape[3])
-    _C.pool(_pixels(x), torch.arange(len(x)).numpy(), pooled.numpy(), torch.get_num_threads())
+    _C.pool(_pixels(x), torch.arange(len(x)).numpy(), pooled.numpy())
     return pooled
