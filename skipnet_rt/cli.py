@@ -11,6 +11,7 @@ import inspect
 import io
 import json
 import os
+import shlex
 import sys
 import warnings
 import zipfile
@@ -546,7 +547,8 @@ def benchmark_command(
             model, engines=engine or ["cpu"], batches=batch or BATCHES, fractions=fraction or FRACTIONS,
             dtype=getattr(torch, dtype.value), peers=peers, seconds=seconds,
             on_progress=lambda what, share: progress.update(task, description=what, completed=share))
-    document = {"model": str(model_path) if model_path else None, **found.to_dict()}
+    document = {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+                "model": str(model_path) if model_path else None, **found.to_dict()}
     name = f"cpu-{_names([model_path])[0] if model_path else arch_name}-{dtype.value}"
     written = _written(output, name, document, found) if output else []
     if as_json:
