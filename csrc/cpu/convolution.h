@@ -1,8 +1,8 @@
 // Convolutions over channels-last planes, for one instruction set; see vector.h.
 //
 // 3x3 with stride 1 runs as Winograd F(4x4, 3x3) (Lavin & Gray, "Fast Algorithms for Convolutional Neural Networks",
-// CVPR 2016): 36 products for 16 outputs instead of 144. Everything else runs directly. In both, an output element is a sum
-// in one fixed order: it does not depend on the batch, on the blocking or on the threads.
+// CVPR 2016): 36 products for 16 outputs instead of 144. Everything else runs directly. In both, an output element is
+// a sum in one fixed order: it does not depend on the batch, on the blocking or on the threads.
 #pragma once
 
 #include "resident.h"
@@ -244,10 +244,11 @@ private:
                     sum += value;
                 }
         };
-        if (plane.height - y >= kTile && plane.width - x >= kTile)
+        const int down = plane.height - y, across = plane.width - x;
+        if (down >= kTile && across >= kTile)
             finish(kTile, kTile);  // with constants the result stays in registers
         else
-            finish(plane.height - y < kTile ? plane.height - y : kTile, plane.width - x < kTile ? plane.width - x : kTile);
+            finish(down < kTile ? down : kTile, across < kTile ? across : kTile);
         if (tile_sums) store(tile_sums + tile * out_ + column * kWidth, sum);
     }
 

@@ -304,7 +304,8 @@ Network::Network(const NetworkWeights& weights)
     }
     if (!embeddings_.empty()) cell_ = std::make_unique<RnnCell>(weights.lstm);
     head_ = std::make_unique<Linear>(weights.head_weight, weights.head_bias, weights.blocks.back().last.out, classes_);
-    for (const Plane& plane : planes_) most_channels_ = plane.channels > most_channels_ ? plane.channels : most_channels_;
+    for (const Plane& plane : planes_)
+        if (plane.channels > most_channels_) most_channels_ = plane.channels;
 }
 
 Room Network::make_room(int group) const {
@@ -530,8 +531,9 @@ void Network::head(const Worker& worker) const {
         const std::size_t image = visit.first + i;
         head_->run(pooled(static_cast<int>(planes_.size()) - 1, guest), visit.call.logits + image * classes_);
         if (cell_) {
-            std::memcpy(visit.call.hidden + image * cell_->hidden(), guest.hidden.get(), cell_->hidden() * sizeof(float));
-            std::memcpy(visit.call.cell + image * cell_->hidden(), guest.cell.get(), cell_->hidden() * sizeof(float));
+            const std::size_t size = cell_->hidden();
+            std::memcpy(visit.call.hidden + image * size, guest.hidden.get(), size * sizeof(float));
+            std::memcpy(visit.call.cell + image * size, guest.cell.get(), size * sizeof(float));
         }
     }
 }
