@@ -161,7 +161,8 @@ def test_contestants_take_turns():
     timings = alternate({name: lambda name=name: calls.append(name) for name in names}, seconds=1e-9, per=4,
                         on_progress=told.append)
     assert calls[:4] == names  # to warm up
-    rounds = [calls[start:start + 4] for start in range(4, len(calls), 4)]
+    assert calls[4::2] == calls[5::2], "an untimed call right before every timed one"
+    rounds = [calls[start:start + 8:2] for start in range(4, len(calls), 8)]
     assert len(rounds) == MIN_ROUNDS
     assert all(sorted(order) == names for order in rounds)
     assert len(set(map(tuple, rounds))) > 1
