@@ -92,7 +92,7 @@ def test_convolution(benchmark: BenchmarkFixture, peak: float, kernel: int, stri
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((channels_out, channels_in, kernel, kernel), np.float32)
     layer = (weight, np.zeros(channels_out, np.float32), stride)
-    alone = _C.Convolution(layer, batch, (size, size), _C.instruction_sets()[0])
+    alone = _C.Convolution(layer, False, batch, (size, size), _C.instruction_sets()[0])
     alone.load(rng.standard_normal((batch, size, size, channels_in), np.float32))
     benchmark(alone.run)
     if benchmark.stats is not None:

@@ -5,6 +5,8 @@
 // a sum in one fixed order: it does not depend on the batch, on the blocking or on the threads.
 #pragma once
 
+#include <type_traits>
+
 #include "resident.h"
 #include "threads.h"
 #include "vector.h"
@@ -37,16 +39,18 @@ struct Share {
         : begin(total * team.rank / team.size), end(total * (team.rank + 1) / team.size) {}
 };
 
-// accumulators[t][k] += sum over c of x[t * step + c] * weight[c * columns + k * kWidth ...], in ascending c.
-template <int T, int K>
-inline __attribute__((always_inline)) void accumulate(Vector (&accumulators)[T][K], const float* x, int step,
-                                                      const float* weight, int depth, int columns) {
-    for (int c = 0; c < depth; ++c, weight += columns) {
-        Vector w[K];
-        for (int k = 0; k < K; ++k) w[k] = load(weight + k * kWidth);
+// accumulators[t][k] += sum over c of x[t * step + c] * weight[c, k * kWidth ...], in ascending c.
+template <typename Operand, int T, int K>
+inline __attribute__((always_inline)) void accumulate(Vector (&accumulators)[T][K], const typename Operand::Element* x,
+                                                      int step, const typename Operand::Element* weight, int depth,
+                                                      int columns) {
+    constexpr int kPack = Operand::kPack;
+    for (int c = 0; c < depth; c += kPack, weight += columns * kPack) {
+        typename Operand::Pack w[K];
+        for (int k = 0; k < K; ++k) w[k] = Operand::load_pack(weight + k * kWidth * kPack);
         for (int t = 0; t < T; ++t) {
-            const Vector value = broadcast(x[t * step + c]);
-            for (int k = 0; k < K; ++k) accumulators[t][k] += value * w[k];
+            const typename Operand::Pack value = Operand::broadcast_pack(x + t * step + c);
+            for (int k = 0; k < K; ++k) accumulators[t][k] = Operand::multiply_add(value, w[k], accumulators[t][k]);
         }
     }
 }
@@ -78,41 +82,43 @@ inline void for_blocks(int rows, int first_column, int last_column, const Functi
         if (column < last_column) for_blocks<K / 2>(rows, column, last_column, function);
 }
 
-// Where a thread works. One a thread.
-struct Scratch {
-    Buffer inputs;    // [kPoints, kTileBlock, most channels in]
-    Buffer products;  // [kPoints, kTileBlock, most channels out]
+// Elements from a point's weights to the next point's. Not a power of two: the points of one pair of channels, which are
+// written together, would meet in one set of the cache.
+constexpr int points_apart(int in, int out) { return in * out + 64; }
 
-    Scratch(int most_channels)
-        : inputs(static_cast<std::size_t>(kPoints) * kTileBlock * most_channels),
-          products(static_cast<std::size_t>(kPoints) * kTileBlock * most_channels) {}
+// Where a thread works. One a thread.
+template <typename Operand>
+struct Scratch {
+    using Element = typename Operand::Element;
+
+    BufferOf<Element> weights;  // [kPoints, points_apart(in, out)] of [channels in, channels out], transformed kernels
+    BufferOf<Element> inputs;   // [kPoints, kTileBlock, channels in]
+    Buffer products;            // [kPoints, kTileBlock, channels out]
+    BufferOf<Element> rows;     // three rows of a plane, for a direct convolution
+
+    // row: floats of the longest row of a plane.
+    Scratch(int most_channels, int row)
+        : weights(static_cast<std::size_t>(kPoints) * points_apart(most_channels, most_channels)),
+          inputs(static_cast<std::size_t>(kPoints) * kTileBlock * most_channels),
+          products(static_cast<std::size_t>(kPoints) * kTileBlock * most_channels), rows(3 * row) {}
 };
 
-// 3x3, stride 1, padding 1.
+// 3x3, stride 1, padding 1. The kernels are kept as they are and transformed anew in every pass: they come from memory
+// with a quarter of the bytes, and the arithmetic costs less than the bytes would.
+template <typename Operand>
 class Winograd {
+    using Element = typename Operand::Element;
+
 public:
     Winograd(const ConvolutionWeights& layer, int in_channels)
-        : in_(in_channels), out_(padded(layer.out)), weight_(static_cast<std::size_t>(kPoints) * in_ * out_),
+        : in_(in_channels), out_(padded(layer.out)), kernels_(static_cast<std::size_t>(kTaps) * in_ * out_),
           bias_(out_) {
-        static const double g[kPatch][3] = {{1.0 / 4, 0, 0},
-                                            {-1.0 / 6, -1.0 / 6, -1.0 / 6},
-                                            {-1.0 / 6, 1.0 / 6, -1.0 / 6},
-                                            {1.0 / 24, 1.0 / 12, 1.0 / 6},
-                                            {1.0 / 24, -1.0 / 12, 1.0 / 6},
-                                            {0, 0, 1}};
         for (int o = 0; o < layer.out; ++o) {
             bias_.get()[o] = layer.bias[o];
-            for (int c = 0; c < layer.in; ++c) {
-                const float* kernel = layer.weight + (static_cast<std::size_t>(o) * layer.in + c) * 9;
-                for (int i = 0; i < kPatch; ++i)
-                    for (int j = 0; j < kPatch; ++j) {
-                        double sum = 0;
-                        for (int y = 0; y < 3; ++y)
-                            for (int x = 0; x < 3; ++x) sum += g[i][y] * kernel[3 * y + x] * g[j][x];
-                        weight_.get()[(static_cast<std::size_t>(i * kPatch + j) * in_ + c) * out_ + o] =
-                            static_cast<float>(sum);
-                    }
-            }
+            for (int c = 0; c < layer.in; ++c)
+                for (int tap = 0; tap < kTaps; ++tap)
+                    kernels_.get()[(static_cast<std::size_t>(c) * kTaps + tap) * out_ + o] = Operand::rounded(
+                        layer.weight[(static_cast<std::size_t>(o) * layer.in + c) * kTaps + tap]);
         }
     }
 
@@ -120,13 +126,15 @@ public:
     // outputs. The team shares the work: whole tiles, or channels where there are too few tiles.
     void run(const Plane& in, const float* const* inputs /* [images] of `in` */, float* const* outputs /* [images] */,
              bool add_outputs, float* const* tile_sums /* [images] of [tiles, out], or null */, int images,
-             const Team& team, Scratch& scratch) const {
+             const Team& team, Scratch<Operand>& scratch) const {
+        if (images == 0) return;
         const Plane out{in.height, in.width, out_};
         const int per_image = in.tiles(), tiles = images * per_image;
         const int blocks = (tiles + kTileBlock - 1) / kTileBlock;
         const bool by_tiles = blocks >= team.size;
         const Team alone{0, 1, nullptr};
         const Share mine(blocks, by_tiles ? team : alone), columns(out_ / kWidth, by_tiles ? alone : team);
+        transform_kernels(columns, scratch.weights.get());
         for (int block = mine.begin; block < mine.end; ++block) {
             const int first = block * kTileBlock;
             const int count = tiles - first < kTileBlock ? tiles - first : kTileBlock;
@@ -147,6 +155,46 @@ public:
     int out_channels() const { return out_; }
 
 private:
+    static constexpr int kTaps = 9;
+
+    // One dimension of G g: three values to six.
+    static inline void transform_three(Vector g0, Vector g1, Vector g2, Vector (&to)[kPatch]) {
+        const Vector outer = g0 + g2, p = broadcast(1.0f / 24) * g0 + broadcast(1.0f / 6) * g2;
+        const Vector q = broadcast(1.0f / 12) * g1;
+        to[0] = broadcast(1.0f / 4) * g0;
+        to[1] = broadcast(-1.0f / 6) * (outer + g1);
+        to[2] = broadcast(-1.0f / 6) * (outer - g1);
+        to[3] = p + q;
+        to[4] = p - q;
+        to[5] = g2;
+    }
+
+    void transform_kernels(const Share& columns, Element* to) const {
+        constexpr int kPack = Operand::kPack;
+        for (int c = 0; c < in_; c += kPack)
+            for (int column = columns.begin; column < columns.end; ++column) {
+                Vector half[kPack][3][kPatch];  // rows along the kernel's columns
+                for (int i = 0; i < kPack; ++i) {
+                    const Element* kernel =
+                        kernels_.get() + static_cast<std::size_t>(c + i) * kTaps * out_ + column * kWidth;
+                    for (int x = 0; x < 3; ++x)
+                        transform_three(Operand::widen(kernel + x * out_), Operand::widen(kernel + (3 + x) * out_),
+                                        Operand::widen(kernel + (6 + x) * out_), half[i][x]);
+                }
+                Element* place = to + c * out_ + column * kWidth * kPack;
+                for (int row = 0; row < kPatch; ++row) {
+                    Vector whole[kPack][kPatch];
+                    for (int i = 0; i < kPack; ++i)
+                        transform_three(half[i][0][row], half[i][1][row], half[i][2][row], whole[i]);
+                    for (int point = 0; point < kPatch; ++point) {
+                        Vector weights[kPack];
+                        for (int i = 0; i < kPack; ++i) weights[i] = whole[i][point];
+                        Operand::pack(place + (row * kPatch + point) * points_apart(in_, out_), weights);
+                    }
+                }
+            }
+    }
+
     // One dimension of B^T d: six values to six, of which outer() gives rows 0, 1, 2 and 5, inner() 3 and 4.
     struct Six {
         Vector d0, d1, d2, d3, d4, d5;
@@ -170,7 +218,7 @@ private:
         }
     };
 
-    void transform_input(const Plane& plane, const float* image, int tile, int place, float* to) const {
+    void transform_input(const Plane& plane, const float* image, int tile, int place, Element* to) const {
         const int y = tile / plane.tiles_across() * kTile, x = tile % plane.tiles_across() * kTile;
         for (int c = 0; c < in_; c += kWidth) {
             const float* corner = image + plane.at(y - 1, x - 1) + c;
@@ -180,7 +228,7 @@ private:
                 six.outer(result[0], result[1], result[2], result[5]);
                 six.inner(result[3], result[4]);
                 for (int j = 0; j < kPatch; ++j)
-                    store(to + ((row * kPatch + j) * kTileBlock + place) * in_ + c, result[j]);
+                    Operand::narrow(to + ((row * kPatch + j) * kTileBlock + place) * in_ + c, result[j]);
             };
             // Columns first, in two passes over the patch: all six rows at once do not fit the registers.
             Vector row0[kPatch], row1[kPatch], row2[kPatch], row5[kPatch];
@@ -197,15 +245,16 @@ private:
         }
     }
 
-    void multiply(int count, const Share& columns, Scratch& scratch) const {
+    void multiply(int count, const Share& columns, Scratch<Operand>& scratch) const {
         for (int point = 0; point < kPoints; ++point) {
-            const float* x = scratch.inputs.get() + point * kTileBlock * in_;
-            const float* weight = weight_.get() + static_cast<std::size_t>(point) * in_ * out_;
+            const Element* x = scratch.inputs.get() + point * kTileBlock * in_;
+            const Element* weight = scratch.weights.get() + point * points_apart(in_, out_);
             float* products = scratch.products.get() + point * kTileBlock * out_;
             for_blocks(count, columns.begin, columns.end, [&](auto t, auto k, int row, int column) {
                 constexpr int T = decltype(t)::value, K = decltype(k)::value;
                 Vector sums[T][K] = {};
-                accumulate<T, K>(sums, x + row * in_, in_, weight + column * kWidth, in_, out_);
+                accumulate<Operand, T, K>(sums, x + row * in_, in_, weight + column * kWidth * Operand::kPack, in_,
+                                          out_);
                 for (int i = 0; i < T; ++i)
                     for (int j = 0; j < K; ++j)
                         store(products + (row + i) * out_ + (column + j) * kWidth, sums[i][j]);
@@ -252,24 +301,30 @@ private:
         if (tile_sums) store(tile_sums + tile * out_ + column * kWidth, sum);
     }
 
-    int in_, out_;   // channels as they lie in memory
-    Buffer weight_;  // [kPoints, in, out], transformed
-    Buffer bias_;    // [out]
+    int in_, out_;               // channels as they lie in memory
+    BufferOf<Element> kernels_;  // [in, kTaps, out]
+    Buffer bias_;                // [out]
 };
 
 // Any kernel of 1x1 or 3x3 with any stride.
+template <typename Operand>
 class Direct {
+    using Element = typename Operand::Element;
+
 public:
-    // in_channels: as they lie in memory.
+    // in_channels: as they lie in memory; a multiple of Operand::kPack.
     Direct(const ConvolutionWeights& layer, int in_channels)
         : in_(in_channels), out_(padded(layer.out)), kernel_(layer.kernel), stride_(layer.stride),
           weight_(static_cast<std::size_t>(kernel_) * kernel_ * in_ * out_), bias_(out_) {
+        constexpr int kPack = Operand::kPack;
         for (int o = 0; o < layer.out; ++o) {
             bias_.get()[o] = layer.bias[o];
             for (int c = 0; c < layer.in; ++c)
                 for (int tap = 0; tap < kernel_ * kernel_; ++tap)
-                    weight_.get()[(static_cast<std::size_t>(tap) * in_ + c) * out_ + o] =
-                        layer.weight[(static_cast<std::size_t>(o) * layer.in + c) * kernel_ * kernel_ + tap];
+                    weight_.get()[(static_cast<std::size_t>(tap) * in_ + c / kPack * kPack) * out_ + o * kPack +
+                                  c % kPack] =
+                        Operand::rounded(
+                            layer.weight[(static_cast<std::size_t>(o) * layer.in + c) * kernel_ * kernel_ + tap]);
         }
     }
 
@@ -279,12 +334,13 @@ public:
 
     // outputs = convolution(inputs) + bias, with ReLU or without. The team shares the rows of all images.
     void run(const Plane& in, const float* const* inputs /* [images] */, float* const* outputs /* [images] */,
-             bool with_relu, int images, const Team& team) const {
+             bool with_relu, int images, const Team& team, Scratch<Operand>& scratch) const {
         const Plane to = out(in);
         const Share mine(images * to.height, team);
         for (int row = mine.begin; row < mine.end; ++row) {
             const int image = row / to.height, y = row % to.height;
-            const float* corner = inputs[image] + in.at(y * stride_ - kernel_ / 2, -(kernel_ / 2));
+            const float* rows = inputs[image] + in.at(y * stride_ - kernel_ / 2, -1);
+            const Element* corner = elements(rows, in, scratch.rows) + (1 - kernel_ / 2) * in_;
             for (int x = 0; x < to.width; x += kTileBlock) {
                 const int count = to.width - x < kTileBlock ? to.width - x : kTileBlock;
                 pixels(in, corner + x * stride_ * in_, outputs[image] + to.at(y, x), count, with_relu);
@@ -293,16 +349,26 @@ public:
     }
 
 private:
-    void pixels(const Plane& in, const float* corner, float* to, int count, bool with_relu) const {
+    // The kernel's rows of a plane as elements.
+    const Element* elements(const float* from, const Plane& plane, BufferOf<Element>& rows) const {
+        if constexpr (std::is_same_v<Element, float>) return from;
+        const int size = kernel_ * plane.row();
+        for (int i = 0; i < size; i += kWidth) Operand::narrow(rows.get() + i, load(from + i));
+        return rows.get();
+    }
+
+    void pixels(const Plane& in, const Element* corner, float* to, int count, bool with_relu) const {
         for_blocks(count, 0, out_ / kWidth, [&](auto t, auto k, int pixel, int column) {
             constexpr int T = decltype(t)::value, K = decltype(k)::value;
             Vector sums[T][K];
             for (int i = 0; i < T; ++i)
                 for (int j = 0; j < K; ++j) sums[i][j] = load(bias_.get() + (column + j) * kWidth);
             for (int i = 0; i < kernel_; ++i)  // a kernel row's pixels and channels lie in one run of memory
-                accumulate<T, K>(sums, corner + i * in.row() + pixel * stride_ * in_, stride_ * in_,
-                                 weight_.get() + static_cast<std::size_t>(i) * kernel_ * in_ * out_ + column * kWidth,
-                                 kernel_ * in_, out_);
+                accumulate<Operand, T, K>(
+                    sums, corner + i * in.row() + pixel * stride_ * in_, stride_ * in_,
+                    weight_.get() + static_cast<std::size_t>(i) * kernel_ * in_ * out_ +
+                        column * kWidth * Operand::kPack,
+                    kernel_ * in_, out_);
             for (int i = 0; i < T; ++i)
                 for (int j = 0; j < K; ++j)
                     store(to + (pixel + i) * out_ + (column + j) * kWidth, with_relu ? relu(sums[i][j]) : sums[i][j]);
@@ -310,8 +376,8 @@ private:
     }
 
     int in_, out_, kernel_, stride_;
-    Buffer weight_;  // [kernel, kernel, in, out]
-    Buffer bias_;    // [out]
+    BufferOf<Element> weight_;  // [kernel, kernel, in, out]
+    Buffer bias_;               // [out]
 };
 
 }  // namespace

@@ -18,17 +18,18 @@
 namespace skipnet::cpu {
 namespace {
 
+template <typename Operand>
 class Layer final : public Standalone {
 public:
     Layer(const ConvolutionWeights& weights, int batch, int height, int width)
         : channels_(weights.in), out_channels_(weights.out),
-          in_{height, width, weights.kernel == 3 && weights.stride == 1 ? padded(weights.in) : weights.in},
-          scratch_(padded(weights.in > weights.out ? weights.in : weights.out)) {
-        if (weights.kernel == 3 && weights.stride == 1) {
-            winograd_ = std::make_unique<Winograd>(weights, in_.channels);
+          in_{height, width, by_winograd(weights) || Operand::kPack > 1 ? padded(weights.in) : weights.in},
+          scratch_(padded(weights.in > weights.out ? weights.in : weights.out), in_.row()) {
+        if (by_winograd(weights)) {
+            winograd_ = std::make_unique<Winograd<Operand>>(weights, in_.channels);
             out_ = {height, width, winograd_->out_channels()};
         } else {
-            direct_ = std::make_unique<Direct>(weights, in_.channels);
+            direct_ = std::make_unique<Direct<Operand>>(weights, in_.channels);
             out_ = direct_->out(in_);
         }
         for (int image = 0; image < batch; ++image) {
@@ -56,7 +57,7 @@ public:
         if (winograd_)
             winograd_->run(in_, inputs, outputs, false, nullptr, batch, alone, scratch_);
         else
-            direct_->run(in_, inputs, outputs, true, batch, alone);
+            direct_->run(in_, inputs, outputs, true, batch, alone, scratch_);
     }
 
     void read(float* y) const override {
@@ -75,20 +76,26 @@ private:
         float* data;
     };
 
+    static bool by_winograd(const ConvolutionWeights& weights) { return weights.kernel == 3 && weights.stride == 1; }
+
     int channels_, out_channels_;
     Plane in_, out_;
-    Scratch scratch_;
-    std::unique_ptr<Winograd> winograd_;
-    std::unique_ptr<Direct> direct_;
+    Scratch<Operand> scratch_;
+    std::unique_ptr<Winograd<Operand>> winograd_;
+    std::unique_ptr<Direct<Operand>> direct_;
     std::vector<Buffer> x_, y_;
     std::vector<Image> inputs_, outputs_;
 };
 
 }  // namespace
 
-std::unique_ptr<Standalone> SKIPNET_VARIANT(make_standalone)(const ConvolutionWeights& weights, int batch, int height,
-                                                             int width) {
-    return std::make_unique<Layer>(weights, batch, height, width);
+std::unique_ptr<Standalone> SKIPNET_VARIANT(make_standalone)(const ConvolutionWeights& weights, bool bfloat16,
+                                                             int batch, int height, int width) {
+#ifdef __AVX512BF16__
+    if (bfloat16) return std::make_unique<Layer<BFloat16>>(weights, batch, height, width);
+#endif
+    (void)bfloat16;
+    return std::make_unique<Layer<Float32>>(weights, batch, height, width);
 }
 
 double SKIPNET_VARIANT(multiply_add)(long rounds) {

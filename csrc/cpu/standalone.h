@@ -19,8 +19,9 @@ public:
     virtual int out_width() const = 0;
 };
 
-std::unique_ptr<Standalone> make_standalone(const ConvolutionWeights& weights, int batch, int height, int width,
-                                            const std::string& instruction_set);
+// bfloat16: form products from it, where the instruction set has such.
+std::unique_ptr<Standalone> make_standalone(const ConvolutionWeights& weights, bool bfloat16, int batch, int height,
+                                            int width, const std::string& instruction_set);
 
 // Fused multiply-adds of whole vectors, as many as the core does when nothing else is in the way; two operations each.
 // Returns how many operations were done: the caller holds the clock.
