@@ -6,6 +6,7 @@
 #pragma once
 
 #include <type_traits>
+#include <vector>
 
 #include "resident.h"
 #include "threads.h"
@@ -35,6 +36,7 @@ struct Plane {
 // A share of `total` things for one of a team.
 struct Share {
     int begin, end;
+    Share(int begin, int end) : begin(begin), end(end) {}
     Share(int total, const Team& team)
         : begin(total * team.rank / team.size), end(total * (team.rank + 1) / team.size) {}
 };
@@ -82,6 +84,15 @@ inline void for_blocks(int rows, int first_column, int last_column, const Functi
         if (column < last_column) for_blocks<K / 2>(rows, column, last_column, function);
 }
 
+// How many of the output channels' vectors are worked on at a time. Their transformed kernels are written to the same
+// memory for every convolution and must not leave the second cache on the way.
+template <typename Operand>
+constexpr int most_columns(int in) {
+    constexpr int kBytes = 160000;  // measured: docs/performance.md
+    const int bytes = kPoints * in * kWidth * static_cast<int>(sizeof(typename Operand::Element));
+    return bytes < kBytes ? kBytes / bytes : 1;
+}
+
 // Elements from a point's weights to the next point's. Not a power of two: the points of one pair of channels, which are
 // written together, would meet in one set of the cache.
 constexpr int points_apart(int in, int out) { return in * out + 64; }
@@ -91,16 +102,29 @@ template <typename Operand>
 struct Scratch {
     using Element = typename Operand::Element;
 
-    BufferOf<Element> weights;  // [kPoints, points_apart(in, out)] of [channels in, channels out], transformed kernels
-    BufferOf<Element> inputs;   // [kPoints, kTileBlock, channels in]
+    BufferOf<Element> weights;  // [kPoints, points_apart(in, out)] of [channels in, channels out]
+    BufferOf<Element> inputs;   // [blocks of tiles, kPoints, kTileBlock, channels in]
     Buffer products;            // [kPoints, kTileBlock, channels out]
     BufferOf<Element> rows;     // three rows of a plane, for a direct convolution
 
-    // row: floats of the longest row of a plane.
-    Scratch(int most_channels, int row)
-        : weights(static_cast<std::size_t>(kPoints) * points_apart(most_channels, most_channels)),
-          inputs(static_cast<std::size_t>(kPoints) * kTileBlock * most_channels),
-          products(static_cast<std::size_t>(kPoints) * kTileBlock * most_channels), rows(3 * row) {}
+    // For convolutions of `images` images from any of `planes` to as many channels or fewer.
+    Scratch(const std::vector<Plane>& planes, int images) {
+        std::size_t most_weights = 0, most_inputs = 0, most_products = 0, most_rows = 0;
+        const auto raise = [](std::size_t& most, std::size_t size) { most = most < size ? size : most; };
+        for (const Plane& plane : planes) {
+            const int channels = plane.channels, most = most_columns<Operand>(channels) * kWidth;
+            const bool at_once = channels <= most;
+            const int blocks = at_once ? 1 : (images * plane.tiles() + kTileBlock - 1) / kTileBlock;
+            raise(most_weights, kPoints * points_apart(channels, at_once ? channels : most));
+            raise(most_inputs, static_cast<std::size_t>(blocks) * kPoints * kTileBlock * channels);
+            raise(most_products, kPoints * kTileBlock * channels);
+            raise(most_rows, 3 * plane.row());
+        }
+        weights = BufferOf<Element>(most_weights);
+        inputs = BufferOf<Element>(most_inputs);
+        products = Buffer(most_products);
+        rows = BufferOf<Element>(most_rows);
+    }
 };
 
 // 3x3, stride 1, padding 1. The kernels are kept as they are and transformed anew in every pass: they come from memory
@@ -134,20 +158,28 @@ public:
         const bool by_tiles = blocks >= team.size;
         const Team alone{0, 1, nullptr};
         const Share mine(blocks, by_tiles ? team : alone), columns(out_ / kWidth, by_tiles ? alone : team);
-        transform_kernels(columns, scratch.weights.get());
-        for (int block = mine.begin; block < mine.end; ++block) {
-            const int first = block * kTileBlock;
-            const int count = tiles - first < kTileBlock ? tiles - first : kTileBlock;
-            for (int t = 0; t < count; ++t) {
-                const int image = (first + t) / per_image, tile = (first + t) % per_image;
-                transform_input(in, inputs[image], tile, t, scratch.inputs.get());
-            }
-            multiply(count, columns, scratch);
-            for (int t = 0; t < count; ++t) {
-                const int image = (first + t) / per_image, tile = (first + t) % per_image;
-                for (int column = columns.begin; column < columns.end; ++column)
-                    transform_output(out, outputs[image], tile, t, column, add_outputs,
-                                     tile_sums ? tile_sums[image] : nullptr, scratch.products.get());
+        const int most = most_columns<Operand>(in_);
+        const bool at_once = columns.end - columns.begin <= most;
+        for (int first = columns.begin; first < columns.end; first += most) {
+            const Share some{first, first + most < columns.end ? first + most : columns.end};
+            transform_kernels(some, scratch);
+            for (int block = mine.begin; block < mine.end; ++block) {
+                const int begin = block * kTileBlock;
+                const int count = tiles - begin < kTileBlock ? tiles - begin : kTileBlock;
+                Element* transformed = scratch.inputs.get();
+                if (!at_once) transformed += static_cast<std::size_t>(block - mine.begin) * kPoints * kTileBlock * in_;
+                if (first == columns.begin)
+                    for (int t = 0; t < count; ++t) {
+                        const int image = (begin + t) / per_image, tile = (begin + t) % per_image;
+                        transform_input(in, inputs[image], tile, t, transformed);
+                    }
+                multiply(count, some, transformed, scratch);
+                for (int t = 0; t < count; ++t) {
+                    const int image = (begin + t) / per_image, tile = (begin + t) % per_image;
+                    for (int column = some.begin; column < some.end; ++column)
+                        transform_output(out, outputs[image], tile, t, column, add_outputs,
+                                         tile_sums ? tile_sums[image] : nullptr, scratch.products.get());
+                }
             }
         }
     }
@@ -157,31 +189,38 @@ public:
 private:
     static constexpr int kTaps = 9;
 
+    // The transforms interpolate at 0, +-a, +-b and infinity. The customary +-1 and +-2 round worse by a factor of two;
+    // docs/numerics.md. The rows of +-a are scaled by 1/a and those of +-b by 1/b^2 in A^T, the other way in G.
+    static constexpr float kA = 0.625f, kB = 1.5f, kA2 = kA * kA, kB2 = kB * kB;
+
     // One dimension of G g: three values to six.
     static inline void transform_three(Vector g0, Vector g1, Vector g2, Vector (&to)[kPatch]) {
-        const Vector outer = g0 + g2, p = broadcast(1.0f / 24) * g0 + broadcast(1.0f / 6) * g2;
-        const Vector q = broadcast(1.0f / 12) * g1;
-        to[0] = broadcast(1.0f / 4) * g0;
-        to[1] = broadcast(-1.0f / 6) * (outer + g1);
-        to[2] = broadcast(-1.0f / 6) * (outer - g1);
-        to[3] = p + q;
-        to[4] = p - q;
+        constexpr float inner = 1 / (2 * kA * (kA2 - kB2)), outer = 1 / (2 * (kB2 - kA2));
+        const Vector p = inner * g0 + (inner * kA2) * g2, q = (inner * kA) * g1;
+        const Vector r = outer * g0 + (outer * kB2) * g2, s = (outer * kB) * g1;
+        to[0] = (1 / (kA2 * kB2)) * g0;
+        to[1] = p + q;
+        to[2] = p - q;
+        to[3] = r + s;
+        to[4] = r - s;
         to[5] = g2;
     }
 
-    void transform_kernels(const Share& columns, Element* to) const {
+    // To [kPoints, in, own columns]. Never inlined: where it is called must not change how it rounds.
+    __attribute__((noinline)) void transform_kernels(const Share& columns, Scratch<Operand>& scratch) const {
         constexpr int kPack = Operand::kPack;
-        for (int c = 0; c < in_; c += kPack)
-            for (int column = columns.begin; column < columns.end; ++column) {
+        const int width = (columns.end - columns.begin) * kWidth;
+        Element* to = scratch.weights.get();
+        for (int c = 0; c < in_; c += kPack, to += kPack * width)
+            for (int column = 0; column < width; column += kWidth) {
                 Vector half[kPack][3][kPatch];  // rows along the kernel's columns
                 for (int i = 0; i < kPack; ++i) {
-                    const Element* kernel =
-                        kernels_.get() + static_cast<std::size_t>(c + i) * kTaps * out_ + column * kWidth;
+                    const Element* kernel = kernels_.get() + static_cast<std::size_t>(c + i) * kTaps * out_ +
+                                            columns.begin * kWidth + column;
                     for (int x = 0; x < 3; ++x)
                         transform_three(Operand::widen(kernel + x * out_), Operand::widen(kernel + (3 + x) * out_),
                                         Operand::widen(kernel + (6 + x) * out_), half[i][x]);
                 }
-                Element* place = to + c * out_ + column * kWidth * kPack;
                 for (int row = 0; row < kPatch; ++row) {
                     Vector whole[kPack][kPatch];
                     for (int i = 0; i < kPack; ++i)
@@ -189,7 +228,7 @@ private:
                     for (int point = 0; point < kPatch; ++point) {
                         Vector weights[kPack];
                         for (int i = 0; i < kPack; ++i) weights[i] = whole[i][point];
-                        Operand::pack(place + (row * kPatch + point) * points_apart(in_, out_), weights);
+                        Operand::pack(to + (row * kPatch + point) * points_apart(in_, width) + column * kPack, weights);
                     }
                 }
             }
@@ -205,16 +244,16 @@ private:
         Six(const Vector (&d)[kPatch]) : d0(d[0]), d1(d[1]), d2(d[2]), d3(d[3]), d4(d[4]), d5(d[5]) {}
 
         void outer(Vector& row0, Vector& row1, Vector& row2, Vector& row5) const {
-            const Vector p = d4 - 4.0f * d2, q = d3 - 4.0f * d1;
-            row0 = d4 - 5.0f * d2 + 4.0f * d0;
-            row1 = p + q;
-            row2 = p - q;
-            row5 = d5 - 5.0f * d3 + 4.0f * d1;
+            const Vector p = d4 - kB2 * d2, q = d3 - kB2 * d1;
+            row0 = d4 - (kA2 + kB2) * d2 + (kA2 * kB2) * d0;
+            row1 = p + kA * q;
+            row2 = p - kA * q;
+            row5 = d5 - (kA2 + kB2) * d3 + (kA2 * kB2) * d1;
         }
         void inner(Vector& row3, Vector& row4) const {
-            const Vector r = d4 - d2, s = d3 - d1;
-            row3 = r + 2.0f * s;
-            row4 = r - 2.0f * s;
+            const Vector r = d4 - kA2 * d2, s = d3 - kA2 * d1;
+            row3 = r + kB * s;
+            row4 = r - kB * s;
         }
     };
 
@@ -245,19 +284,19 @@ private:
         }
     }
 
-    void multiply(int count, const Share& columns, Scratch<Operand>& scratch) const {
+    void multiply(int count, const Share& columns, const Element* inputs, Scratch<Operand>& scratch) const {
+        const int width = (columns.end - columns.begin) * kWidth;
         for (int point = 0; point < kPoints; ++point) {
-            const Element* x = scratch.inputs.get() + point * kTileBlock * in_;
-            const Element* weight = scratch.weights.get() + point * points_apart(in_, out_);
-            float* products = scratch.products.get() + point * kTileBlock * out_;
-            for_blocks(count, columns.begin, columns.end, [&](auto t, auto k, int row, int column) {
+            const Element* x = inputs + point * kTileBlock * in_;
+            const Element* weight = scratch.weights.get() + point * points_apart(in_, width);
+            float* products = scratch.products.get() + point * kTileBlock * out_ + columns.begin * kWidth;
+            for_blocks(count, 0, width / kWidth, [&](auto t, auto k, int row, int column) {
                 constexpr int T = decltype(t)::value, K = decltype(k)::value;
                 Vector sums[T][K] = {};
                 accumulate<Operand, T, K>(sums, x + row * in_, in_, weight + column * kWidth * Operand::kPack, in_,
-                                          out_);
+                                          width);
                 for (int i = 0; i < T; ++i)
-                    for (int j = 0; j < K; ++j)
-                        store(products + (row + i) * out_ + (column + j) * kWidth, sums[i][j]);
+                    for (int j = 0; j < K; ++j) store(products + (row + i) * out_ + (column + j) * kWidth, sums[i][j]);
             });
         }
     }
@@ -266,10 +305,10 @@ private:
     static inline void transform_four(const Vector* m, int step, Vector* to, int to_step) {
         const Vector a = m[step] + m[2 * step], b = m[step] - m[2 * step];
         const Vector c = m[3 * step] + m[4 * step], d = m[3 * step] - m[4 * step];
-        to[0] = m[0] + a + c;
-        to[to_step] = b + 2.0f * d;
-        to[2 * to_step] = a + 4.0f * c;
-        to[3 * to_step] = b + 8.0f * d + m[5 * step];
+        to[0] = m[0] + (1 / kA) * a + (1 / kB2) * c;
+        to[to_step] = b + (1 / kB) * d;
+        to[2 * to_step] = kA * a + c;
+        to[3 * to_step] = m[5 * step] + kA2 * b + kB * d;
     }
 
     void transform_output(const Plane& plane, float* image, int tile, int place, int column, bool add_outputs,

@@ -258,7 +258,7 @@ private:
         return static_cast<int>(layers.size()) - 1;
     }
 
-    int classes_, most_channels_ = 0, longest_row_ = 0;
+    int classes_, most_channels_ = 0;
     Plane image_;                // the input, channels last
     std::vector<Plane> planes_;  // one a group
     std::vector<Block> blocks_;
@@ -314,10 +314,8 @@ Network<Operand>::Network(const NetworkWeights& weights)
     }
     if (!embeddings_.empty()) cell_ = std::make_unique<RnnCell>(weights.lstm);
     head_ = std::make_unique<Linear>(weights.head_weight, weights.head_bias, weights.blocks.back().last.out, classes_);
-    for (const Plane& plane : planes_) {
+    for (const Plane& plane : planes_)
         if (plane.channels > most_channels_) most_channels_ = plane.channels;
-        if (plane.row() > longest_row_) longest_row_ = plane.row();
-    }
 }
 
 template <typename Operand>
@@ -356,8 +354,8 @@ auto Network<Operand>::take_workspace(int threads) -> std::unique_ptr<Workspace>
         }
     }
     while (static_cast<int>(space->scratch.size()) < threads) {
-        space->scratch.emplace_back(most_channels_, longest_row_);
-        space->gate_scratch.emplace_back(gate_winograd_.empty() ? 0 : most_channels_, 0);
+        space->scratch.emplace_back(planes_, kGroup);
+        space->gate_scratch.emplace_back(gate_winograd_.empty() ? std::vector<Plane>() : planes_, kGroup);
     }
     return space;
 }
@@ -416,8 +414,7 @@ void Network<Operand>::run(const Call& call) {
 
 template <typename Operand>
 void Network<Operand>::walk(const Worker& worker) const {
-    Visit& visit = worker.visit;
-    const int steps = visit.call.steps, blocks = static_cast<int>(blocks_.size());
+    const int steps = worker.visit.call.steps, blocks = static_cast<int>(blocks_.size());
     stem(worker);
     for (int index = 0; index < blocks; ++index) {
         run_block(worker, index, compact(worker));

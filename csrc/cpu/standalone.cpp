@@ -23,8 +23,7 @@ class Layer final : public Standalone {
 public:
     Layer(const ConvolutionWeights& weights, int batch, int height, int width)
         : channels_(weights.in), out_channels_(weights.out),
-          in_{height, width, by_winograd(weights) || Operand::kPack > 1 ? padded(weights.in) : weights.in},
-          scratch_(padded(weights.in > weights.out ? weights.in : weights.out), in_.row()) {
+          in_{height, width, channels_in_memory(weights)}, scratch_({in_}, batch) {
         if (by_winograd(weights)) {
             winograd_ = std::make_unique<Winograd<Operand>>(weights, in_.channels);
             out_ = {height, width, winograd_->out_channels()};
@@ -76,6 +75,10 @@ private:
         float* data;
     };
 
+    static int channels_in_memory(const ConvolutionWeights& weights) {
+        if (by_winograd(weights)) return padded(weights.in > weights.out ? weights.in : weights.out);
+        return Operand::kPack > 1 ? padded(weights.in) : weights.in;
+    }
     static bool by_winograd(const ConvolutionWeights& weights) { return weights.kernel == 3 && weights.stride == 1; }
 
     int channels_, out_channels_;
@@ -89,12 +92,12 @@ private:
 
 }  // namespace
 
-std::unique_ptr<Standalone> SKIPNET_VARIANT(make_standalone)(const ConvolutionWeights& weights, bool bfloat16,
+std::unique_ptr<Standalone> SKIPNET_VARIANT(make_standalone)(const ConvolutionWeights& weights,
+                                                             [[maybe_unused]] bool bfloat16,
                                                              int batch, int height, int width) {
 #ifdef __AVX512BF16__
     if (bfloat16) return std::make_unique<Layer<BFloat16>>(weights, batch, height, width);
 #endif
-    (void)bfloat16;
     return std::make_unique<Layer<Float32>>(weights, batch, height, width);
 }
 
