@@ -66,7 +66,7 @@ public:
 // Packs a network for an instruction set of instruction_sets(); nothing of `weights` is kept.
 std::unique_ptr<Resident> make_resident(const NetworkWeights& weights, const std::string& instruction_set);
 
-// What this machine can run of what was built, best first: "avx512bf16", "avx512", "avx2", "portable".
+// What this machine can run of what was built, best first: "amx", "avx512bf16", "avx512", "avx2", "portable".
 std::vector<std::string> instruction_sets();
 
 }  // namespace skipnet::cpu

@@ -95,7 +95,9 @@ private:
 std::unique_ptr<Standalone> SKIPNET_VARIANT(make_standalone)(const ConvolutionWeights& weights,
                                                              [[maybe_unused]] bool bfloat16,
                                                              int batch, int height, int width) {
-#ifdef __AVX512BF16__
+#if defined(__AMX_BF16__)
+    if (bfloat16) return std::make_unique<Layer<AmxBFloat16>>(weights, batch, height, width);
+#elif defined(__AVX512BF16__)
     if (bfloat16) return std::make_unique<Layer<BFloat16>>(weights, batch, height, width);
 #endif
     return std::make_unique<Layer<Float32>>(weights, batch, height, width);
