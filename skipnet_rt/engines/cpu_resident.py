@@ -1,7 +1,7 @@
 """The CPU's resident strategy: a CIFAR-scale network from images to logits in one native call.
 
-The walk and its rooms are in csrc/cpu/resident.cpp. Activations and sums are float32 whatever the network's dtype; products
-of a bfloat16 network are formed from bfloat16 where the processor can (AVX512-BF16), gates and stem excepted.
+The walk and its rooms are in csrc/cpu/resident.cpp. Activations and sums are float32 whatever the network's dtype;
+products of a bfloat16 network are formed from bfloat16 where the processor can, but for gates and stem.
 """
 
 from __future__ import annotations
