@@ -1,0 +1,67 @@
+"""Triton, where it is installed: the kernels' modules import without it, and say what is missing when they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+
+INTERPRETED: bool = triton is not None and bool(triton.knobs.runtime.interpret)
+"""Kernels run on the CPU, one program after the other, in Triton's interpreter: TRITON_INTERPRET=1 was set at import."""
+
+
+def jit(**options: Any) -> Callable[[Callable], Any]:
+    """``triton.jit``, or nothing at all without Triton."""
+    return triton.jit(**options) if triton is not None else lambda function: function
+
+
+def missing() -> str | None:
+    """Why kernels cannot run on this machine, or None."""
+    if triton is None:
+        return "Triton is not installed (pip install skipnet-rt[gpu])"
+    if not INTERPRETED and not torch.cuda.is_available():
+        return "PyTorch sees no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+    return None
+
+
+def check_device(**tensors: Tensor | None) -> None:
+    """All tensors are on one device, and it is one that Triton runs on.
+
+    Raises:
+        RuntimeError: no kernel can run on this machine.
+        ValueError: a tensor is elsewhere.
+    """
+    if (reason := missing()) is not None:
+        raise RuntimeError(reason)
+    kind, where = "cpu" if INTERPRETED else "cuda", None
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            where = where or tensor.device
+            if tensor.device.type != kind or tensor.device != where:
+                raise ValueError(f"{name} must be on {where if where.type == kind else kind}, got {tensor.device}")
+
+
+def check(name: str, tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> None:
+    """A tensor (None passes) is contiguous, of this dtype and of this shape.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if tensor is not None and (tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous()):
+        raise ValueError(f"{name} must be contiguous {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
+                         f"{'' if tensor.is_contiguous() else ', not contiguous'}")
+
+
+def programs(device: torch.device, per_processor: int = 1) -> int:
+    """Programs in a persistent grid: so many for every multiprocessor. Three in the interpreter, so that each loops."""
+    if INTERPRETED:
+        return 3
+    return per_processor * torch.cuda.get_device_properties(device).multi_processor_count
