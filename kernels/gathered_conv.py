@@ -62,9 +62,9 @@ class Layer:
         return next((block for block in (largest, 32, 16) if self.channels % block == 0), 32)
 
     def __str__(self) -> str:
-        height, width = self.out_size
-        return (f"{self.kernel}x{self.kernel}/{self.stride} {self.channels}-{self.out_channels} at {height}x{width} "
-                f"{str(self.dtype).removeprefix('torch.')}{' pooled' if self.pooled else ''}")
+        """All of it: ``3x3/2+1 64-128 of 56x56 float16 pooled`` has stride 2 and padding 1."""
+        return (f"{self.kernel}x{self.kernel}/{self.stride}+{self.padding} {self.channels}-{self.out_channels} of "
+                f"{self.height}x{self.width} {str(self.dtype).removeprefix('torch.')}{' pooled' if self.pooled else ''}")
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def gathered_conv2d_ref(x: Tensor, weight: Tensor, bias: Tensor, count: Tensor |
     y = y.permute(0, 2, 3, 1)
     if residual is not None:
         y = y + residual[written].float()
-    y = (F.relu(y) if relu else y).to(x.dtype)
+    y = (F.relu(y) if relu else y).to(x.dtype if out is None else out.dtype)
     if out is None:
         out = y.new_empty(len(x), *y.shape[1:])
     out[written] = y
@@ -240,8 +240,9 @@ def gathered_conv2d(x: Tensor, weight: Tensor, bias: Tensor, count: Tensor | Non
         gather, scatter: int32 ``[N]``; the first ``count`` entries in ``[0, N)``, for ``scatter`` each once.
         stride, padding: in pixels.
         relu: ends with a ReLU.
-        residual: ``[N, H', W', O]`` in x's dtype, contiguous; may be ``out`` itself.
-        out: ``[N, H', W', O]`` in x's dtype, contiguous; made here if None. What is not listed keeps its content.
+        residual: ``[N, H', W', O]`` in the output's dtype, contiguous; may be ``out`` itself.
+        out: ``[N, H', W', O]`` in one of these dtypes, contiguous; made here in x's if None. What is not listed keeps
+            its content.
         sums: float32 ``[N, tiles, O]``, the written images' sums over every :data:`POOL_TILE` pixels of the (rounded)
             output, ``tiles`` being :func:`sum_tiles` of its size; what is not listed keeps its content.
         configuration: one of :func:`configurations`; by default the first.
@@ -262,8 +263,8 @@ def gathered_conv2d(x: Tensor, weight: Tensor, bias: Tensor, count: Tensor | Non
     check("count", count, torch.int32, 1)
     check("gather", gather, torch.int32, batch)
     check("scatter", scatter, torch.int32, batch)
-    check("residual", residual, x.dtype, batch, *out_shape)
-    check("out", out, x.dtype, batch, *out_shape)
+    check("out", out, out.dtype if out.dtype in DTYPES else x.dtype, batch, *out_shape)
+    check("residual", residual, out.dtype, batch, *out_shape)
     check("sums", sums, torch.float32, batch, sum_tiles(layer.out_size), layer.out_channels)
     check_device(x=x, weight=weight, bias=bias, count=count, gather=gather, scatter=scatter, residual=residual,
                  out=out, sums=sums)

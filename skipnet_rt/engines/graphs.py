@@ -1,0 +1,103 @@
+"""CUDA graphs of our own: a walk's launches captured once for each size of batch, and replayed.
+
+A graph is captured for a bucket, the next power of two, and takes any batch up to it: how many images are there is a
+number on the device (``present``), and empty places cost next to nothing. Buckets share one memory pool, so that they
+run one after the other: a lock orders the threads that enqueue, an event the streams they enqueue on.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skipnet_rt.arch import SkipNetArch
+from skipnet_rt.engines.engine import Decisions, EnginePass
+
+Walk = Callable[[Tensor, "Tensor | None", Tensor, int], EnginePass]
+"""From images ``[B, ...]``, routing (bool ``[B, G]`` or None), present (int32 ``[1]``) and steps to a result of B rows."""
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """A captured graph and the memory that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    images: Tensor  # [B, in_channels, H, W]
+    routing: Tensor | None  # bool [B, G]
+    present: Tensor  # int32 [1]
+    result: EnginePass
+
+
+def bucket_size(batch: int) -> int:
+    """The next power of two."""
+    return 1 << (batch - 1).bit_length()
+
+
+class Graphs:
+    """The captured graphs of one network on one GPU.
+
+    Args:
+        walk: what is captured; it must not wait for the device, and must use nothing beyond ``present`` images.
+        architecture: of the network, for the shapes of images and routing.
+        device: a CUDA device.
+        dtype: of images.
+    """
+
+    def __init__(self, walk: Walk, architecture: SkipNetArch, device: torch.device, dtype: torch.dtype) -> None:
+        self._walk, self._architecture, self._device, self._dtype = walk, architecture, device, dtype
+        self._buckets: dict[tuple[int, int, bool], _Bucket] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._lock = threading.Lock()
+        self._done = torch.cuda.Event()
+
+    def run(self, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
+        """Replay the batch's bucket on the current stream; the first batch of a bucket captures it, and waits for that."""
+        with self._lock:
+            bucket = self._bucket(bucket_size(len(images)), steps, routing is not None)
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(self._done)
+            bucket.images[:len(images)].copy_(images)
+            bucket.present.fill_(len(images))
+            if routing is not None:
+                assert bucket.routing is not None
+                bucket.routing[:len(images)].copy_(routing)
+            bucket.graph.replay()
+            result = _copied(bucket.result, len(images))
+            self._done.record(stream)
+        return result
+
+    def capture(self, batches: Iterable[int], steps: int, forced: bool) -> None:
+        """Capture ahead, the largest first: the smaller ones then find room in its memory."""
+        with self._lock:
+            for size in sorted({bucket_size(batch) for batch in batches}, reverse=True):
+                self._bucket(size, steps, forced)
+
+    def _bucket(self, size: int, steps: int, forced: bool) -> _Bucket:
+        key = size, steps, forced
+        if key not in self._buckets:
+            self._buckets[key] = self._captured(*key)
+        return self._buckets[key]
+
+    def _captured(self, size: int, steps: int, forced: bool) -> _Bucket:
+        architecture, device = self._architecture, self._device
+        images = torch.zeros(size, architecture.in_channels, *architecture.image_size, dtype=self._dtype, device=device)
+        routing = torch.zeros(size, architecture.num_gates, dtype=torch.bool, device=device) if forced else None
+        present = torch.zeros(1, dtype=torch.int32, device=device)
+        self._walk(images, routing, present, steps)  # compiles what is new: a capture cannot
+        graph = torch.cuda.CUDAGraph()
+        # Only this thread's calls are restricted while it captures: others may be allocating.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            result = self._walk(images, routing, present, steps)
+        return _Bucket(graph, images, routing, present, result)
+
+
+def _copied(result: EnginePass, batch: int) -> EnginePass:
+    """The first images' results in memory of their own: the bucket's is written again by the next replay."""
+    decisions = result.decisions
+    gates = {name: getattr(decisions, name)[:, :batch].clone() for name in ("gate_logits", "probabilities", "executed")}
+    state = {name: getattr(decisions, name)[:batch].clone() for name in ("hidden", "cell")}
+    return EnginePass(result.logits[:batch].clone(), Decisions(**gates, **state, forced=None))
