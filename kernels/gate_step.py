@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from skipnet_rt.kernels.compaction import list_executing
-from skipnet_rt.kernels.language import check, check_device, jit, tl
+from skipnet_rt.kernels.language import check, check_device, jit, power_of_two, tl
 from skipnet_rt.packing import PackedEmbedding, PackedFeedforwardGate, PackedLSTM
 
 
@@ -186,20 +186,16 @@ def pool_kernel(sums_ptr: tl.tensor, pooled_ptr: tl.tensor, TILES: tl.constexpr,
              mask=channel < CHANNELS)
 
 
-def _power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length()
-
-
 def _pool_blocks(tiles: int, channels: int) -> dict[str, int]:
     """A block of partial sums: all tiles, and as many channels as make it a few thousand values."""
-    block_t = _power_of_two(tiles)
-    return dict(BLOCK_T=block_t, BLOCK_C=min(_power_of_two(channels), max(16, 4096 // block_t), 512))
+    block_t = power_of_two(tiles)
+    return dict(BLOCK_T=block_t, BLOCK_C=min(power_of_two(channels), max(16, 4096 // block_t), 512))
 
 
 def constants(tiles: int, pixels: int, channels: int, embed: int, hidden: int) -> dict[str, Any]:
     """The gate step kernel's compile-time arguments: nothing of the batch."""
     return dict(TILES=tiles, PIXELS=pixels, CHANNELS=channels, EMBED=embed, HIDDEN=hidden,
-                **_pool_blocks(tiles, channels), BLOCK_E=_power_of_two(embed), BLOCK_H=_power_of_two(hidden),
+                **_pool_blocks(tiles, channels), BLOCK_E=power_of_two(embed), BLOCK_H=power_of_two(hidden),
                 BLOCK_N=256)
 
 

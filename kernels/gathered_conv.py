@@ -4,8 +4,8 @@ One kernel for every layer of every network. Rows of the product are output pixe
 the sum runs over taps and input channels. The grid is persistent: programs stride over the tiles of ``count`` images,
 and ``count`` is read on the device.
 
-Bits do not depend on the batch: an output element is summed in one order, block by block of BLOCK_K, which the layer
-alone decides; a pooled sum is formed inside tiles that never span two images.
+Bits do not depend on the batch: an output element is summed in one order, block by block of BLOCK_K, which the
+configuration alone decides; a pooled sum is formed inside tiles that never span two images.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from skipnet_rt.kernels.language import INTERPRETED, check, check_device, jit, programs, tl
+from skipnet_rt.kernels.language import INTERPRETED, check, check_device, jit, power_of_two, programs, tl
 
 POOL_TILE = 64
 """Pixels that go into one partial sum of an image's pool. Fixed: two layers that write the same sums must agree on it."""
@@ -55,12 +55,6 @@ class Layer:
                          for size in (self.height, self.width))
         return height, width
 
-    @property
-    def block_k(self) -> int:
-        """Terms of a sum that one step adds: whole channels of one tap where they divide."""
-        largest = 32 if self.dtype == torch.float32 else 64
-        return next((block for block in (largest, 32, 16) if self.channels % block == 0), 32)
-
     def __str__(self) -> str:
         """All of it: ``3x3/2+1 64-128 of 56x56 float16 pooled`` has stride 2 and padding 1."""
         return (f"{self.kernel}x{self.kernel}/{self.stride}+{self.padding} {self.channels}-{self.out_channels} of "
@@ -72,43 +66,48 @@ class Configuration:
     """How the kernel is cut for a layer.
 
     Attributes:
-        block_m: output pixels of a tile.
+        block_m: output pixels of a tile; for a pooled layer a multiple of :data:`POOL_TILE`.
         block_n: output channels of a tile.
+        block_k: terms of a sum that one step adds. All configurations of a layer have the same.
         warps: warps of a program.
         stages: blocks of operands in flight.
     """
 
     block_m: int
     block_n: int
+    block_k: int
     warps: int
     stages: int
 
 
-# Best guesses first; what is fastest is measured (skipnet_rt/kernels/tuning.py). All of them together fit the smallest
-# shared memory we compile for (163 KB, sm_80): tests/test_triton_compilation.py.
-_CONFIGURATIONS = {
-    16: (Configuration(128, 128, 8, 3), Configuration(64, 64, 4, 4), Configuration(64, 128, 4, 4),
-         Configuration(128, 64, 4, 4), Configuration(128, 256, 8, 3), Configuration(64, 256, 4, 3),
-         Configuration(64, 32, 4, 5), Configuration(128, 32, 4, 4), Configuration(64, 16, 4, 5),
-         Configuration(128, 16, 4, 4)),
-    32: (Configuration(64, 64, 4, 3), Configuration(64, 32, 4, 3), Configuration(128, 64, 8, 2),
-         Configuration(64, 16, 4, 3)),
+# (block_m, block_n, warps, stages) by the dtype's bytes, best guess first; the first ones need no more shared memory than
+# any GPU we compile for has. What is fastest is measured (tuning.py).
+_TILINGS = {
+    2: ((128, 128, 8, 3), (64, 64, 4, 4), (64, 128, 4, 4), (128, 64, 4, 4), (128, 256, 8, 3), (64, 256, 4, 3),
+        (64, 32, 4, 5), (128, 32, 4, 4), (64, 16, 4, 5), (128, 16, 4, 4)),
+    4: ((64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 2), (64, 16, 4, 3)),
 }
 
 
 @functools.cache
 def configurations(layer: Layer) -> tuple[Configuration, ...]:
-    """What is worth measuring for a layer, best guess first: tiles no wider than it is, and whole pool tiles."""
+    """What is worth measuring for a layer, best guess first."""
+    pixels, channels = layer.out_size[0] * layer.out_size[1], max(16, power_of_two(layer.out_channels))
     if INTERPRETED:  # few large tiles: time goes by the number of operations, not by their size
-        return (Configuration(POOL_TILE if layer.pooled else 256, max(16, _power_of_two(layer.out_channels)), 1, 1),)
-    known = _CONFIGURATIONS[32 if layer.dtype == torch.float32 else 16]
-    widest = max(16, _power_of_two(layer.out_channels))
-    return tuple(one for one in known if one.block_n <= widest and (not layer.pooled or one.block_m == POOL_TILE))
+        block_k = max(16, min(256, power_of_two(layer.kernel ** 2 * layer.channels)))
+        block_m = max(POOL_TILE, min(512, power_of_two(pixels))) if layer.pooled else 512
+        return (Configuration(block_m, channels, block_k, warps=1, stages=1),)
+    size = layer.dtype.itemsize
+    # Whole channels of one tap where they divide.
+    block_k = next((block for block in (128 // size, 32, 16) if layer.channels % block == 0), 32)
+    return tuple(Configuration(block_m, block_n, block_k, warps, stages)
+                 for block_m, block_n, warps, stages in _TILINGS[size]
+                 if block_n <= channels and not (layer.pooled and _padded(pixels, block_m) > _padded(pixels, 64) * 9 / 8))
 
 
-def _power_of_two(size: int) -> int:
-    """The next power of two, or the size itself if it is one."""
-    return 1 << (size - 1).bit_length()
+def _padded(size: int, block: int) -> int:
+    """Up to whole blocks."""
+    return -(-size // block) * block
 
 
 def sum_tiles(size: tuple[int, int]) -> int:
@@ -154,7 +153,7 @@ def gathered_conv_kernel(
         HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
         OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr, OUT_CHANNELS: tl.constexpr,
         KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, RELU: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, POOL_TILE: tl.constexpr,
         WIDEN: tl.constexpr) -> None:
     """See the top of the file and :func:`gathered_conv2d`."""
     PIXELS: tl.constexpr = OUT_HEIGHT * OUT_WIDTH
@@ -162,6 +161,7 @@ def gathered_conv_kernel(
     WHOLE_TAPS: tl.constexpr = CHANNELS % BLOCK_K == 0
     COLUMNS: tl.constexpr = (OUT_CHANNELS + BLOCK_N - 1) // BLOCK_N
     PARTS: tl.constexpr = (PIXELS + BLOCK_M - 1) // BLOCK_M
+    POOL_TILES: tl.constexpr = (PIXELS + POOL_TILE - 1) // POOL_TILE
     # Rows of the product that an image takes: with pooled sums whole tiles, else just its pixels.
     SPAN: tl.constexpr = PIXELS if sums_ptr is None else PARTS * BLOCK_M
     images = batch if count_ptr is None else tl.load(count_ptr)
@@ -174,7 +174,7 @@ def gathered_conv_kernel(
         y = (pixel // OUT_WIDTH * STRIDE - PADDING)[:, None]
         x = (pixel % OUT_WIDTH * STRIDE - PADDING)[:, None]
         corner = source.to(tl.int64)[:, None] * IMAGE_STRIDE + y * ROW_STRIDE + x * PIXEL_STRIDE
-        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        total = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
         for start in tl.range(0, TERMS, BLOCK_K):
             term = start + tl.arange(0, BLOCK_K)
             tap = (start if WHOLE_TAPS else term[None, :]) // CHANNELS  # one for the block, or one a column
@@ -205,9 +205,11 @@ def gathered_conv_kernel(
         if sums_ptr is not None:
             here = tile // COLUMNS // PARTS
             image = (here if scatter_ptr is None else tl.load(scatter_ptr + here)).to(tl.int64)
-            part = image * PARTS + tile // COLUMNS % PARTS
-            pooled = tl.sum(tl.where(used[:, None], rounded.to(tl.float32), 0.0), 0)
-            tl.store(sums_ptr + part * OUT_CHANNELS + channel_out, pooled, mask=channel_out < OUT_CHANNELS)
+            values = tl.where(used[:, None], rounded.to(tl.float32), 0.0)
+            pooled = tl.sum(tl.reshape(values, (BLOCK_M // POOL_TILE, POOL_TILE, BLOCK_N)), 1)
+            part = (tile // COLUMNS % PARTS * (BLOCK_M // POOL_TILE) + tl.arange(0, BLOCK_M // POOL_TILE))[:, None]
+            tl.store(sums_ptr + (image * POOL_TILES + part) * OUT_CHANNELS + channel_out[None, :], pooled,
+                     mask=(part < POOL_TILES) & (channel_out < OUT_CHANNELS)[None, :])
 
 
 def constants(layer: Layer, configuration: Configuration, strides: tuple[int, ...], relu: bool) -> dict[str, Any]:
@@ -218,8 +220,8 @@ def constants(layer: Layer, configuration: Configuration, strides: tuple[int, ..
                 HEIGHT=layer.height, WIDTH=layer.width, CHANNELS=layer.channels,
                 OUT_HEIGHT=out_height, OUT_WIDTH=out_width, OUT_CHANNELS=layer.out_channels,
                 KERNEL=layer.kernel, STRIDE=layer.stride, PADDING=layer.padding, RELU=relu,
-                BLOCK_M=configuration.block_m, BLOCK_N=configuration.block_n, BLOCK_K=layer.block_k,
-                WIDEN=INTERPRETED)  # the interpreter's product of bfloat16 is one of their bits, read as integers
+                BLOCK_M=configuration.block_m, BLOCK_N=configuration.block_n, BLOCK_K=configuration.block_k,
+                POOL_TILE=POOL_TILE, WIDEN=INTERPRETED)  # the interpreter's product of bfloat16 is one of their bits, read as integers
 
 
 def gathered_conv2d(x: Tensor, weight: Tensor, bias: Tensor, count: Tensor | None = None, *,

@@ -60,8 +60,13 @@ def check(name: str, tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> 
                          f"{'' if tensor.is_contiguous() else ', not contiguous'}")
 
 
+def power_of_two(size: int) -> int:
+    """The next power of two, or the size itself if it is one."""
+    return 1 << (size - 1).bit_length()
+
+
 def programs(device: torch.device, per_processor: int = 1) -> int:
-    """Programs in a persistent grid: so many for every multiprocessor. Three in the interpreter, so that each loops."""
+    """Programs in a persistent grid: so many for every multiprocessor. Two in the interpreter, so that both loop."""
     if INTERPRETED:
-        return 3
+        return 2
     return per_processor * torch.cuda.get_device_properties(device).multi_processor_count
