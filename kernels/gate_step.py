@@ -39,8 +39,8 @@ class GateStep:
     def empty(cls, batch: int, device: torch.device) -> GateStep:
         """Memory for a batch."""
         logit, probability = torch.empty(2, batch, device=device)
-        return cls(logit, probability, torch.empty(batch, dtype=torch.bool, device=device),
-                   torch.empty(batch, dtype=torch.int32, device=device), torch.empty(1, dtype=torch.int32, device=device))
+        rows, count = (torch.empty(size, dtype=torch.int32, device=device) for size in (batch, 1))
+        return cls(logit, probability, torch.empty(batch, dtype=torch.bool, device=device), rows, count)
 
 
 def gate_step_ref(pooled: Tensor, embedding: PackedEmbedding, lstm: PackedLSTM, hidden: Tensor,

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from skipnet_rt.kernels.language import INTERPRETED, check, check_device, jit, power_of_two, programs, tl
 
 POOL_TILE = 64
-"""Pixels that go into one partial sum of an image's pool. Fixed: two layers that write the same sums must agree on it."""
+"""Pixels that go into one partial sum of an image's pool: fixed, because layers that write the same sums must agree."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -58,7 +58,8 @@ class Layer:
     def __str__(self) -> str:
         """All of it: ``3x3/2+1 64-128 of 56x56 float16 pooled`` has stride 2 and padding 1."""
         return (f"{self.kernel}x{self.kernel}/{self.stride}+{self.padding} {self.channels}-{self.out_channels} of "
-                f"{self.height}x{self.width} {str(self.dtype).removeprefix('torch.')}{' pooled' if self.pooled else ''}")
+                f"{self.height}x{self.width} {str(self.dtype).removeprefix('torch.')}"
+                f"{' pooled' if self.pooled else ''}")
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,11 @@ class Configuration:
     stages: int
 
 
-# (block_m, block_n, warps, stages) by the dtype's bytes, best guess first; the first ones need no more shared memory than
-# any GPU we compile for has. What is fastest is measured (tuning.py).
+# (block_m, block_n, warps, stages) by the dtype's bytes, best guess first. The first ones fit the shared memory of
+# every GPU that we compile for; none spills registers (docs/triton.md). What is fastest is measured (tuning.py).
 _TILINGS = {
-    2: ((128, 128, 8, 3), (64, 64, 4, 4), (64, 128, 4, 4), (128, 64, 4, 4), (128, 256, 8, 3), (64, 256, 4, 3),
-        (64, 32, 4, 5), (128, 32, 4, 4), (64, 16, 4, 5), (128, 16, 4, 4)),
+    2: ((128, 128, 8, 3), (64, 64, 4, 4), (64, 128, 4, 4), (128, 64, 4, 4), (64, 256, 8, 3), (64, 32, 4, 5),
+        (128, 32, 4, 4), (64, 16, 4, 5), (128, 16, 4, 4)),
     4: ((64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 2), (64, 16, 4, 3)),
 }
 
@@ -100,9 +101,11 @@ def configurations(layer: Layer) -> tuple[Configuration, ...]:
     size = layer.dtype.itemsize
     # Whole channels of one tap where they divide.
     block_k = next((block for block in (128 // size, 32, 16) if layer.channels % block == 0), 32)
+    # A pooled layer's tiles do not span images: no wide ones where they would mostly be padding.
+    widest = 9 / 8 * _padded(pixels, POOL_TILE)
     return tuple(Configuration(block_m, block_n, block_k, warps, stages)
                  for block_m, block_n, warps, stages in _TILINGS[size]
-                 if block_n <= channels and not (layer.pooled and _padded(pixels, block_m) > _padded(pixels, 64) * 9 / 8))
+                 if block_n <= channels and not (layer.pooled and _padded(pixels, block_m) > widest))
 
 
 def _padded(size: int, block: int) -> int:
@@ -132,8 +135,8 @@ def gathered_conv2d_ref(x: Tensor, weight: Tensor, bias: Tensor, count: Tensor |
         out = y.new_empty(len(x), *y.shape[1:])
     out[written] = y
     if sums is not None:
-        parts = y.float().flatten(1, 2).split(POOL_TILE, dim=1)
-        sums[written] = torch.stack([part.sum(1) for part in parts], 1) if images else sums[written]
+        parts = torch.split(y.float().flatten(1, 2), POOL_TILE, dim=1)
+        sums[written] = torch.stack([part.sum(1) for part in parts], 1)
     return out
 
 
@@ -221,7 +224,8 @@ def constants(layer: Layer, configuration: Configuration, strides: tuple[int, ..
                 OUT_HEIGHT=out_height, OUT_WIDTH=out_width, OUT_CHANNELS=layer.out_channels,
                 KERNEL=layer.kernel, STRIDE=layer.stride, PADDING=layer.padding, RELU=relu,
                 BLOCK_M=configuration.block_m, BLOCK_N=configuration.block_n, BLOCK_K=configuration.block_k,
-                POOL_TILE=POOL_TILE, WIDEN=INTERPRETED)  # the interpreter's product of bfloat16 is one of their bits, read as integers
+                POOL_TILE=POOL_TILE,
+                WIDEN=INTERPRETED)  # the interpreter multiplies bfloat16 as the integers that it keeps them in
 
 
 def gathered_conv2d(x: Tensor, weight: Tensor, bias: Tensor, count: Tensor | None = None, *,
@@ -230,8 +234,8 @@ def gathered_conv2d(x: Tensor, weight: Tensor, bias: Tensor, count: Tensor | Non
                     sums: Tensor | None = None, configuration: Configuration | None = None) -> Tensor:
     """Convolve ``count`` images in one launch, reading and writing by row lists; the count never reaches the host.
 
-    For every slot ``i < count``: ``out[scatter[i]] = relu(conv2d(x[gather[i]]) + bias + residual[scatter[i]])``, where a
-    list that is None means ``i``. Sums are float32; ReLU keeps NaN.
+    For every slot ``i < count``: ``out[scatter[i]] = relu(conv2d(x[gather[i]]) + bias + residual[scatter[i]])``, where
+    a list that is None means ``i``. Sums are float32; ReLU keeps NaN.
 
     Args:
         x: ``[N, H, W, C]`` with any strides, float32, bfloat16 or float16.
@@ -292,4 +296,5 @@ def _checked_layer(x: Tensor, weight: Tensor, stride: int, padding: int, pooled:
     if stride < 1 or padding < 0 or min(x.shape[1:3]) + 2 * padding < kernel:
         raise ValueError(f"stride must be at least 1, and the padded input no smaller than the kernel, got stride "
                          f"{stride}, padding {padding}, input {list(x.shape[1:3])}, kernel {kernel}")
-    return Layer(*x.shape[1:], weight.shape[3], kernel, stride, padding, weight.dtype, pooled)
+    _, height, width, channels = x.shape
+    return Layer(height, width, channels, weight.shape[3], kernel, stride, padding, weight.dtype, pooled)

@@ -1,11 +1,13 @@
-"""Triton, where it is installed: the kernels' modules import without it, and say what is missing when they are called."""
+"""Triton, where it is installed: without it the kernels' modules import all the same, and calls say what is missing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 try:
@@ -15,10 +17,10 @@ except ImportError:
     triton = tl = None
 
 INTERPRETED: bool = triton is not None and bool(triton.knobs.runtime.interpret)
-"""Kernels run on the CPU, one program after the other, in Triton's interpreter: TRITON_INTERPRET=1 was set at import."""
+"""Kernels run on the CPU, program by program, in Triton's interpreter: TRITON_INTERPRET=1 was set at import."""
 
 
-def jit(**options: Any) -> Callable[[Callable], Any]:
+def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """``triton.jit``, or nothing at all without Triton."""
     return triton.jit(**options) if triton is not None else lambda function: function
 
@@ -47,6 +49,8 @@ def check_device(**tensors: Tensor | None) -> None:
             where = where or tensor.device
             if tensor.device.type != kind or tensor.device != where:
                 raise ValueError(f"{name} must be on {where if where.type == kind else kind}, got {tensor.device}")
+    if where is not None and not INTERPRETED and where.index != torch.cuda.current_device():
+        raise ValueError(f"tensors must be on the current device, cuda:{torch.cuda.current_device()}, got {where}")
 
 
 def check(name: str, tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> None:
@@ -70,3 +74,18 @@ def programs(device: torch.device, per_processor: int = 1) -> int:
     if INTERPRETED:
         return 2
     return per_processor * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@contextmanager
+def compilation_shown() -> Iterator[None]:
+    """While kernels compile, count them on standard error, if that is a terminal: a network has dozens."""
+    with Console(stderr=True).status("Compiling Triton kernels") as status, triton.knobs.runtime.scope():
+        compiled = 0
+
+        def count(**_: Any) -> None:
+            nonlocal compiled
+            compiled += 1
+            status.update(f"Compiling Triton kernels: {compiled} done")
+
+        triton.knobs.runtime.jit_post_compile_hook = count
+        yield

@@ -40,7 +40,7 @@ def identity(device: torch.device) -> dict[str, str]:
     source = hashlib.sha256(Path(gathered_conv.__file__).read_bytes()).hexdigest()
     if INTERPRETED:
         return dict(source=source, triton=triton.__version__, device="interpreter", driver="none")
-    driver = torch.version.hip or str(torch._C._cuda_getDriverVersion())
+    driver = torch.version.hip or str(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]
     return dict(source=source, triton=triton.__version__, device=torch.cuda.get_device_name(device), driver=driver)
 
 
@@ -107,10 +107,10 @@ def _time(layer: Layer, configuration: Configuration, device: torch.device) -> f
         x = torch.randn(batch, layer.height, layer.width, layer.channels, device=device).to(layer.dtype)
         weight, bias = torch.randn(shape, device=device).to(layer.dtype), torch.zeros(layer.out_channels, device=device)
         out = torch.zeros(batch, *layer.out_size, layer.out_channels, dtype=layer.dtype, device=device)
-        sums = torch.zeros(batch, sum_tiles(layer.out_size), layer.out_channels, device=device) if layer.pooled else None
+        sums = torch.zeros(batch, sum_tiles(layer.out_size), layer.out_channels, device=device)
         call = functools.partial(
             gathered_conv2d, x, weight, bias, stride=layer.stride, padding=layer.padding, relu=True, out=out,
-            residual=out if layer.pooled else None, sums=sums, configuration=configuration)
+            residual=out if layer.pooled else None, sums=sums if layer.pooled else None, configuration=configuration)
         try:
             logarithms += math.log(triton.testing.do_bench_cudagraph(call, return_mode="median"))
         except triton.runtime.errors.OutOfResources:

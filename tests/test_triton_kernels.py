@@ -1,4 +1,4 @@
-"""The Triton kernels against their oracles: on a GPU, or under Triton's interpreter (tests/test_triton.py sees to that)."""
+"""The Triton kernels against their oracles: on a GPU, or under Triton's interpreter (see tests/test_triton.py)."""
 
 import pytest
 import torch
@@ -244,8 +244,8 @@ def test_gate_step_names_what_is_wrong():
     network = pack(small_model("rnn"), DEVICE, torch.float32)
     with pytest.raises(ValueError, match="lstm, hidden and cell belong to an embedding"):
         kernels.gate_step(torch.zeros(2, 1, 8, device=DEVICE), 64, network.gates[0])
+    state = torch.zeros(2, 10, device=DEVICE)
     with pytest.raises(ValueError, match=r"gate.weight must be contiguous torch.float32 \[10, 9\]"):
-        state = torch.zeros(2, 10, device=DEVICE)
         kernels.gate_step(torch.zeros(2, 1, 9, device=DEVICE), 64, network.gates[0], network.lstm, state, state)
 
 

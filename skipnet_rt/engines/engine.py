@@ -151,7 +151,7 @@ Activation = TypeVar("Activation")
 """What an engine passes from block to block, in a layout of its own."""
 
 Rows = TypeVar("Rows")
-"""How an engine lists images: int64 ``[count]`` in plain PyTorch; where no count may reach the host, it stays beside."""
+"""How an engine lists images: int64 ``[count]``, say, or a longer list with the count beside it on the device."""
 
 
 class WalkingEngine(Engine, Generic[Activation, Rows]):

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from skipnet_rt.arch import SkipNetArch
 from skipnet_rt.engines.engine import Decisions, EnginePass
+from skipnet_rt.kernels.language import compilation_shown
 
 Walk = Callable[[Tensor, "Tensor | None", Tensor, int], EnginePass]
-"""From images ``[B, ...]``, routing (bool ``[B, G]`` or None), present (int32 ``[1]``) and steps to a result of B rows."""
+"""From images ``[B, ...]``, routing bool ``[B, G]`` or None, present int32 ``[1]`` and steps to a result of B rows."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,10 @@ class Graphs:
         self._buckets: dict[tuple[int, int, bool], _Bucket] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._lock = threading.Lock()
-        self._done = torch.cuda.Event()
+        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def run(self, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
-        """Replay the batch's bucket on the current stream; the first batch of a bucket captures it, and waits for that."""
+        """Replay the batch's bucket on the current stream; a bucket's first batch captures it, and waits for that."""
         with self._lock:
             bucket = self._bucket(bucket_size(len(images)), steps, routing is not None)
             stream = torch.cuda.current_stream(self._device)
@@ -87,7 +88,8 @@ class Graphs:
         images = torch.zeros(size, architecture.in_channels, *architecture.image_size, dtype=self._dtype, device=device)
         routing = torch.zeros(size, architecture.num_gates, dtype=torch.bool, device=device) if forced else None
         present = torch.zeros(1, dtype=torch.int32, device=device)
-        self._walk(images, routing, present, steps)  # compiles what is new: a capture cannot
+        with compilation_shown():
+            self._walk(images, routing, present, steps)  # compiles what is new: a capture cannot
         graph = torch.cuda.CUDAGraph()
         # Only this thread's calls are restricted while it captures: others may be allocating.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):

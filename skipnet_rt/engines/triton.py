@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ from skipnet_rt.kernels.language import INTERPRETED, missing
 from skipnet_rt.packing import PackedBlock, PackedConvolution, PackedFeedforwardGate, PackedNetwork
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True)
+class Rows:
     """Which images a block runs for, on the device."""
 
     order: Tensor  # int32 [N], the images in order; what follows the first `count` is not read
@@ -34,7 +35,8 @@ class Rows(NamedTuple):
     present: Tensor  # int32 [1], images in the batch: a captured bucket may have more places
 
 
-class Activation(NamedTuple):
+@dataclass(frozen=True)
+class Activation:
     """A block's output."""
 
     pixels: Tensor  # [N, H, W, C] in the network's dtype
@@ -209,17 +211,17 @@ class TritonEngine(WalkingEngine[Activation, Rows]):
     def gate_step(self, index: int, x: Activation, decisions: Decisions) -> None:
         assert isinstance(decisions, _TritonDecisions)
         assert x.sums is not None
-        order, count, present = decisions.rows
-        out = GateStep(decisions.gate_logits[index], decisions.probabilities[index], decisions.executed[index], order,
-                       count)
+        rows = decisions.rows
+        out = GateStep(decisions.gate_logits[index], decisions.probabilities[index], decisions.executed[index],
+                       rows.order, rows.count)
         packed, feedforward = self.network.gates[index], self._gates[index]
         if feedforward is None:
             kernels.gate_step(x.sums, x.pixels.shape[1] * x.pixels.shape[2], packed, self.network.lstm,
-                              decisions.hidden, decisions.cell, forced=decisions.forced_by(index), present=present,
-                              out=out, arrivals=decisions.arrivals)
+                              decisions.hidden, decisions.cell, forced=decisions.forced_by(index),
+                              present=rows.present, out=out, arrivals=decisions.arrivals)
         else:
-            kernels.gate_step(*feedforward(x.pixels, present), packed, forced=decisions.forced_by(index),
-                              present=present, out=out, arrivals=decisions.arrivals)
+            kernels.gate_step(*feedforward(x.pixels, rows.present), packed, forced=decisions.forced_by(index),
+                              present=rows.present, out=out, arrivals=decisions.arrivals)
 
     def compact(self, index: int, decisions: Decisions) -> Rows:
         assert isinstance(decisions, _TritonDecisions)
