@@ -17,6 +17,7 @@ from networks import small_model
 
 import skipnet_rt as srt
 from skipnet_rt import kernels
+from skipnet_rt.doctor import warm
 
 TESTS = Path(__file__).parent
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -54,6 +55,8 @@ def test_the_engine_says_why_it_cannot_run():
         srt.compile(small_model("rnn"), engine="triton")
     with pytest.raises(RuntimeError, match=reason):
         kernels.compact(torch.zeros(3, dtype=torch.bool))
+    with pytest.raises(srt.EngineError, match=f"engine 'triton' is not available: {reason}"):
+        warm(small_model("rnn"), torch.float16, print)
 
 
 def test_everything_imports_without_triton(tmp_path):

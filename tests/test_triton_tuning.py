@@ -7,6 +7,8 @@ import torch
 from networks import small_images, small_model
 
 import skipnet_rt as srt
+from skipnet_rt import cli
+from skipnet_rt.doctor import warm
 from skipnet_rt.kernels import tuning
 from skipnet_rt.kernels.gathered_conv import configurations
 from skipnet_rt.kernels.language import INTERPRETED, missing
@@ -84,3 +86,20 @@ def test_a_file_of_something_else_is_refused(tmp_path, text):
     file.write_text(text)
     with pytest.raises(TuningError, match=r"other.json (holds no tuning results|was measured with)"):
         tuning.receive(file, DEVICE)
+
+
+def test_doctor_tunes_ahead(capsys):
+    """Every layer of the network, and says so; float64 is none of the engine's dtypes."""
+    with pytest.raises(SystemExit):
+        cli.main(["doctor", "--warm", "cifar10_rnn_gate_38", "--dtype", "float64"])
+    assert "it computes in" in capsys.readouterr().err
+    assert tuning.results(DEVICE) == {}
+    model = srt.build("cifar10_rnn_gate_38")
+    told = []
+    named = warm(model, torch.float16, lambda what, share: told.append((what, share)))
+    runtime = srt.compile(model, engine="triton", device=DEVICE, dtype=torch.float16)
+    assert set(tuning.results(DEVICE)) == {str(layer) for layer in runtime.engine.layers}
+    assert named == len(runtime.engine.layers) == len(told) - 1
+    shares = [share for _, share in told]
+    assert shares == sorted(shares)
+    assert shares[-1] < 1
