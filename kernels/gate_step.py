@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from skipnet_rt.kernels.compaction import list_executing
-from skipnet_rt.kernels.language import check, check_device, jit, power_of_two, tl
+from skipnet_rt.kernels.language import FUSED, check, check_device, jit, power_of_two, tl
 from skipnet_rt.packing import PackedEmbedding, PackedFeedforwardGate, PackedLSTM
 
 
@@ -250,7 +250,7 @@ def gate_step(sums: Tensor, pixels: int, gate: PackedEmbedding | PackedFeedforwa
     gate_step_kernel[(batch,)](
         sums, gate.weight, gate.bias, *shared, hidden, cell, forced, out.logit, out.probability, out.executed,
         out.rows, out.count, present, arrivals, batch,
-        **constants(tiles, pixels, channels, embed, max(1, units)))
+        **constants(tiles, pixels, channels, embed, max(1, units)), **FUSED)
     return out
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from skipnet_rt.kernels.language import INTERPRETED, check, check_device, jit, power_of_two, programs, tl
+from skipnet_rt.kernels.language import FUSED, INTERPRETED, check, check_device, jit, power_of_two, programs, tl
 
 POOL_TILE = 64
 """Pixels that go into one partial sum of an image's pool: fixed, because layers that write the same sums must agree."""
@@ -282,7 +282,7 @@ def gathered_conv2d(x: Tensor, weight: Tensor, bias: Tensor, count: Tensor | Non
     gathered_conv_kernel[(min(tiles, programs(x.device, 2)),)](
         x, weight, bias, residual, out, sums, gather, scatter, count, batch,
         **constants(layer, configuration, x.stride(), relu),
-        num_warps=configuration.warps, num_stages=configuration.stages)
+        num_warps=configuration.warps, num_stages=configuration.stages, **FUSED)
     return out
 
 

@@ -76,16 +76,24 @@ def programs(device: torch.device, per_processor: int = 1) -> int:
     return per_processor * torch.cuda.get_device_properties(device).multi_processor_count
 
 
+FUSED = {"enable_fp_fusion": True}
+"""Launch option: products are added in one rounding. It is Triton's default, but will not be from 3.10 on."""
+
+
 @contextmanager
 def compilation_shown() -> Iterator[None]:
     """While kernels compile, count them on standard error, if that is a terminal: a network has dozens."""
-    with Console(stderr=True).status("Compiling Triton kernels") as status, triton.knobs.runtime.scope():
-        compiled = 0
+    hooks, compiled = triton.knobs.runtime, 0
+    before = hooks.jit_post_compile_hook
+    with Console(stderr=True).status("Compiling Triton kernels") as status:
 
         def count(**_: Any) -> None:
             nonlocal compiled
             compiled += 1
             status.update(f"Compiling Triton kernels: {compiled} done")
 
-        triton.knobs.runtime.jit_post_compile_hook = count
-        yield
+        hooks.jit_post_compile_hook = count
+        try:
+            yield
+        finally:
+            hooks.jit_post_compile_hook = before

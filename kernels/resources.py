@@ -20,7 +20,7 @@ from skipnet_rt.kernels.compaction import compact_kernel
 from skipnet_rt.kernels.gate_step import constants as gate_constants
 from skipnet_rt.kernels.gate_step import gate_step_kernel
 from skipnet_rt.kernels.gathered_conv import Configuration, Layer
-from skipnet_rt.kernels.language import triton
+from skipnet_rt.kernels.language import FUSED, triton
 
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 """Bytes of shared memory that a program may have: CUDA C++ Programming Guide; AMD's manual of CDNA3."""
@@ -93,8 +93,8 @@ def _compiled(kernel: Any, tensors: Mapping[str, torch.dtype], integers: tuple[s
     aligned = {places[name]: [["tt.divisibility", 16]] for name in pointers}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=aligned)
     nvidia = target.startswith("sm_")
-    compiled = triton.compile(source, options=options, target=GPUTarget("cuda", int(target[3:]), 32) if nvidia
-                              else GPUTarget("hip", target, 64))
+    gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
+    compiled = triton.compile(source, target=gpu, options={**options, **FUSED})
     text = compiled.asm["ptx" if nvidia else "amdgcn"]
     instructions = re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma_\w+", text)
     registers, stack = _usage(compiled.asm["cubin"]) if nvidia else (None, None)
