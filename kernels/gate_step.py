@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from skipnet_rt.kernels.compaction import list_executing
-from skipnet_rt.kernels.language import FUSED, check, check_device, jit, power_of_two, tl
+from skipnet_rt.kernels.language import FUSED, INTERPRETED, check, check_device, jit, power_of_two, rounded, tl
 from skipnet_rt.packing import PackedEmbedding, PackedFeedforwardGate, PackedLSTM
 
 
@@ -178,12 +178,13 @@ def gate_step_kernel(
 
 @jit()
 def pool_kernel(sums_ptr: tl.tensor, pooled_ptr: tl.tensor, TILES: tl.constexpr, PIXELS: tl.constexpr,
-                CHANNELS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr) -> None:
+                CHANNELS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+                INTERPRETED: tl.constexpr) -> None:
     """Partial sums to averages; a program an image and block of channels."""
     image, channel = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     pooled = _pooled(sums_ptr, image, channel, TILES, PIXELS, CHANNELS, BLOCK_T)
-    tl.store(pooled_ptr + image.to(tl.int64) * CHANNELS + channel, pooled.to(pooled_ptr.dtype.element_ty),
-             mask=channel < CHANNELS)
+    tl.store(pooled_ptr + image.to(tl.int64) * CHANNELS + channel,
+             rounded(pooled, pooled_ptr.dtype.element_ty, INTERPRETED), mask=channel < CHANNELS)
 
 
 def _pool_blocks(tiles: int, channels: int) -> dict[str, int]:
@@ -276,5 +277,5 @@ def pool(sums: Tensor, pixels: int, dtype: torch.dtype) -> Tensor:
         return pooled
     blocks = _pool_blocks(tiles, channels)
     pool_kernel[(batch, -(-channels // blocks["BLOCK_C"]))](
-        sums, pooled, TILES=tiles, PIXELS=pixels, CHANNELS=channels, **blocks)
+        sums, pooled, TILES=tiles, PIXELS=pixels, CHANNELS=channels, **blocks, INTERPRETED=INTERPRETED)
     return pooled

@@ -18,7 +18,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from skipnet_rt.kernels.language import FUSED, INTERPRETED, check, check_device, jit, power_of_two, programs, tl
+from skipnet_rt.kernels.language import (
+    FUSED,
+    INTERPRETED,
+    check,
+    check_device,
+    jit,
+    power_of_two,
+    programs,
+    rounded,
+    tl,
+)
 
 POOL_TILE = 64
 """Pixels that go into one partial sum of an image's pool: fixed, because layers that write the same sums must agree."""
@@ -157,7 +167,7 @@ def gathered_conv_kernel(
         OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr, OUT_CHANNELS: tl.constexpr,
         KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, RELU: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, POOL_TILE: tl.constexpr,
-        WIDEN: tl.constexpr) -> None:
+        INTERPRETED: tl.constexpr) -> None:
     """See the top of the file and :func:`gathered_conv2d`."""
     PIXELS: tl.constexpr = OUT_HEIGHT * OUT_WIDTH
     TERMS: tl.constexpr = KERNEL * KERNEL * CHANNELS
@@ -192,7 +202,7 @@ def gathered_conv_kernel(
             known = (channel_out < OUT_CHANNELS)[None, :] & (term < TERMS)[:, None]
             b = tl.load(weight_ptr + term[:, None] * OUT_CHANNELS + channel_out[None, :], mask=known, other=0.0)
             a = a.to(b.dtype)
-            if WIDEN:
+            if INTERPRETED:  # it multiplies bfloat16 as the integers that it keeps them in
                 a, b = a.to(tl.float32), b.to(tl.float32)
             total = tl.dot(a, b, total, input_precision="ieee")
         total += tl.load(bias_ptr + channel_out, mask=channel_out < OUT_CHANNELS, other=0.0)[None, :]
@@ -203,12 +213,12 @@ def gathered_conv_kernel(
             total += tl.load(residual_ptr + place, mask=known, other=0.0).to(tl.float32)
         if RELU:
             total = tl.where(total < 0.0, 0.0, total)  # NaN stays
-        rounded = total.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + place, rounded, mask=known)
+        result = rounded(total, out_ptr.dtype.element_ty, INTERPRETED)
+        tl.store(out_ptr + place, result, mask=known)
         if sums_ptr is not None:
             here = tile // COLUMNS // PARTS
             image = (here if scatter_ptr is None else tl.load(scatter_ptr + here)).to(tl.int64)
-            values = tl.where(used[:, None], rounded.to(tl.float32), 0.0)
+            values = tl.where(used[:, None], result.to(tl.float32), 0.0)
             pooled = tl.sum(tl.reshape(values, (BLOCK_M // POOL_TILE, POOL_TILE, BLOCK_N)), 1)
             part = (tile // COLUMNS % PARTS * (BLOCK_M // POOL_TILE) + tl.arange(0, BLOCK_M // POOL_TILE))[:, None]
             tl.store(sums_ptr + (image * POOL_TILES + part) * OUT_CHANNELS + channel_out[None, :], pooled,
@@ -224,8 +234,7 @@ def constants(layer: Layer, configuration: Configuration, strides: tuple[int, ..
                 OUT_HEIGHT=out_height, OUT_WIDTH=out_width, OUT_CHANNELS=layer.out_channels,
                 KERNEL=layer.kernel, STRIDE=layer.stride, PADDING=layer.padding, RELU=relu,
                 BLOCK_M=configuration.block_m, BLOCK_N=configuration.block_n, BLOCK_K=configuration.block_k,
-                POOL_TILE=POOL_TILE,
-                WIDEN=INTERPRETED)  # the interpreter multiplies bfloat16 as the integers that it keeps them in
+                POOL_TILE=POOL_TILE, INTERPRETED=INTERPRETED)
 
 
 def gathered_conv2d(x: Tensor, weight: Tensor, bias: Tensor, count: Tensor | None = None, *,

@@ -25,6 +25,16 @@ def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     return triton.jit(**options) if triton is not None else lambda function: function
 
 
+@jit()
+def rounded(value: tl.tensor, dtype: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.tensor:
+    """A float32 value in another dtype, to the nearest; the interpreter just cuts bfloat16's last bits off."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        nearest = bits + 0x7FFF + ((bits >> 16) & 1)
+        value = tl.where(value == value, nearest.to(tl.float32, bitcast=True), value)
+    return value.to(dtype)
+
+
 def missing() -> str | None:
     """Why kernels cannot run on this machine, or None."""
     if triton is None:

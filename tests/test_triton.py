@@ -27,7 +27,7 @@ needs_triton = pytest.mark.skipif(not INSTALLED, reason="Triton is not installed
 PARTS = {
     "kernels": ["test_triton_kernels.py"],
     "tuning": ["test_triton_tuning.py"],
-    "golden case": ["test_engines.py", "-k", "triton and test_golden_cases and cifar10_rnn_gate_38"],
+    "golden case": ["test_engines.py", "-k", "triton and cifar10_feedforward_38 and (golden_cases or bar and bfloat16)"],
     "right": ["test_engines.py", "-k", "triton and (agrees_with_the_model or test_a_call_returns and 1-)"],
     "batch invariance": ["test_engines.py", "-k", "triton and test_batch_invariance_is_bitwise and "
                          "(bottleneck-feedforward and bfloat16 or imagenet-reinforced and float32)"],

@@ -22,6 +22,9 @@ Walk = Callable[[Tensor, "Tensor | None", Tensor, int], EnginePass]
 """From images ``[B, ...]``, routing bool ``[B, G]`` or None, present int32 ``[1]`` and steps to a result of B rows."""
 
 
+_CAPTURING = threading.Lock()  # PyTorch allows one capture at a time in a process
+
+
 @dataclass(frozen=True)
 class _Bucket:
     """A captured graph and the memory that it reads and writes."""
@@ -41,24 +44,28 @@ def bucket_size(batch: int) -> int:
 class Graphs:
     """The captured graphs of one network on one GPU.
 
+    Its engine's walk is captured: it must not wait for the device, and use nothing beyond ``present`` images. It comes
+    with every call, for whoever kept it would keep the engine and its memory.
+
     Args:
-        walk: what is captured; it must not wait for the device, and must use nothing beyond ``present`` images.
         architecture: of the network, for the shapes of images and routing.
-        device: a CUDA device.
+        device: a CUDA device, the current one in every call.
         dtype: of images.
     """
 
-    def __init__(self, walk: Walk, architecture: SkipNetArch, device: torch.device, dtype: torch.dtype) -> None:
-        self._walk, self._architecture, self._device, self._dtype = walk, architecture, device, dtype
+    def __init__(self, architecture: SkipNetArch, device: torch.device, dtype: torch.dtype) -> None:
+        self._architecture, self._device, self._dtype = architecture, device, dtype
         self._buckets: dict[tuple[int, int, bool], _Bucket] = {}
         self._pool = torch.cuda.graph_pool_handle()
+        # Of this device (PyTorch's own choice is of the device that captured first), and one for all that share a pool.
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._lock = threading.Lock()
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
-    def run(self, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
+    def run(self, walk: Walk, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
         """Replay the batch's bucket on the current stream; a bucket's first batch captures it, and waits for that."""
         with self._lock:
-            bucket = self._bucket(bucket_size(len(images)), steps, routing is not None)
+            bucket = self._bucket(walk, bucket_size(len(images)), steps, routing is not None)
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(self._done)
             bucket.images[:len(images)].copy_(images)
@@ -71,29 +78,30 @@ class Graphs:
             self._done.record(stream)
         return result
 
-    def capture(self, batches: Iterable[int], steps: int, forced: bool) -> None:
+    def capture(self, walk: Walk, batches: Iterable[int], steps: int, forced: bool) -> None:
         """Capture ahead, the largest first: the smaller ones then find room in its memory."""
         with self._lock:
             for size in sorted({bucket_size(batch) for batch in batches}, reverse=True):
-                self._bucket(size, steps, forced)
+                self._bucket(walk, size, steps, forced)
 
-    def _bucket(self, size: int, steps: int, forced: bool) -> _Bucket:
+    def _bucket(self, walk: Walk, size: int, steps: int, forced: bool) -> _Bucket:
         key = size, steps, forced
         if key not in self._buckets:
-            self._buckets[key] = self._captured(*key)
+            self._buckets[key] = self._captured(walk, *key)
         return self._buckets[key]
 
-    def _captured(self, size: int, steps: int, forced: bool) -> _Bucket:
+    def _captured(self, walk: Walk, size: int, steps: int, forced: bool) -> _Bucket:
         architecture, device = self._architecture, self._device
         images = torch.zeros(size, architecture.in_channels, *architecture.image_size, dtype=self._dtype, device=device)
         routing = torch.zeros(size, architecture.num_gates, dtype=torch.bool, device=device) if forced else None
         present = torch.zeros(1, dtype=torch.int32, device=device)
         with compilation_shown():
-            self._walk(images, routing, present, steps)  # compiles what is new: a capture cannot
+            walk(images, routing, present, steps)  # compiles what is new: a capture cannot
         graph = torch.cuda.CUDAGraph()
         # Only this thread's calls are restricted while it captures: others may be allocating.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = self._walk(images, routing, present, steps)
+        with _CAPTURING, torch.cuda.graph(graph, pool=self._pool, stream=self._stream,
+                                          capture_error_mode="thread_local"):
+            result = walk(images, routing, present, steps)
         return _Bucket(graph, images, routing, present, result)
 
 

@@ -143,7 +143,7 @@ class TritonEngine(WalkingEngine[Activation, Rows]):
         weight = network.head_weight
         self._head = _Convolution(PackedConvolution(weight.view(*weight.shape, 1, 1), network.head_bias, 1, 0), (1, 1),
                                   measured)
-        self._graphs = None if INTERPRETED else Graphs(self._walk_present, architecture, network.device, network.dtype)
+        self._graphs = None if INTERPRETED else Graphs(architecture, network.device, network.dtype)
         self._interpreter = threading.Lock()  # it runs one program at a time
 
     @classmethod
@@ -168,7 +168,7 @@ class TritonEngine(WalkingEngine[Activation, Rows]):
         with torch.cuda.device(self.network.device):
             if torch.cuda.is_current_stream_capturing():  # the caller's graph, which will hold our launches
                 return self._walk_all(images, routing, steps)
-            return self._graphs.run(images, routing, steps)
+            return self._graphs.run(self._walk_present, images, routing, steps)
 
     def prepare(self, batches: Iterable[int], *, steps: int | None = None, forced: bool = False) -> None:
         """Compile and capture ahead for these sizes of batch, so that no call has to.
@@ -180,7 +180,8 @@ class TritonEngine(WalkingEngine[Activation, Rows]):
         """
         if self._graphs is not None:
             with torch.cuda.device(self.network.device):
-                self._graphs.capture(batches, self.network.arch.num_gates if steps is None else steps, forced)
+                self._graphs.capture(self._walk_present, batches,
+                                     self.network.arch.num_gates if steps is None else steps, forced)
 
     def _walk_all(self, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
         present = torch.full((1,), len(images), dtype=torch.int32, device=images.device)
