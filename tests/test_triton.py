@@ -18,6 +18,7 @@ from networks import small_model
 import skipnet_rt as srt
 from skipnet_rt import kernels
 from skipnet_rt.doctor import warm
+from skipnet_rt.engines.graphs import bucket_size
 
 TESTS = Path(__file__).parent
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -27,7 +28,8 @@ needs_triton = pytest.mark.skipif(not INSTALLED, reason="Triton is not installed
 PARTS = {
     "kernels": ["test_triton_kernels.py"],
     "tuning": ["test_triton_tuning.py"],
-    "golden case": ["test_engines.py", "-k", "triton and cifar10_feedforward_38 and (golden_cases or bar and bfloat16)"],
+    "golden case": ["test_engines.py", "-k",
+                    "triton and cifar10_feedforward_38 and (test_golden_cases or error_bar and bfloat16)"],
     "right": ["test_engines.py", "-k", "triton and (agrees_with_the_model or test_a_call_returns and 1-)"],
     "batch invariance": ["test_engines.py", "-k", "triton and test_batch_invariance_is_bitwise and "
                          "(bottleneck-feedforward and bfloat16 or imagenet-reinforced and float32)"],
@@ -69,6 +71,11 @@ def test_everything_imports_without_triton(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(tmp_path)},
                           capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == [[1, -1], "Triton is not installed (pip install skipnet-rt[gpu])"]
+
+
+@pytest.mark.parametrize(("batch", "size"), [(1, 1), (2, 2), (3, 4), (8, 8), (9, 16), (1000, 1024)])
+def test_buckets_are_powers_of_two(batch, size):
+    assert bucket_size(batch) == size
 
 
 def test_auto_prefers_the_cpu_engine_to_the_interpreter():

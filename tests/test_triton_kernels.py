@@ -207,7 +207,7 @@ def feedforward_gate(weight, bias=0.0):
     return PackedFeedforwardGate(False, (), torch.tensor(weight, device=DEVICE), torch.tensor([bias], device=DEVICE))
 
 
-@pytest.mark.parametrize(("batch", "channels"), [(1, 16), (5, 7), (9, 600)])
+@pytest.mark.parametrize(("batch", "channels"), [(1, 16), (5, 7), (9, 600), (300, 3)])
 def test_feedforward_gate_step(batch, channels, generator):
     gate = feedforward_gate(torch.randn(channels, generator=generator).tolist(), 0.25)
     sums = 50 * normal(batch, 1, channels, generator=generator)
