@@ -146,7 +146,6 @@ def gate_step_kernel(
             state = image * HIDDEN + unit
             hidden = tl.load(hidden_ptr + state, mask=known, other=0.0)
             cell = tl.load(cell_ptr + state, mask=known, other=0.0)
-            # Four products with the same arguments; a list of them is nothing that Triton's language has.
             i = _lstm_gate(0, feature, hidden, input_weight_ptr, hidden_weight_ptr, lstm_bias_ptr, EMBED, HIDDEN,
                            BLOCK_E, BLOCK_H)
             f = _lstm_gate(1, feature, hidden, input_weight_ptr, hidden_weight_ptr, lstm_bias_ptr, EMBED, HIDDEN,

@@ -192,14 +192,14 @@ def gathered_conv_kernel(
             term = start + tl.arange(0, BLOCK_K)
             tap = (start if WHOLE_TAPS else term[None, :]) // CHANNELS  # one for the block, or one a column
             dy, dx = tap // KERNEL, tap % KERNEL
-            inside = used[:, None]
+            inside, known = used[:, None], (channel_out < OUT_CHANNELS)[None, :]
             if PADDING > 0:
                 inside &= (y + dy >= 0) & (y + dy < HEIGHT) & (x + dx >= 0) & (x + dx < WIDTH)
             if not WHOLE_TAPS:
                 inside &= (term < TERMS)[None, :]
+                known &= (term < TERMS)[:, None]
             offset = dy * ROW_STRIDE + dx * PIXEL_STRIDE + (term[None, :] - tap * CHANNELS) * CHANNEL_STRIDE
             a = tl.load(x_ptr + (corner + offset), mask=inside, other=0.0)
-            known = (channel_out < OUT_CHANNELS)[None, :] & (term < TERMS)[:, None]
             b = tl.load(weight_ptr + term[:, None] * OUT_CHANNELS + channel_out[None, :], mask=known, other=0.0)
             a = a.to(b.dtype)
             if INTERPRETED:  # it multiplies bfloat16 as the integers that it keeps them in
