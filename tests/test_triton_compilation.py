@@ -10,8 +10,13 @@ from skipnet_rt.kernels.language import INTERPRETED
 if importlib.util.find_spec("triton") is None or INTERPRETED:
     pytest.skip("compiling needs Triton, and not its interpreter", allow_module_level=True)
 
+import triton
+from triton.backends.compiler import GPUTarget
+
 from skipnet_rt.kernels import resources
-from skipnet_rt.kernels.gathered_conv import Layer, configurations
+from skipnet_rt.kernels.gate_step import constants as gate_constants
+from skipnet_rt.kernels.gate_step import gate_step_kernel
+from skipnet_rt.kernels.gathered_conv import Layer, configurations, constants, gathered_conv_kernel
 from skipnet_rt.kernels.resources import REGISTER_LIMIT, SHARED_LIMIT
 
 NVIDIA = ["sm_80", "sm_90", "sm_100"]
@@ -78,3 +83,48 @@ def test_gate_steps(pixels, channels, embed, hidden, target):
 @pytest.mark.parametrize("target", [*NVIDIA, "gfx942"])
 def test_compaction(target):
     assert_within_limits(resources.compaction(target), target)
+
+
+class AbsentGPU:
+    """What Triton asks a driver before it compiles."""
+
+    def get_current_device(self):
+        return 99  # binaries are kept by device: these must not be found by a real one
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def absent_gpu(monkeypatch):
+    monkeypatch.setattr(triton.runtime.driver, "_active", AbsentGPU())
+
+
+def test_a_convolution_is_one_binary_for_all_batches(absent_gpu):
+    layer = Layer(8, 8, 16, 16, 3, 1, 1, torch.float16, pooled=True)
+    one = configurations(layer)[0]
+
+    def compiled(batch):
+        x = torch.empty(batch, 8, 8, 16, dtype=torch.float16)
+        weight, bias, sums = torch.empty(3, 3, 16, 16, dtype=torch.float16), torch.empty(16), torch.empty(batch, 1, 16)
+        rows, count = torch.empty(batch, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
+        return gathered_conv_kernel.warmup(x, weight, bias, x, x, sums, None, rows, count, batch, grid=(1,),
+                                           **constants(layer, one, x.stride(), True))
+
+    assert compiled(1) is compiled(5) is compiled(16)
+
+
+def test_a_gate_step_is_one_binary_for_all_batches_and_gates(absent_gpu):
+    def compiled(batch, gate):
+        sums, (hidden, cell) = torch.empty(batch, 1, 16), torch.empty(2, batch, 16)
+        weights = [torch.empty(size) for size in (160, 10, 400, 400, 40, 10, 1)]
+        logit, probability = torch.empty(2, 3, batch)[:, gate]
+        forced, executed = torch.empty(2, 3, batch, dtype=torch.bool)[:, gate]
+        rows, count, present, arrivals = (torch.empty(size, dtype=torch.int32) for size in (batch, 1, 1, 1))
+        return gate_step_kernel.warmup(sums, *weights, hidden, cell, forced, logit, probability, executed, rows, count,
+                                       present, arrivals, batch, grid=(batch,), **gate_constants(1, 64, 16, 10, 10))
+
+    assert compiled(1, 0) is compiled(1, 2) is compiled(5, 1) is compiled(16, 0)
