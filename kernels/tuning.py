@@ -81,7 +81,7 @@ def tune(layers: Iterable[Layer], device: torch.device, *,
 
     Args:
         layers: of the networks that will run.
-        device: the GPU.
+        device: the GPU, the current one.
         on_progress: told each layer before it is measured, how many are done, and how many there are in all.
 
     Returns:
