@@ -9,9 +9,11 @@ from skipnet_rt.kernels.gathered_conv import POOL_TILE
 from skipnet_rt.kernels.language import INTERPRETED, missing
 from skipnet_rt.packing import PackedFeedforwardGate, pack
 
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+if missing() is not None:
+    pytest.skip(str(missing()), allow_module_level=True)
+
+DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", torch.cuda.current_device())
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
 @pytest.fixture

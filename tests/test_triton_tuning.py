@@ -14,8 +14,10 @@ from skipnet_rt.kernels.gathered_conv import configurations
 from skipnet_rt.kernels.language import INTERPRETED, missing
 from skipnet_rt.kernels.tuning import TuningError
 
-DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
-pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+if missing() is not None:
+    pytest.skip(str(missing()), allow_module_level=True)
+
+DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", torch.cuda.current_device())
 
 
 @pytest.fixture(autouse=True)
