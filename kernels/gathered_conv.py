@@ -136,7 +136,9 @@ def gathered_conv2d_ref(x: Tensor, weight: Tensor, bias: Tensor, count: Tensor |
     images = len(x) if count is None else int(count)
     read = torch.arange(images, device=x.device) if gather is None else gather[:images].long()
     written = torch.arange(images, device=x.device) if scatter is None else scatter[:images].long()
-    y = F.conv2d(x[read].float().permute(0, 3, 1, 2), weight.float().permute(3, 2, 0, 1), bias, stride, padding)
+    # On a GPU: float32 that is float32.
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        y = F.conv2d(x[read].float().permute(0, 3, 1, 2), weight.float().permute(3, 2, 0, 1), bias, stride, padding)
     y = y.permute(0, 2, 3, 1)
     if residual is not None:
         y = y + residual[written].float()
