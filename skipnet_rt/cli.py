@@ -38,7 +38,7 @@ from skipnet_rt.arch import PUBLISHED, ArchError, BlockPlan, SkipNetArch, arch
 from skipnet_rt.benchmark import BATCHES, FRACTIONS, BatchResult, Benchmark, BenchmarkError, benchmark
 from skipnet_rt.checkpoint import CheckpointError, convert, load
 from skipnet_rt.data import DATASETS, DIGITS, Data, DataError, load_dataset
-from skipnet_rt.doctor import Diagnosis, diagnose
+from skipnet_rt.doctor import Diagnosis, diagnose, warm
 from skipnet_rt.engines import EngineError, engines
 from skipnet_rt.evaluate import Evaluation, evaluate
 from skipnet_rt.model import SkipNet, build
@@ -748,8 +748,15 @@ def convert_command(
 # doctor --------------------------------------------------------------------------------------------------------------
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+def doctor(
+        names: Annotated[list[str] | None, typer.Option(
+            "--warm", metavar="NAME", help="First tune and compile the Triton kernels of this published network for "
+                                           "this GPU; may be given several times.")] = None,
+        dtype: Annotated[DTypeName, typer.Option(help="What --warm compiles for.")] = DTypeName.float16,
+        as_json: Json = False) -> None:
     """Say what this installation can do, and check that it does it right. Exit status 1 if it does not."""
+    for name in names or ():
+        _warm(name, getattr(torch, dtype.value))
     found = diagnose()
     if as_json:
         _print_json(found.to_dict())
@@ -757,6 +764,14 @@ def doctor(as_json: Json = False) -> None:
         _out.print(_diagnosis_table(found))
     if not found.ok:
         raise typer.Exit(1)
+
+
+def _warm(name: str, dtype: torch.dtype) -> None:
+    with _progress() as progress:
+        task = progress.add_task(name, total=1.0)
+        layers = warm(build(name), dtype, lambda what, share: progress.update(
+            task, description=f"{name}: {what}", completed=share))
+    _err.print(f"{name}: {layers} kinds of convolution tuned and compiled in {dtype}", markup=False)
 
 
 def _diagnosis_table(found: Diagnosis) -> Table:

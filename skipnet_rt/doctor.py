@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from skipnet_rt.checkpoint import CheckpointError
 from skipnet_rt.demo import bundled_model, devices, held_out_digits, spread
 from skipnet_rt.engines import EngineError, engines
 from skipnet_rt.engines.engine import Availability
+from skipnet_rt.engines.triton import TritonEngine
+from skipnet_rt.kernels import tuning
 from skipnet_rt.model import SkipNet
 from skipnet_rt.runtime import compile
 from skipnet_rt.tolerances import TOLERANCES
@@ -58,6 +61,35 @@ def self_check(model: SkipNet, images: int = 16) -> list[SelfCheck]:
                                     f"{images} images: {flips} of {oracle.executed.numel()} decisions differ, "
                                     f"relative error of the logits {error:.1e}"))
     return checks
+
+
+def warm(model: SkipNet, dtype: torch.dtype, on_progress: Callable[[str, float], None]) -> int:
+    """Choose and compile a network's Triton kernels ahead: tune its layers, then compile what it runs.
+
+    Args:
+        model: the network; its weights do not matter.
+        dtype: that it will run in.
+        on_progress: told what is being done, and the share that is done.
+
+    Returns:
+        How many kinds of layer it has.
+
+    Raises:
+        EngineError: the Triton engine cannot run here.
+    """
+    def build() -> TritonEngine:
+        engine = compile(model, engine="triton", device=TritonEngine.devices[0], dtype=dtype).engine
+        assert isinstance(engine, TritonEngine)
+        return engine
+
+    if not (status := TritonEngine.availability()):
+        raise EngineError(f"engine 'triton' is {status}")
+    engine = build()
+    tuning.tune(engine.layers, engine.network.device,
+                on_progress=lambda layer, done, total: on_progress(f"measuring {layer}", done / (total + 1)))
+    on_progress("compiling", 1 - 1 / (len(engine.layers) + 1))
+    build().prepare([1])
+    return len(engine.layers)
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ from skipnet_rt.arch import SkipNetArch
 from skipnet_rt.engines.cpu import CpuEngine
 from skipnet_rt.engines.eager import EagerEngine
 from skipnet_rt.engines.engine import Availability, Engine
+from skipnet_rt.engines.triton import TritonEngine
 
-REGISTRY: dict[str, type[Engine]] = {engine.name: engine for engine in (CpuEngine, EagerEngine)}
+REGISTRY: dict[str, type[Engine]] = {engine.name: engine for engine in (CpuEngine, TritonEngine, EagerEngine)}
 """Engines by name, in the order in which ``"auto"`` prefers them."""
 
 # Engines that the design has and this version has not: named, so that asking for one is answered.
 _TO_COME = {
     "cuda": f"this version has no CUDA engine yet (CUDA sources {_C.cuda_build})",
-    "triton": "this version has no Triton engine yet",
 }
 
 

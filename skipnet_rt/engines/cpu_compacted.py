@@ -77,7 +77,7 @@ class _CpuDecisions(Decisions):
     pooled: Tensor | None
 
 
-class CompactedCpuEngine(CpuEngine, WalkingEngine):
+class CompactedCpuEngine(CpuEngine, WalkingEngine[Tensor, Tensor]):
     """oneDNN convolutions over the executing images, C++ gate step and compaction; for any network."""
 
     def __init__(self, network: PackedNetwork) -> None:
@@ -104,6 +104,9 @@ class CompactedCpuEngine(CpuEngine, WalkingEngine):
     def begin(self, batch: int, steps: int, routing: Tensor | None) -> _CpuDecisions:
         return _CpuDecisions(**vars(super().begin(batch, steps, routing)), rows=torch.arange(batch), count=batch,
                              pooled=None)
+
+    def everyone(self, decisions: Decisions) -> Tensor:
+        return torch.arange(decisions.executed.shape[1])
 
     def stem(self, images: Tensor) -> Tensor:
         x = self._stem(images.permute(0, 2, 3, 1).contiguous(), relu=True)

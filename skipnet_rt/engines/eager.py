@@ -30,7 +30,7 @@ def _one_by_one(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.cat([function(_alone(x, row)) for row in range(len(x))])
 
 
-class EagerEngine(WalkingEngine):
+class EagerEngine(WalkingEngine[Tensor, Tensor]):
     """Plain PyTorch with real compaction: a block's convolutions run for the executing images only."""
 
     name = "eager"
@@ -42,6 +42,9 @@ class EagerEngine(WalkingEngine):
         # On a GPU: the same algorithm every time, and float32 that is float32.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             return super().run(images, routing, steps)
+
+    def everyone(self, decisions: Decisions) -> Tensor:
+        return torch.arange(decisions.executed.shape[1], device=decisions.executed.device)
 
     def stem(self, images: Tensor) -> Tensor:
         def one(image: Tensor) -> Tensor:

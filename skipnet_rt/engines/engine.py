@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -147,33 +147,47 @@ class Engine(ABC):
         """
 
 
-class WalkingEngine(Engine):
+Activation = TypeVar("Activation")
+"""What an engine passes from block to block, in a layout of its own."""
+
+Rows = TypeVar("Rows")
+"""How an engine lists images: int64 ``[count]``, say, or a longer list with the count beside it on the device."""
+
+
+class WalkingEngine(Engine, Generic[Activation, Rows]):
     """An engine that goes block by block; it fills the rooms."""
 
     @abstractmethod
-    def stem(self, images: Tensor) -> Tensor:
-        """Images ``[N, C, H, W]`` to the first block's input, in the engine's own layout."""
+    def everyone(self, decisions: Decisions) -> Rows:
+        """The list of all images."""
 
     @abstractmethod
-    def gate_step(self, index: int, x: Tensor, decisions: Decisions) -> None:
+    def stem(self, images: Tensor) -> Activation:
+        """Images ``[N, C, H, W]`` to the first block's input."""
+
+    @abstractmethod
+    def gate_step(self, index: int, x: Activation, decisions: Decisions) -> None:
         """Pool block ``index``'s output, embed, advance the LSTM, decide: fills row ``index`` of the decisions."""
 
     @abstractmethod
-    def compact(self, index: int, decisions: Decisions) -> Tensor:
-        """The images that gate ``index`` lets execute, in order: int64 ``[count]``."""
+    def compact(self, index: int, decisions: Decisions) -> Rows:
+        """The images that gate ``index`` lets execute, in order."""
 
     @abstractmethod
-    def run_block(self, index: int, x: Tensor, rows: Tensor) -> Tensor:
+    def run_block(self, index: int, x: Activation, rows: Rows) -> Activation:
         """Run block ``index`` for the images in ``rows``; the others take its shortcut. May work in place on ``x``."""
 
     @abstractmethod
-    def head(self, x: Tensor) -> Tensor:
+    def head(self, x: Activation) -> Tensor:
         """Global average pool and classifier: logits ``[N, num_classes]``."""
 
     def run(self, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
-        architecture = self.network.arch
-        decisions = self.begin(images.shape[0], steps, routing)
-        everyone = torch.arange(images.shape[0], device=images.device)
+        return self.walk(images, self.begin(len(images), steps, routing))
+
+    def walk(self, images: Tensor, decisions: Decisions) -> EnginePass:
+        """From images to logits through every room; the decisions come empty and are filled on the way."""
+        architecture, steps = self.network.arch, len(decisions.executed)
+        everyone = self.everyone(decisions)
         x = self.run_block(0, self.stem(images), everyone)
         for index in range(1, architecture.num_blocks):
             rows = everyone

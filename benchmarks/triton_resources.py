@@ -1,0 +1,45 @@
+"""What every Triton kernel takes of a GPU, compiled without one: ``python benchmarks/triton_resources.py``.
+
+Prints the table of docs/triton.md: bytes of shared memory, registers, and bytes of stack (spills), by target.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from skipnet_rt.kernels import resources
+from skipnet_rt.kernels.gathered_conv import Layer, configurations
+from skipnet_rt.kernels.resources import Resources
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+def shown(used: Resources, target: str) -> str:
+    """One cell of the table."""
+    if used.shared > resources.SHARED_LIMIT[target]:
+        return f"{used.shared / 1024:.0f} KB: too much"
+    inside = "" if used.registers is None else f", {used.registers}, {used.stack}"
+    return f"{used.shared / 1024:.0f} KB{inside}"
+
+
+def main() -> None:
+    """Print the table."""
+    print(f"| kernel | {' | '.join(TARGETS)} |\n|---{'|---' * len(TARGETS)}|")
+    for dtype in (torch.float16, torch.float32):
+        layer = Layer(56, 56, 256, 256, 3, 1, 1, dtype, pooled=True)
+        for one in configurations(layer):
+            used = (shown(resources.convolution(layer, one, target), target) for target in TARGETS)
+            name = f"{str(dtype).removeprefix('torch.')}, {one.block_m}x{one.block_n}x{one.block_k}, {one.warps} warps"
+            print(f"| {name}, {one.stages} stages | {' | '.join(used)} |", flush=True)
+    for name, pixels, channels, hidden in (("gate step, 1024 pixels of 16 channels", 1024, 16, 10),
+                                           ("gate step, 3136 of 256", 3136, 256, 10),
+                                           ("gate step, 49 of 2048", 49, 2048, 10),
+                                           ("feed-forward tail, 64 of 16", 64, 16, 0)):
+        used = (shown(resources.gate(pixels, channels, 10 if hidden else 1, hidden, target), target)
+                for target in TARGETS)
+        print(f"| {name} | {' | '.join(used)} |", flush=True)
+    print(f"| compaction | {' | '.join(shown(resources.compaction(target), target) for target in TARGETS)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,311 @@
+"""Convolution of the listed images: implicit GEMM, channels-last, with every epilogue that a residual block needs.
+
+One kernel for every layer of every network. Rows of the product are output pixels, columns are output channels, and
+the sum runs over taps and input channels. The grid is persistent: programs stride over the tiles of ``count`` images,
+and ``count`` is read on the device.
+
+Bits do not depend on the batch: an output element is summed in one order, block by block of BLOCK_K, which the
+configuration alone decides; a pooled sum is formed inside tiles that never span two images.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from skipnet_rt.kernels.language import (
+    FUSED,
+    INTERPRETED,
+    check,
+    check_device,
+    jit,
+    power_of_two,
+    programs,
+    rounded,
+    tl,
+)
+
+POOL_TILE = 64
+"""Pixels that go into one partial sum of an image's pool: fixed, because layers that write the same sums must agree."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a convolution's configuration may depend on: never the batch.
+
+    Attributes:
+        height, width, channels: of the input.
+        out_channels: of the output.
+        kernel, stride, padding: in pixels, the same in both directions.
+        dtype: of weights and products.
+        pooled: pooled sums are written too.
+    """
+
+    height: int
+    width: int
+    channels: int
+    out_channels: int
+    kernel: int
+    stride: int
+    padding: int
+    dtype: torch.dtype
+    pooled: bool
+
+    @property
+    def out_size(self) -> tuple[int, int]:
+        """The output's height and width."""
+        height, width = ((size + 2 * self.padding - self.kernel) // self.stride + 1
+                         for size in (self.height, self.width))
+        return height, width
+
+    def __str__(self) -> str:
+        """All of it: ``3x3/2+1 64-128 of 56x56 float16 pooled`` has stride 2 and padding 1."""
+        return (f"{self.kernel}x{self.kernel}/{self.stride}+{self.padding} {self.channels}-{self.out_channels} of "
+                f"{self.height}x{self.width} {str(self.dtype).removeprefix('torch.')}"
+                f"{' pooled' if self.pooled else ''}")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """How the kernel is cut for a layer.
+
+    Attributes:
+        block_m: output pixels of a tile; for a pooled layer a multiple of :data:`POOL_TILE`.
+        block_n: output channels of a tile.
+        block_k: terms of a sum that one step adds. All configurations of a layer have the same.
+        warps: warps of a program.
+        stages: blocks of operands in flight.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+# (block_m, block_n, warps, stages) by the dtype's bytes, best guess first. The first ones fit the shared memory of
+# every GPU that we compile for; none spills registers (docs/triton.md). What is fastest is measured (tuning.py).
+_TILINGS = {
+    2: ((128, 128, 8, 3), (64, 64, 4, 4), (64, 128, 4, 4), (128, 64, 4, 4), (64, 256, 8, 3), (64, 32, 4, 5),
+        (128, 32, 4, 4), (64, 16, 4, 5), (128, 16, 4, 4)),
+    4: ((64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 2), (64, 16, 4, 3)),
+}
+
+
+@functools.cache
+def configurations(layer: Layer) -> tuple[Configuration, ...]:
+    """What is worth measuring for a layer, best guess first."""
+    pixels, channels = layer.out_size[0] * layer.out_size[1], max(16, power_of_two(layer.out_channels))
+    if INTERPRETED:  # few large tiles: time goes by the number of operations, not by their size
+        block_k = max(16, min(256, power_of_two(layer.kernel ** 2 * layer.channels)))
+        block_m = max(POOL_TILE, min(512, power_of_two(pixels))) if layer.pooled else 512
+        return (Configuration(block_m, channels, block_k, warps=1, stages=1),)
+    size = layer.dtype.itemsize
+    # Whole channels of one tap where they divide.
+    block_k = next((block for block in (128 // size, 32, 16) if layer.channels % block == 0), 32)
+    # A pooled layer's tiles do not span images: no wide ones where they would mostly be padding.
+    widest = 9 / 8 * _padded(pixels, POOL_TILE)
+    return tuple(Configuration(block_m, block_n, block_k, warps, stages)
+                 for block_m, block_n, warps, stages in _TILINGS[size]
+                 if block_n <= channels and not (layer.pooled and _padded(pixels, block_m) > widest))
+
+
+def _padded(size: int, block: int) -> int:
+    """Up to whole blocks."""
+    return -(-size // block) * block
+
+
+def sum_tiles(size: tuple[int, int]) -> int:
+    """Partial sums an image has, for an activation of this height and width."""
+    return -(-size[0] * size[1] // POOL_TILE)
+
+
+def gathered_conv2d_ref(x: Tensor, weight: Tensor, bias: Tensor, count: Tensor | None = None, *,
+                        gather: Tensor | None = None, scatter: Tensor | None = None, stride: int = 1, padding: int = 0,
+                        relu: bool = False, residual: Tensor | None = None, out: Tensor | None = None,
+                        sums: Tensor | None = None) -> Tensor:
+    """:func:`gathered_conv2d` in plain PyTorch, with the count on the host. Writes ``out`` and ``sums`` likewise."""
+    images = len(x) if count is None else int(count)
+    read = torch.arange(images, device=x.device) if gather is None else gather[:images].long()
+    written = torch.arange(images, device=x.device) if scatter is None else scatter[:images].long()
+    # On a GPU: float32 that is float32.
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        y = F.conv2d(x[read].float().permute(0, 3, 1, 2), weight.float().permute(3, 2, 0, 1), bias, stride, padding)
+    y = y.permute(0, 2, 3, 1)
+    if residual is not None:
+        y = y + residual[written].float()
+    y = (F.relu(y) if relu else y).to(x.dtype if out is None else out.dtype)
+    if out is None:
+        out = y.new_empty(len(x), *y.shape[1:])
+    out[written] = y
+    if sums is not None:
+        parts = torch.split(y.float().flatten(1, 2), POOL_TILE, dim=1)
+        sums[written] = torch.stack([part.sum(1) for part in parts], 1)
+    return out
+
+
+@jit(do_not_specialize=["batch"])
+def gathered_conv_kernel(
+        x_ptr: tl.tensor,  # [N, HEIGHT, WIDTH, CHANNELS], by the strides below
+        weight_ptr: tl.tensor,  # [KERNEL, KERNEL, CHANNELS, OUT_CHANNELS]
+        bias_ptr: tl.tensor,  # float32 [OUT_CHANNELS]
+        residual_ptr: tl.tensor,  # as out, or None
+        out_ptr: tl.tensor,  # [N, OUT_HEIGHT, OUT_WIDTH, OUT_CHANNELS]
+        sums_ptr: tl.tensor,  # float32 [N, tiles, OUT_CHANNELS], or None
+        gather_ptr: tl.tensor,  # int32 [N]: where slot i reads; None: i
+        scatter_ptr: tl.tensor,  # int32 [N]: where slot i writes; None: i
+        count_ptr: tl.tensor,  # int32 [1], slots in use; None: batch
+        batch: tl.tensor,
+        IMAGE_STRIDE: tl.constexpr, ROW_STRIDE: tl.constexpr, PIXEL_STRIDE: tl.constexpr, CHANNEL_STRIDE: tl.constexpr,
+        HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
+        OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr, OUT_CHANNELS: tl.constexpr,
+        KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, RELU: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, POOL_TILE: tl.constexpr,
+        INTERPRETED: tl.constexpr) -> None:
+    """See the top of the file and :func:`gathered_conv2d`."""
+    PIXELS: tl.constexpr = OUT_HEIGHT * OUT_WIDTH
+    TERMS: tl.constexpr = KERNEL * KERNEL * CHANNELS
+    WHOLE_TAPS: tl.constexpr = CHANNELS % BLOCK_K == 0
+    COLUMNS: tl.constexpr = (OUT_CHANNELS + BLOCK_N - 1) // BLOCK_N
+    PARTS: tl.constexpr = (PIXELS + BLOCK_M - 1) // BLOCK_M
+    POOL_TILES: tl.constexpr = (PIXELS + POOL_TILE - 1) // POOL_TILE
+    # Rows of the product that an image takes: with pooled sums whole tiles, else just its pixels.
+    SPAN: tl.constexpr = PIXELS if sums_ptr is None else PARTS * BLOCK_M
+    images = batch if count_ptr is None else tl.load(count_ptr)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(images * SPAN, BLOCK_M) * COLUMNS, tl.num_programs(0)):
+        row = tile // COLUMNS * BLOCK_M + tl.arange(0, BLOCK_M)
+        channel_out = tile % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)
+        slot, pixel = row // SPAN, row % SPAN
+        used = (slot < images) & (pixel < PIXELS)
+        source = slot if gather_ptr is None else tl.load(gather_ptr + slot, mask=used, other=0)
+        y = (pixel // OUT_WIDTH * STRIDE - PADDING)[:, None]
+        x = (pixel % OUT_WIDTH * STRIDE - PADDING)[:, None]
+        corner = source.to(tl.int64)[:, None] * IMAGE_STRIDE + y * ROW_STRIDE + x * PIXEL_STRIDE
+        total = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+        for start in tl.range(0, TERMS, BLOCK_K):
+            term = start + tl.arange(0, BLOCK_K)
+            tap = (start if WHOLE_TAPS else term[None, :]) // CHANNELS  # one for the block, or one a column
+            dy, dx = tap // KERNEL, tap % KERNEL
+            inside, known = used[:, None], (channel_out < OUT_CHANNELS)[None, :]
+            if PADDING > 0:
+                inside &= (y + dy >= 0) & (y + dy < HEIGHT) & (x + dx >= 0) & (x + dx < WIDTH)
+            if not WHOLE_TAPS:
+                inside &= (term < TERMS)[None, :]
+                known &= (term < TERMS)[:, None]
+            offset = dy * ROW_STRIDE + dx * PIXEL_STRIDE + (term[None, :] - tap * CHANNELS) * CHANNEL_STRIDE
+            a = tl.load(x_ptr + (corner + offset), mask=inside, other=0.0)
+            b = tl.load(weight_ptr + term[:, None] * OUT_CHANNELS + channel_out[None, :], mask=known, other=0.0)
+            a = a.to(b.dtype)
+            if INTERPRETED:  # it multiplies bfloat16 as the integers that it keeps them in
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            total = tl.dot(a, b, total, input_precision="ieee")
+        total += tl.load(bias_ptr + channel_out, mask=channel_out < OUT_CHANNELS, other=0.0)[None, :]
+        written = slot if scatter_ptr is None else tl.load(scatter_ptr + slot, mask=used, other=0)
+        place = (written.to(tl.int64) * PIXELS + pixel)[:, None] * OUT_CHANNELS + channel_out[None, :]
+        known = used[:, None] & (channel_out < OUT_CHANNELS)[None, :]
+        if residual_ptr is not None:
+            total += tl.load(residual_ptr + place, mask=known, other=0.0).to(tl.float32)
+        if RELU:
+            total = tl.where(total < 0.0, 0.0, total)  # NaN stays
+        result = rounded(total, out_ptr.dtype.element_ty, INTERPRETED)
+        tl.store(out_ptr + place, result, mask=known)
+        if sums_ptr is not None:
+            here = tile // COLUMNS // PARTS
+            image = (here if scatter_ptr is None else tl.load(scatter_ptr + here)).to(tl.int64)
+            values = tl.where(used[:, None], result.to(tl.float32), 0.0)
+            pooled = tl.sum(tl.reshape(values, (BLOCK_M // POOL_TILE, POOL_TILE, BLOCK_N)), 1)
+            part = (tile // COLUMNS % PARTS * (BLOCK_M // POOL_TILE) + tl.arange(0, BLOCK_M // POOL_TILE))[:, None]
+            tl.store(sums_ptr + (image * POOL_TILES + part) * OUT_CHANNELS + channel_out[None, :], pooled,
+                     mask=(part < POOL_TILES) & (channel_out < OUT_CHANNELS)[None, :])
+
+
+def constants(layer: Layer, configuration: Configuration, strides: tuple[int, ...], relu: bool) -> dict[str, Any]:
+    """The kernel's compile-time arguments. ``strides`` are the input's, image to channel."""
+    image, row, pixel, channel = strides
+    out_height, out_width = layer.out_size
+    return dict(IMAGE_STRIDE=image, ROW_STRIDE=row, PIXEL_STRIDE=pixel, CHANNEL_STRIDE=channel,
+                HEIGHT=layer.height, WIDTH=layer.width, CHANNELS=layer.channels,
+                OUT_HEIGHT=out_height, OUT_WIDTH=out_width, OUT_CHANNELS=layer.out_channels,
+                KERNEL=layer.kernel, STRIDE=layer.stride, PADDING=layer.padding, RELU=relu,
+                BLOCK_M=configuration.block_m, BLOCK_N=configuration.block_n, BLOCK_K=configuration.block_k,
+                POOL_TILE=POOL_TILE, INTERPRETED=INTERPRETED)
+
+
+def gathered_conv2d(x: Tensor, weight: Tensor, bias: Tensor, count: Tensor | None = None, *,
+                    gather: Tensor | None = None, scatter: Tensor | None = None, stride: int = 1, padding: int = 0,
+                    relu: bool = False, residual: Tensor | None = None, out: Tensor | None = None,
+                    sums: Tensor | None = None, configuration: Configuration | None = None) -> Tensor:
+    """Convolve ``count`` images in one launch, reading and writing by row lists; the count never reaches the host.
+
+    For every slot ``i < count``: ``out[scatter[i]] = relu(conv2d(x[gather[i]]) + bias + residual[scatter[i]])``, where
+    a list that is None means ``i``. Sums are float32; ReLU keeps NaN.
+
+    Args:
+        x: ``[N, H, W, C]`` with any strides, float32, bfloat16 or float16.
+        weight: ``[kernel, kernel, C, O]``, contiguous: PyTorch's, permuted by ``(2, 3, 1, 0)``. Products are formed in
+            its dtype, to which ``x`` is converted.
+        bias: float32 ``[O]``.
+        count: int32 ``[1]``; None for all N.
+        gather, scatter: int32 ``[N]``; the first ``count`` entries in ``[0, N)``, for ``scatter`` each once.
+        stride, padding: in pixels.
+        relu: ends with a ReLU.
+        residual: ``[N, H', W', O]`` in the output's dtype, contiguous; may be ``out`` itself.
+        out: ``[N, H', W', O]`` in one of these dtypes, contiguous; made here in x's if None. What is not listed keeps
+            its content.
+        sums: float32 ``[N, tiles, O]``, the written images' sums over every :data:`POOL_TILE` pixels of the (rounded)
+            output, ``tiles`` being :func:`sum_tiles` of its size; what is not listed keeps its content.
+        configuration: one of :func:`configurations`; by default the first.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: an argument is not as described.
+        RuntimeError: no kernel can run on this machine.
+    """
+    layer = _checked_layer(x, weight, stride, padding, sums is not None)
+    batch, out_shape = len(x), (*layer.out_size, layer.out_channels)
+    if out is None:
+        out = torch.empty(batch, *out_shape, dtype=x.dtype, device=x.device)
+    check("weight", weight, weight.dtype, *weight.shape)
+    check("bias", bias, torch.float32, layer.out_channels)
+    check("count", count, torch.int32, 1)
+    check("gather", gather, torch.int32, batch)
+    check("scatter", scatter, torch.int32, batch)
+    check("out", out, out.dtype if out.dtype in DTYPES else x.dtype, batch, *out_shape)
+    check("residual", residual, out.dtype, batch, *out_shape)
+    check("sums", sums, torch.float32, batch, sum_tiles(layer.out_size), layer.out_channels)
+    check_device(x=x, weight=weight, bias=bias, count=count, gather=gather, scatter=scatter, residual=residual,
+                 out=out, sums=sums)
+    if batch == 0:
+        return out
+    configuration = configuration or configurations(layer)[0]
+    rows = batch * layer.out_size[0] * layer.out_size[1]
+    tiles = (batch + -(-rows // configuration.block_m)) * -(-layer.out_channels // configuration.block_n)
+    gathered_conv_kernel[(min(tiles, programs(x.device, 2)),)](
+        x, weight, bias, residual, out, sums, gather, scatter, count, batch,
+        **constants(layer, configuration, x.stride(), relu),
+        num_warps=configuration.warps, num_stages=configuration.stages, **FUSED)
+    return out
+
+
+def _checked_layer(x: Tensor, weight: Tensor, stride: int, padding: int, pooled: bool) -> Layer:
+    if x.dim() != 4 or x.dtype not in DTYPES:
+        raise ValueError(f"x must be [N, H, W, C] in {', '.join(map(str, DTYPES))}, got {x.dtype} {list(x.shape)}")
+    if weight.dim() != 4 or weight.shape[0] != weight.shape[1] or weight.shape[2] != x.shape[3] \
+            or weight.dtype not in DTYPES:
+        raise ValueError(f"weight must be [kernel, kernel, {x.shape[3]}, O], got {weight.dtype} {list(weight.shape)}")
+    kernel = weight.shape[0]
+    if stride < 1 or padding < 0 or min(x.shape[1:3]) + 2 * padding < kernel:
+        raise ValueError(f"stride must be at least 1, and the padded input no smaller than the kernel, got stride "
+                         f"{stride}, padding {padding}, input {list(x.shape[1:3])}, kernel {kernel}")
+    _, height, width, channels = x.shape
+    return Layer(height, width, channels, weight.shape[3], kernel, stride, padding, weight.dtype, pooled)

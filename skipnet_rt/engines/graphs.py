@@ -1,0 +1,113 @@
+"""CUDA graphs of our own: a walk's launches captured once for each size of batch, and replayed.
+
+A graph is captured for a bucket, the next power of two, and takes any batch up to it: how many images are there is a
+number on the device (``present``), and empty places cost next to nothing. Buckets share one memory pool, so that they
+run one after the other: a lock orders the threads that enqueue, an event the streams they enqueue on.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skipnet_rt.arch import SkipNetArch
+from skipnet_rt.engines.engine import Decisions, EnginePass
+from skipnet_rt.kernels.language import compilation_shown
+
+Walk = Callable[[Tensor, "Tensor | None", Tensor, int], EnginePass]
+"""From images ``[B, ...]``, routing bool ``[B, G]`` or None, present int32 ``[1]`` and steps to a result of B rows."""
+
+
+_CAPTURING = threading.Lock()  # PyTorch allows one capture at a time in a process
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """A captured graph and the memory that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    images: Tensor  # [B, in_channels, H, W]
+    routing: Tensor | None  # bool [B, G]
+    present: Tensor  # int32 [1]
+    result: EnginePass
+
+
+def bucket_size(batch: int) -> int:
+    """The next power of two."""
+    return 1 << (batch - 1).bit_length()
+
+
+class Graphs:
+    """The captured graphs of one network on one GPU.
+
+    Its engine's walk is captured: it must not wait for the device, and use nothing beyond ``present`` images. It comes
+    with every call, for whoever kept it would keep the engine and its memory.
+
+    Args:
+        architecture: of the network, for the shapes of images and routing.
+        device: a CUDA device, the current one in every call.
+        dtype: of images.
+    """
+
+    def __init__(self, architecture: SkipNetArch, device: torch.device, dtype: torch.dtype) -> None:
+        self._architecture, self._device, self._dtype = architecture, device, dtype
+        self._buckets: dict[tuple[int, int, bool], _Bucket] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        # Of this device (PyTorch's own choice is of the device that captured first), and one for all that share a pool.
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._lock = threading.Lock()
+        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def run(self, walk: Walk, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
+        """Replay the batch's bucket on the current stream; a bucket's first batch captures it, and waits for that."""
+        with self._lock:
+            bucket = self._bucket(walk, bucket_size(len(images)), steps, routing is not None)
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(self._done)
+            bucket.images[:len(images)].copy_(images)
+            bucket.present.fill_(len(images))
+            if routing is not None:
+                assert bucket.routing is not None
+                bucket.routing[:len(images)].copy_(routing)
+            bucket.graph.replay()
+            result = _copied(bucket.result, len(images))
+            self._done.record(stream)
+        return result
+
+    def capture(self, walk: Walk, batches: Iterable[int], steps: int, forced: bool) -> None:
+        """Capture ahead, the largest first: the smaller ones then find room in its memory."""
+        with self._lock:
+            for size in sorted({bucket_size(batch) for batch in batches}, reverse=True):
+                self._bucket(walk, size, steps, forced)
+
+    def _bucket(self, walk: Walk, size: int, steps: int, forced: bool) -> _Bucket:
+        key = size, steps, forced
+        if key not in self._buckets:
+            self._buckets[key] = self._captured(walk, *key)
+        return self._buckets[key]
+
+    def _captured(self, walk: Walk, size: int, steps: int, forced: bool) -> _Bucket:
+        architecture, device = self._architecture, self._device
+        images = torch.zeros(size, architecture.in_channels, *architecture.image_size, dtype=self._dtype, device=device)
+        routing = torch.zeros(size, architecture.num_gates, dtype=torch.bool, device=device) if forced else None
+        present = torch.zeros(1, dtype=torch.int32, device=device)
+        with compilation_shown():
+            walk(images, routing, present, steps)  # compiles what is new: a capture cannot
+        graph = torch.cuda.CUDAGraph()
+        # Only this thread's calls are restricted while it captures: others may be allocating.
+        with _CAPTURING, torch.cuda.graph(graph, pool=self._pool, stream=self._stream,
+                                          capture_error_mode="thread_local"):
+            result = walk(images, routing, present, steps)
+        return _Bucket(graph, images, routing, present, result)
+
+
+def _copied(result: EnginePass, batch: int) -> EnginePass:
+    """The first images' results in memory of their own: the bucket's is written again by the next replay."""
+    decisions = result.decisions
+    gates = {name: getattr(decisions, name)[:, :batch].clone() for name in ("gate_logits", "probabilities", "executed")}
+    state = {name: getattr(decisions, name)[:batch].clone() for name in ("hidden", "cell")}
+    return EnginePass(result.logits[:batch].clone(), Decisions(**gates, **state, forced=None))
