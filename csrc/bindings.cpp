@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/compacted.h"
 #include "cpu/gate_step.h"
 #include "cpu/resident.h"
 #include "cpu/standalone.h"
@@ -154,47 +155,45 @@ void classify(const Array<float>& pooled, const Array<float>& weight, const Arra
 // A convolution from Python: (weight [out, in, kernel, kernel], bias [out], stride).
 using Layer = std::tuple<Array<float>, Array<float>, int>;
 
-cpu::ConvolutionWeights convolution_of(const Layer& layer) {
+cpu::ConvolutionWeights convolution_of(const Layer& layer, bool stem = false) {
     const auto& [weight, bias, stride] = layer;
-    check(weight.ndim() == 4 && weight.shape(2) == weight.shape(3) && (weight.shape(2) == 1 || weight.shape(2) == 3),
-          "weight: expected [out, in, kernel, kernel] with a kernel of 1 or 3");
-    check(stride >= 1, "stride: expected 1 or more, got ", stride);
+    check(weight.ndim() == 4 && weight.shape(2) == weight.shape(3) &&
+              (weight.shape(2) == 1 || weight.shape(2) == 3 || (stem && weight.shape(2) == 7)),
+          "weight: expected [out, in, kernel, kernel] with a kernel of 1 or 3, or of 7 in the stem");
+    check(stride == 1 || stride == 2, "stride: expected 1 or 2, got ", stride);
     check_shape(bias, "bias", {weight.shape(0)});
     return {static_cast<int>(weight.shape(1)), static_cast<int>(weight.shape(0)), static_cast<int>(weight.shape(2)),
             stride, weight.data(), bias.data()};
 }
 
 // Holds a packed network and what its calls have to be checked against.
-class Resident {
+class Network {
 public:
-    Resident(std::pair<int, int> image_size, const Layer& stem,
-             const std::vector<std::tuple<Layer, Layer, std::optional<Layer>>>& blocks,
-             const std::vector<std::pair<Array<float>, Array<float>>>& embeddings,
-             const std::optional<std::tuple<Array<float>, Array<float>, Array<float>, Array<float>, float>>& lstm,
-             const std::vector<std::tuple<bool, std::vector<Layer>, Array<float>, float>>& gates,
-             const Array<float>& head_weight, const Array<float>& head_bias, const std::string& instruction_set)
+    Network(const std::string& strategy, std::pair<int, int> image_size, const Layer& stem, bool max_pool,
+            const std::vector<std::pair<std::vector<Layer>, std::optional<Layer>>>& blocks,
+            const std::vector<std::pair<Array<float>, Array<float>>>& embeddings,
+            const std::optional<std::tuple<Array<float>, Array<float>, Array<float>, Array<float>, float>>& lstm,
+            const std::vector<std::tuple<bool, std::vector<Layer>, Array<float>, float>>& gates,
+            const Array<float>& head_weight, const Array<float>& head_bias, const std::string& instruction_set)
         : in_(static_cast<int>(std::get<0>(stem).shape(1))), height_(image_size.first), width_(image_size.second),
           blocks_(static_cast<int>(blocks.size())), classes_(static_cast<int>(head_bias.size())),
           gated_(lstm || !gates.empty()) {
+        const bool resident = strategy == "resident";
+        check(resident || strategy == "compacted", "strategy: expected 'resident' or 'compacted', got '", strategy,
+              "'");
         check(!blocks.empty(), "blocks: expected at least one");
         cpu::NetworkWeights network{};
         network.height = height_;
         network.width = width_;
         network.classes = classes_;
-        network.stem = convolution_of(stem);
+        network.stem = convolution_of(stem, true);
+        network.max_pool = max_pool;
         int channels = network.stem.out;
-        for (const auto& [first, last, projection] : blocks) {
-            cpu::BlockWeights block{convolution_of(first), convolution_of(last), projection.has_value(), {}};
-            if (projection) block.projection = convolution_of(*projection);
-            check(block.first.in == channels && block.last.in == block.first.out, "blocks: channels do not fit");
-            check(block.last.kernel == 3 && block.last.stride == 1 && block.first.kernel == 3 &&
-                      (block.projects ? block.projection.out == block.last.out && block.projection.in == channels &&
-                                            block.projection.stride == block.first.stride
-                                      : block.first.stride == 1 && block.last.out == channels),
-                  "blocks: expected basic blocks whose shortcuts fit");
-            channels = block.last.out;
-            network.blocks.push_back(block);
-        }
+        for (const auto& [layers, projection] : blocks)
+            channels = add_block(network, layers, projection, channels);
+        check(!resident || (!network.blocks[0].bottleneck && !max_pool && network.stem.kernel == 3 &&
+                            network.stem.stride == 1),
+              "strategy: resident takes basic blocks after a stem of 3x3");
         if (lstm) {
             const auto& [input_weight, hidden_weight, bias, projection_weight, projection_bias] = *lstm;
             hidden_ = static_cast<int>(projection_weight.size());
@@ -233,7 +232,7 @@ public:
         check_shape(head_weight, "head_weight", {classes_, channels});
         network.head_weight = head_weight.data();
         network.head_bias = head_bias.data();
-        resident_ = cpu::make_resident(network, instruction_set);
+        engine_ = (resident ? cpu::make_resident : cpu::make_compacted)(network, instruction_set);
     }
 
     void run(const Array<float>& images, Array<float> logits, Array<float> gate_logits, Array<float> probabilities,
@@ -256,13 +255,41 @@ public:
                              probabilities.mutable_data(), executed.mutable_data(), hidden.mutable_data(),
                              cell.mutable_data()};
         py::gil_scoped_release released;
-        resident_->run(call);
+        engine_->run(call);
     }
 
 private:
+    // Checks a block's layers and adds them; returns the channels that come out.
+    static int add_block(cpu::NetworkWeights& network, const std::vector<Layer>& layers,
+                         const std::optional<Layer>& projection, int channels) {
+        check(layers.size() == 2 || layers.size() == 3, "blocks: expected two or three convolutions, got ",
+              layers.size());
+        cpu::BlockWeights block{};
+        block.bottleneck = layers.size() == 3;
+        check(network.blocks.empty() || network.blocks[0].bottleneck == block.bottleneck,
+              "blocks: expected all of one kind");
+        block.first = convolution_of(layers.front());
+        block.last = convolution_of(layers.back());
+        if (block.bottleneck) block.middle = convolution_of(layers[1]);
+        const cpu::ConvolutionWeights& strided = block.bottleneck ? block.middle : block.first;
+        const int side = block.bottleneck ? 1 : 3;  // the kernel of first and last
+        check(block.first.in == channels && strided.in == (block.bottleneck ? block.first.out : channels) &&
+                  block.last.in == strided.out && strided.kernel == 3 && block.first.kernel == side &&
+                  block.last.kernel == side && block.last.stride == 1 && (!block.bottleneck || block.first.stride == 1),
+              "blocks: expected basic blocks or bottlenecks whose channels fit");
+        block.projects = projection.has_value();
+        if (projection) block.projection = convolution_of(*projection);
+        check(block.projects ? block.projection.out == block.last.out && block.projection.in == channels &&
+                                   block.projection.kernel == 1 && block.projection.stride == strided.stride
+                             : strided.stride == 1 && block.last.out == channels,
+              "blocks: expected shortcuts that fit");
+        network.blocks.push_back(block);
+        return block.last.out;
+    }
+
     int in_, height_, width_, blocks_, classes_, hidden_ = 0;
     bool gated_;
-    std::unique_ptr<cpu::Resident> resident_;
+    std::unique_ptr<cpu::Engine> engine_;
 };
 
 // One convolution by itself.
@@ -327,16 +354,17 @@ PYBIND11_MODULE(_C, module) {
             py::arg("executed").noconvert(), py::arg("forced").noconvert().none(true), py::arg("rows").noconvert(),
             "Decide for a batch in place; returns how many images execute, listed in order at the head of rows.");
 
-    py::class_<Resident>(module, "Resident", "A whole CIFAR-scale network in one call.")
-        .def(py::init<std::pair<int, int>, const Layer&,
-                      const std::vector<std::tuple<Layer, Layer, std::optional<Layer>>>&,
+    py::class_<Network>(module, "Network", "A whole network in one call, by the resident or the compacted strategy.")
+        .def(py::init<const std::string&, std::pair<int, int>, const Layer&, bool,
+                      const std::vector<std::pair<std::vector<Layer>, std::optional<Layer>>>&,
                       const std::vector<std::pair<Array<float>, Array<float>>>&,
                       const std::optional<std::tuple<Array<float>, Array<float>, Array<float>, Array<float>, float>>&,
                       const std::vector<std::tuple<bool, std::vector<Layer>, Array<float>, float>>&,
                       const Array<float>&, const Array<float>&, const std::string&>(),
-             py::arg("image_size"), py::arg("stem"), py::arg("blocks"), py::arg("embeddings"), py::arg("lstm"),
-             py::arg("gates"), py::arg("head_weight"), py::arg("head_bias"), py::arg("instruction_set"))
-        .def("run", &Resident::run, py::arg("images").noconvert(), py::arg("logits").noconvert(),
+             py::arg("strategy"), py::arg("image_size"), py::arg("stem"), py::arg("max_pool"), py::arg("blocks"),
+             py::arg("embeddings"), py::arg("lstm"), py::arg("gates"), py::arg("head_weight"), py::arg("head_bias"),
+             py::arg("instruction_set"))
+        .def("run", &Network::run, py::arg("images").noconvert(), py::arg("logits").noconvert(),
              py::arg("gate_logits").noconvert(), py::arg("probabilities").noconvert(),
              py::arg("executed").noconvert(), py::arg("forced").noconvert().none(true),
              py::arg("hidden").noconvert(), py::arg("cell").noconvert(), py::arg("threads"),

@@ -24,9 +24,9 @@ class FeedforwardGate:
     def step(self, pooled: _Floats, logit: _Floats, probability: _Floats, executed: _Bools,
              forced: _Bools | None, rows: _Rows) -> int: ...
 
-class Resident:
-    def __init__(self, image_size: tuple[int, int], stem: Layer, blocks: list[tuple[Layer, Layer, Layer | None]],
-                 embeddings: list[tuple[_Floats, _Floats]], lstm: LSTM | None,
+class Network:
+    def __init__(self, strategy: str, image_size: tuple[int, int], stem: Layer, max_pool: bool,
+                 blocks: list[tuple[list[Layer], Layer | None]], embeddings: list[tuple[_Floats, _Floats]], lstm: LSTM | None,
                  gates: list[tuple[bool, list[Layer], _Floats, float]], head_weight: _Floats, head_bias: _Floats,
                  instruction_set: str) -> None: ...
     def run(self, images: _Floats, logits: _Floats, gate_logits: _Floats, probabilities: _Floats, executed: _Bools,

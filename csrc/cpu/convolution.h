@@ -5,7 +5,8 @@
 // a sum in one fixed order: it does not depend on the batch, on the blocking or on the threads.
 #pragma once
 
-#include "resident.h"
+#include "blocking.h"
+#include "engine.h"
 #include "threads.h"
 #include "vector.h"
 
@@ -30,13 +31,6 @@ struct Plane {
     int at(int y, int x) const { return (y + 1) * row() + (x + 1) * channels; }  // -1 is the border
 };
 
-// A share of `total` things for one of a team.
-struct Share {
-    int begin, end;
-    Share(int total, const Team& team)
-        : begin(total * team.rank / team.size), end(total * (team.rank + 1) / team.size) {}
-};
-
 // accumulators[t][k] += sum over c of x[t * step + c] * weight[c * columns + k * kWidth ...], in ascending c.
 template <int T, int K>
 inline __attribute__((always_inline)) void accumulate(Vector (&accumulators)[T][K], const float* x, int step,
@@ -49,20 +43,6 @@ inline __attribute__((always_inline)) void accumulate(Vector (&accumulators)[T][
             for (int k = 0; k < K; ++k) accumulators[t][k] += value * w[k];
         }
     }
-}
-
-// Calls function(integral constant T, integral constant K) with the given numbers, T <= kAccumulators / K.
-template <int N>
-struct Number {
-    static constexpr int value = N;
-};
-
-template <int K, int T, typename Function>
-inline void with_rows(int rows, const Function& function) {
-    if (rows == T)
-        function(Number<T>{}, Number<K>{});
-    else if constexpr (T > 1)
-        with_rows<K, T - 1>(rows, function);
 }
 
 // Covers rows x columns (in vectors) with register blocks: function(T, K, first row, first column).

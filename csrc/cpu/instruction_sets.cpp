@@ -2,13 +2,15 @@
 #include <algorithm>
 
 #include "../check.h"
+#include "compacted.h"
 #include "resident.h"
 #include "standalone.h"
 
 namespace skipnet::cpu {
 
 #define SKIPNET_DECLARE(isa)                                                                                        \
-    std::unique_ptr<Resident> make_resident_##isa(const NetworkWeights& weights);                                   \
+    std::unique_ptr<Engine> make_resident_##isa(const NetworkWeights& weights);                                     \
+    std::unique_ptr<Engine> make_compacted_##isa(const NetworkWeights& weights);                                    \
     std::unique_ptr<Standalone> make_standalone_##isa(const ConvolutionWeights& weights, int batch, int height,     \
                                                       int width);                                                   \
     double multiply_add_##isa(long rounds);
@@ -26,11 +28,13 @@ struct Variant {
     std::string name;
     bool runs;  // on this machine
     decltype(&make_resident_portable) make_resident;
+    decltype(&make_compacted_portable) make_compacted;
     decltype(&make_standalone_portable) make_standalone;
     decltype(&multiply_add_portable) multiply_add;
 };
 
-#define SKIPNET_VARIANT_OF(isa, runs) {#isa, runs, make_resident_##isa, make_standalone_##isa, multiply_add_##isa}
+#define SKIPNET_VARIANT_OF(isa, runs) \
+    {#isa, runs, make_resident_##isa, make_compacted_##isa, make_standalone_##isa, multiply_add_##isa}
 
 // Best first.
 const std::vector<Variant>& variants() {
@@ -62,8 +66,12 @@ std::vector<std::string> instruction_sets() {
     return names;
 }
 
-std::unique_ptr<Resident> make_resident(const NetworkWeights& weights, const std::string& instruction_set) {
+std::unique_ptr<Engine> make_resident(const NetworkWeights& weights, const std::string& instruction_set) {
     return variant(instruction_set).make_resident(weights);
+}
+
+std::unique_ptr<Engine> make_compacted(const NetworkWeights& weights, const std::string& instruction_set) {
+    return variant(instruction_set).make_compacted(weights);
 }
 
 std::unique_ptr<Standalone> make_standalone(const ConvolutionWeights& weights, int batch, int height, int width,
