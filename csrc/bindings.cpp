@@ -166,6 +166,12 @@ cpu::ConvolutionWeights convolution_of(const Layer& layer, bool stem = false) {
             stride, weight.data(), bias.data()};
 }
 
+bool is_compacted(const std::string& strategy) {
+    check(strategy == "resident" || strategy == "compacted", "strategy: expected 'resident' or 'compacted', got '",
+          strategy, "'");
+    return strategy == "compacted";
+}
+
 // Holds a packed network and what its calls have to be checked against.
 class Network {
 public:
@@ -178,9 +184,7 @@ public:
         : in_(static_cast<int>(std::get<0>(stem).shape(1))), height_(image_size.first), width_(image_size.second),
           blocks_(static_cast<int>(blocks.size())), classes_(static_cast<int>(head_bias.size())),
           gated_(lstm || !gates.empty()) {
-        const bool resident = strategy == "resident";
-        check(resident || strategy == "compacted", "strategy: expected 'resident' or 'compacted', got '", strategy,
-              "'");
+        const bool resident = !is_compacted(strategy);
         check(!blocks.empty(), "blocks: expected at least one");
         cpu::NetworkWeights network{};
         network.height = height_;
@@ -295,10 +299,12 @@ private:
 // One convolution by itself.
 class Convolution {
 public:
-    Convolution(const Layer& layer, int batch, std::pair<int, int> image_size, const std::string& instruction_set)
-        : weights_(convolution_of(layer)), batch_(batch), height_(image_size.first), width_(image_size.second) {
+    Convolution(const std::string& strategy, const Layer& layer, int batch, std::pair<int, int> image_size,
+                const std::string& instruction_set)
+        : weights_(convolution_of(layer, strategy == "compacted")), batch_(batch), height_(image_size.first),
+          width_(image_size.second) {
         check(batch >= 1 && height_ >= 1 && width_ >= 1, "batch and image_size: expected 1 or more");
-        standalone_ = cpu::make_standalone(weights_, batch, height_, width_, instruction_set);
+        standalone_ = cpu::make_standalone(weights_, batch, height_, width_, is_compacted(strategy), instruction_set);
     }
     void load(const Array<float>& x) {
         check_shape(x, "x", {batch_, height_, width_, weights_.in});
@@ -371,8 +377,9 @@ PYBIND11_MODULE(_C, module) {
              "Images to logits and decisions, all written in place.");
     py::class_<Convolution>(module, "Convolution",
                             "relu(convolution(x) + bias) by itself, on one thread, to be tested and measured.")
-        .def(py::init<const Layer&, int, std::pair<int, int>, const std::string&>(), py::arg("layer"),
-             py::arg("batch"), py::arg("image_size"), py::arg("instruction_set"))
+        .def(py::init<const std::string&, const Layer&, int, std::pair<int, int>, const std::string&>(),
+             py::arg("strategy"), py::arg("layer"), py::arg("batch"), py::arg("image_size"),
+             py::arg("instruction_set"))
         .def("load", &Convolution::load, py::arg("x").noconvert(), "Set the input, [batch, height, width, in].")
         .def("run", &Convolution::run)
         .def("read", &Convolution::read, "The output, [batch, height, width, out].");

@@ -12,7 +12,7 @@ namespace skipnet::cpu {
     std::unique_ptr<Engine> make_resident_##isa(const NetworkWeights& weights);                                     \
     std::unique_ptr<Engine> make_compacted_##isa(const NetworkWeights& weights);                                    \
     std::unique_ptr<Standalone> make_standalone_##isa(const ConvolutionWeights& weights, int batch, int height,     \
-                                                      int width);                                                   \
+                                                      int width, bool compacted);                                   \
     double multiply_add_##isa(long rounds);
 
 SKIPNET_DECLARE(portable)
@@ -75,8 +75,8 @@ std::unique_ptr<Engine> make_compacted(const NetworkWeights& weights, const std:
 }
 
 std::unique_ptr<Standalone> make_standalone(const ConvolutionWeights& weights, int batch, int height, int width,
-                                            const std::string& instruction_set) {
-    return variant(instruction_set).make_standalone(weights, batch, height, width);
+                                            bool compacted, const std::string& instruction_set) {
+    return variant(instruction_set).make_standalone(weights, batch, height, width, compacted);
 }
 
 double multiply_add(long rounds, const std::string& instruction_set) {

@@ -5,6 +5,7 @@
 
 #include "convolution.h"
 #include "variant.h"
+#include "winograd.h"
 
 // Makes the compiler believe that vector registers are looked at, so that every round is needed.
 #if defined(__aarch64__)
@@ -18,9 +19,15 @@
 namespace skipnet::cpu {
 namespace {
 
-class Layer final : public Standalone {
+// A type of our own, so that no vector of a common type is instantiated for this instruction set.
+struct Image {
+    float* data;
+};
+
+// As the resident engine runs it.
+class Bordered final : public Standalone {
 public:
-    Layer(const ConvolutionWeights& weights, int batch, int height, int width)
+    Bordered(const ConvolutionWeights& weights, int batch, int height, int width)
         : channels_(weights.in), out_channels_(weights.out),
           in_{height, width, weights.kernel == 3 && weights.stride == 1 ? padded(weights.in) : weights.in},
           scratch_(padded(weights.in > weights.out ? weights.in : weights.out)) {
@@ -70,11 +77,6 @@ public:
     int out_width() const override { return out_.width; }
 
 private:
-    // A type of our own, so that no vector of a common type is instantiated for this instruction set.
-    struct Image {
-        float* data;
-    };
-
     int channels_, out_channels_;
     Plane in_, out_;
     Scratch scratch_;
@@ -84,11 +86,72 @@ private:
     std::vector<Image> inputs_, outputs_;
 };
 
+// As the compacted engine runs it; with a kernel of 7 as its stem.
+class Blocked final : public Standalone {
+public:
+    Blocked(const ConvolutionWeights& weights, int batch, int height, int width)
+        : channels_(weights.in), out_channels_(weights.out), stem_(weights.kernel == 7),
+          phases_{height, width, weights.in, weights.kernel, weights.stride},
+          in_(weights.kernel == 1 ? blocked::unbordered(height, width, weights.in)
+                                  : blocked::bordered(height, width, weights.in, weights.stride)),
+          out_(blocked::unbordered((height - 1) / weights.stride + 1, (width - 1) / weights.stride + 1, weights.out)),
+          layer_(stem_ ? blocked::make_first(weights, phases_, out_) : blocked::make_layer(weights, in_, out_)),
+          shared_(layer_->shared()), own_(layer_->own()), runs_(in_.blocks()) {
+        for (int image = 0; image < batch; ++image) {
+            x_.emplace_back(stem_ ? phases_.size() : in_.size());
+            y_.emplace_back(out_.size());
+        }
+        for (int image = 0; image < batch; ++image) {
+            inputs_.push_back({x_[image].get()});
+            outputs_.push_back({y_[image].get()});
+        }
+    }
+
+    void load(const float* x) override {
+        for (Buffer& image : x_)
+            for (int y = 0; y < in_.height; ++y)
+                for (int column = 0; column < in_.width; ++column)
+                    for (int c = 0; c < channels_; ++c)
+                        image.get()[stem_ ? phases_.at(c, y, column) : place(in_, y, column, c)] = *x++;
+    }
+
+    void run() override {
+        const blocked::Images images{&inputs_[0].data, &outputs_[0].data, nullptr, static_cast<int>(x_.size())};
+        layer_->run(images, blocked::Finish::relu, Team{0, 1, nullptr}, {shared_.get(), own_.get(), runs_.data()});
+    }
+
+    void read(float* y) const override {
+        for (const Buffer& image : y_)
+            for (int row = 0; row < out_.height; ++row)
+                for (int column = 0; column < out_.width; ++column)
+                    for (int c = 0; c < out_channels_; ++c) *y++ = image.get()[place(out_, row, column, c)];
+    }
+
+    int out_height() const override { return out_.height; }
+    int out_width() const override { return out_.width; }
+
+private:
+    static std::size_t place(const blocked::Plane& plane, int y, int x, int channel) {
+        return static_cast<std::size_t>(channel / kWidth) * plane.block() + plane.at(y, x) + channel % kWidth;
+    }
+
+    int channels_, out_channels_;
+    bool stem_;
+    blocked::PhasePlane phases_;
+    blocked::Plane in_, out_;
+    std::unique_ptr<blocked::Layer> layer_;
+    Buffer shared_, own_;
+    std::vector<blocked::Run> runs_;
+    std::vector<Buffer> x_, y_;
+    std::vector<Image> inputs_, outputs_;
+};
+
 }  // namespace
 
 std::unique_ptr<Standalone> SKIPNET_VARIANT(make_standalone)(const ConvolutionWeights& weights, int batch, int height,
-                                                             int width) {
-    return std::make_unique<Layer>(weights, batch, height, width);
+                                                             int width, bool compacted) {
+    if (compacted) return std::make_unique<Blocked>(weights, batch, height, width);
+    return std::make_unique<Bordered>(weights, batch, height, width);
 }
 
 double SKIPNET_VARIANT(multiply_add)(long rounds) {

@@ -4,11 +4,11 @@
 #include <memory>
 #include <string>
 
-#include "resident.h"
+#include "engine.h"
 
 namespace skipnet::cpu {
 
-// One convolution with its own memory: relu(convolution(x) + bias), as the resident engine runs it on one thread.
+// One convolution with its own memory: relu(convolution(x) + bias), as an engine runs it, on one thread.
 class Standalone {
 public:
     virtual ~Standalone() = default;
@@ -19,8 +19,9 @@ public:
     virtual int out_width() const = 0;
 };
 
+// As the compacted engine does it, or the resident one.
 std::unique_ptr<Standalone> make_standalone(const ConvolutionWeights& weights, int batch, int height, int width,
-                                            const std::string& instruction_set);
+                                            bool compacted, const std::string& instruction_set);
 
 // Fused multiply-adds of whole vectors, as many as the core does when nothing else is in the way; two operations each.
 // Returns how many operations were done: the caller holds the clock.

@@ -221,6 +221,24 @@ private:
     int together_;    // images whose transformed inputs are in shared memory at once
 };
 
+// The Winograd variant for a map. Small maps have few tiles for many channels: there the transformed weights, 16/9 or
+// 36/9 of the weights, take longer to read than the products to compute.
+inline int winograd_tile(int height, int width) { return height * width < 100 ? 2 : 4; }
+
+// What a convolution of 3x3 and this stride reads.
+inline Plane bordered(int height, int width, int channels, int stride) {
+    return {height, width, padded(channels), 1, stride == 1 ? winograd_tile(height, width) : 1};
+}
+
+inline Plane unbordered(int height, int width, int channels) { return {height, width, padded(channels), 0, 1}; }
+
+// A convolution of stride 1 by the Winograd variant that its input plane is made for; everything else directly.
+inline std::unique_ptr<Layer> make_layer(const ConvolutionWeights& layer, const Plane& in, const Plane& out) {
+    if (layer.kernel != 3 || layer.stride != 1) return make_direct(layer, in, out);
+    if (in.tile == 2) return std::make_unique<Winograd<2>>(layer, in, out);
+    return std::make_unique<Winograd<4>>(layer, in, out);
+}
+
 }  // namespace blocked
 }  // namespace
 }  // namespace skipnet::cpu
