@@ -82,17 +82,18 @@ def peak() -> float:
     return best
 
 
+@pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize(("kernel", "stride", "channels_in", "channels_out", "size"), [
     (3, 1, 3, 16, 32), (3, 1, 16, 16, 32), (3, 1, 32, 32, 16), (3, 1, 64, 64, 8),
     (3, 2, 16, 32, 32), (3, 2, 32, 64, 16), (1, 2, 16, 32, 32), (1, 2, 32, 64, 16)])
 def test_convolution(benchmark: BenchmarkFixture, peak: float, kernel: int, stride: int, channels_in: int,
-                     channels_out: int, size: int, batch: int) -> None:
-    """Every convolution shape of the CIFAR networks, as the resident engine runs it."""
+                     channels_out: int, size: int, batch: int, bfloat16: bool) -> None:
+    """Every convolution shape of the CIFAR networks, as the resident engine runs it; the peak is float32's."""
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((channels_out, channels_in, kernel, kernel), np.float32)
     layer = (weight, np.zeros(channels_out, np.float32), stride)
-    alone = _C.Convolution(layer, batch, (size, size), _C.instruction_sets()[0])
+    alone = _C.Convolution(layer, bfloat16, batch, (size, size), _C.instruction_sets()[0])
     alone.load(rng.standard_normal((batch, size, size, channels_in), np.float32))
     benchmark(alone.run)
     if benchmark.stats is not None:

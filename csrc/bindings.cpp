@@ -180,13 +180,15 @@ public:
             const std::vector<std::pair<Array<float>, Array<float>>>& embeddings,
             const std::optional<std::tuple<Array<float>, Array<float>, Array<float>, Array<float>, float>>& lstm,
             const std::vector<std::tuple<bool, std::vector<Layer>, Array<float>, float>>& gates,
-            const Array<float>& head_weight, const Array<float>& head_bias, const std::string& instruction_set)
+            const Array<float>& head_weight, const Array<float>& head_bias, bool bfloat16,
+            const std::string& instruction_set)
         : in_(static_cast<int>(std::get<0>(stem).shape(1))), height_(image_size.first), width_(image_size.second),
           blocks_(static_cast<int>(blocks.size())), classes_(static_cast<int>(head_bias.size())),
           gated_(lstm || !gates.empty()) {
         const bool resident = !is_compacted(strategy);
         check(!blocks.empty(), "blocks: expected at least one");
         cpu::NetworkWeights network{};
+        network.bfloat16 = bfloat16;
         network.height = height_;
         network.width = width_;
         network.classes = classes_;
@@ -299,12 +301,13 @@ private:
 // One convolution by itself.
 class Convolution {
 public:
-    Convolution(const std::string& strategy, const Layer& layer, int batch, std::pair<int, int> image_size,
-                const std::string& instruction_set)
+    Convolution(const std::string& strategy, const Layer& layer, bool bfloat16, int batch,
+                std::pair<int, int> image_size, const std::string& instruction_set)
         : weights_(convolution_of(layer, strategy == "compacted")), batch_(batch), height_(image_size.first),
           width_(image_size.second) {
         check(batch >= 1 && height_ >= 1 && width_ >= 1, "batch and image_size: expected 1 or more");
-        standalone_ = cpu::make_standalone(weights_, batch, height_, width_, is_compacted(strategy), instruction_set);
+        standalone_ = cpu::make_standalone(weights_, is_compacted(strategy), bfloat16, batch, height_, width_,
+                                           instruction_set);
     }
     void load(const Array<float>& x) {
         check_shape(x, "x", {batch_, height_, width_, weights_.in});
@@ -366,10 +369,10 @@ PYBIND11_MODULE(_C, module) {
                       const std::vector<std::pair<Array<float>, Array<float>>>&,
                       const std::optional<std::tuple<Array<float>, Array<float>, Array<float>, Array<float>, float>>&,
                       const std::vector<std::tuple<bool, std::vector<Layer>, Array<float>, float>>&,
-                      const Array<float>&, const Array<float>&, const std::string&>(),
+                      const Array<float>&, const Array<float>&, bool, const std::string&>(),
              py::arg("strategy"), py::arg("image_size"), py::arg("stem"), py::arg("max_pool"), py::arg("blocks"),
              py::arg("embeddings"), py::arg("lstm"), py::arg("gates"), py::arg("head_weight"), py::arg("head_bias"),
-             py::arg("instruction_set"))
+             py::arg("bfloat16"), py::arg("instruction_set"))
         .def("run", &Network::run, py::arg("images").noconvert(), py::arg("logits").noconvert(),
              py::arg("gate_logits").noconvert(), py::arg("probabilities").noconvert(),
              py::arg("executed").noconvert(), py::arg("forced").noconvert().none(true),
@@ -377,8 +380,8 @@ PYBIND11_MODULE(_C, module) {
              "Images to logits and decisions, all written in place.");
     py::class_<Convolution>(module, "Convolution",
                             "relu(convolution(x) + bias) by itself, on one thread, to be tested and measured.")
-        .def(py::init<const std::string&, const Layer&, int, std::pair<int, int>, const std::string&>(),
-             py::arg("strategy"), py::arg("layer"), py::arg("batch"), py::arg("image_size"),
+        .def(py::init<const std::string&, const Layer&, bool, int, std::pair<int, int>, const std::string&>(),
+             py::arg("strategy"), py::arg("layer"), py::arg("bfloat16"), py::arg("batch"), py::arg("image_size"),
              py::arg("instruction_set"))
         .def("load", &Convolution::load, py::arg("x").noconvert(), "Set the input, [batch, height, width, in].")
         .def("run", &Convolution::run)

@@ -10,7 +10,8 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 # Name, floats in a vector, compiler flags.
 VARIANTS = [("portable", 4, [])]
 if X86:
-    VARIANTS += [("avx2", 8, ["-mavx2", "-mfma"]),
-                 ("avx512", 16, ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma"])]
+    AVX512 = ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma"]
+    VARIANTS += [("avx2", 8, ["-mavx2", "-mfma"]), ("avx512", 16, AVX512),
+                 ("avx512bf16", 16, [*AVX512, "-mavx512bf16"])]
 
 MACROS = [("SKIPNET_X86", "1")] if X86 else []

@@ -9,6 +9,7 @@ namespace {
 // A share of `total` things for one of a team.
 struct Share {
     int begin, end;
+    Share(int begin, int end) : begin(begin), end(end) {}
     Share(int total, const Team& team)
         : begin(total * team.rank / team.size), end(total * (team.rank + 1) / team.size) {}
 };

@@ -5,6 +5,9 @@
 // a sum in one fixed order: it does not depend on the batch, on the blocking or on the threads.
 #pragma once
 
+#include <type_traits>
+#include <vector>
+
 #include "blocking.h"
 #include "engine.h"
 #include "threads.h"
@@ -31,16 +34,18 @@ struct Plane {
     int at(int y, int x) const { return (y + 1) * row() + (x + 1) * channels; }  // -1 is the border
 };
 
-// accumulators[t][k] += sum over c of x[t * step + c] * weight[c * columns + k * kWidth ...], in ascending c.
-template <int T, int K>
-inline __attribute__((always_inline)) void accumulate(Vector (&accumulators)[T][K], const float* x, int step,
-                                                      const float* weight, int depth, int columns) {
-    for (int c = 0; c < depth; ++c, weight += columns) {
-        Vector w[K];
-        for (int k = 0; k < K; ++k) w[k] = load(weight + k * kWidth);
+// accumulators[t][k] += sum over c of x[t * step + c] * weight[c, k * kWidth ...], in ascending c.
+template <typename Operand, int T, int K>
+inline __attribute__((always_inline)) void accumulate(Vector (&accumulators)[T][K], const typename Operand::Element* x,
+                                                      int step, const typename Operand::Element* weight, int depth,
+                                                      int columns) {
+    constexpr int kPack = Operand::kPack;
+    for (int c = 0; c < depth; c += kPack, weight += columns * kPack) {
+        typename Operand::Pack w[K];
+        for (int k = 0; k < K; ++k) w[k] = Operand::load_pack(weight + k * kWidth * kPack);
         for (int t = 0; t < T; ++t) {
-            const Vector value = broadcast(x[t * step + c]);
-            for (int k = 0; k < K; ++k) accumulators[t][k] += value * w[k];
+            const typename Operand::Pack value = Operand::broadcast_pack(x + t * step + c);
+            for (int k = 0; k < K; ++k) accumulators[t][k] = Operand::multiply_add(value, w[k], accumulators[t][k]);
         }
     }
 }
@@ -58,41 +63,65 @@ inline void for_blocks(int rows, int first_column, int last_column, const Functi
         if (column < last_column) for_blocks<K / 2>(rows, column, last_column, function);
 }
 
-// Where a thread works. One a thread.
-struct Scratch {
-    Buffer inputs;    // [kPoints, kTileBlock, most channels in]
-    Buffer products;  // [kPoints, kTileBlock, most channels out]
+// How many of the output channels' vectors are worked on at a time. Their transformed kernels are written to the same
+// memory for every convolution and must not leave the second cache on the way.
+template <typename Operand>
+constexpr int most_columns(int in) {
+    constexpr int kBytes = 160000;  // measured: docs/performance.md
+    const int bytes = kPoints * in * kWidth * static_cast<int>(sizeof(typename Operand::Element));
+    return bytes < kBytes ? kBytes / bytes : 1;
+}
 
-    Scratch(int most_channels)
-        : inputs(static_cast<std::size_t>(kPoints) * kTileBlock * most_channels),
-          products(static_cast<std::size_t>(kPoints) * kTileBlock * most_channels) {}
+// Elements from a point's weights to the next point's. Not a power of two: the points of one pair of channels, which are
+// written together, would meet in one set of the cache.
+constexpr int points_apart(int in, int out) { return in * out + 64; }
+
+// Where a thread works. One a thread.
+template <typename Operand>
+struct Scratch {
+    using Element = typename Operand::Element;
+
+    BufferOf<Element> weights;  // [kPoints, points_apart(in, out)] of [channels in, channels out]
+    BufferOf<Element> inputs;   // [blocks of tiles, kPoints, kTileBlock, channels in]
+    Buffer products;            // [kPoints, kTileBlock, channels out]
+    BufferOf<Element> rows;     // three rows of a plane, for a direct convolution
+
+    // For convolutions of `images` images from any of `planes` to as many channels or fewer.
+    Scratch(const std::vector<Plane>& planes, int images) {
+        std::size_t most_weights = 0, most_inputs = 0, most_products = 0, most_rows = 0;
+        const auto raise = [](std::size_t& most, std::size_t size) { most = most < size ? size : most; };
+        for (const Plane& plane : planes) {
+            const int channels = plane.channels, most = most_columns<Operand>(channels) * kWidth;
+            const bool at_once = channels <= most;
+            const int blocks = at_once ? 1 : (images * plane.tiles() + kTileBlock - 1) / kTileBlock;
+            raise(most_weights, kPoints * points_apart(channels, at_once ? channels : most));
+            raise(most_inputs, static_cast<std::size_t>(blocks) * kPoints * kTileBlock * channels);
+            raise(most_products, kPoints * kTileBlock * channels);
+            raise(most_rows, 3 * plane.row());
+        }
+        weights = BufferOf<Element>(most_weights);
+        inputs = BufferOf<Element>(most_inputs);
+        products = Buffer(most_products);
+        rows = BufferOf<Element>(most_rows);
+    }
 };
 
-// 3x3, stride 1, padding 1.
+// 3x3, stride 1, padding 1. The kernels are kept as they are and transformed anew in every pass: they come from memory
+// with a quarter of the bytes, and the arithmetic costs less than the bytes would.
+template <typename Operand>
 class Winograd {
+    using Element = typename Operand::Element;
+
 public:
     Winograd(const ConvolutionWeights& layer, int in_channels)
-        : in_(in_channels), out_(padded(layer.out)), weight_(static_cast<std::size_t>(kPoints) * in_ * out_),
+        : in_(in_channels), out_(padded(layer.out)), kernels_(static_cast<std::size_t>(kTaps) * in_ * out_),
           bias_(out_) {
-        static const double g[kPatch][3] = {{1.0 / 4, 0, 0},
-                                            {-1.0 / 6, -1.0 / 6, -1.0 / 6},
-                                            {-1.0 / 6, 1.0 / 6, -1.0 / 6},
-                                            {1.0 / 24, 1.0 / 12, 1.0 / 6},
-                                            {1.0 / 24, -1.0 / 12, 1.0 / 6},
-                                            {0, 0, 1}};
         for (int o = 0; o < layer.out; ++o) {
             bias_.get()[o] = layer.bias[o];
-            for (int c = 0; c < layer.in; ++c) {
-                const float* kernel = layer.weight + (static_cast<std::size_t>(o) * layer.in + c) * 9;
-                for (int i = 0; i < kPatch; ++i)
-                    for (int j = 0; j < kPatch; ++j) {
-                        double sum = 0;
-                        for (int y = 0; y < 3; ++y)
-                            for (int x = 0; x < 3; ++x) sum += g[i][y] * kernel[3 * y + x] * g[j][x];
-                        weight_.get()[(static_cast<std::size_t>(i * kPatch + j) * in_ + c) * out_ + o] =
-                            static_cast<float>(sum);
-                    }
-            }
+            for (int c = 0; c < layer.in; ++c)
+                for (int tap = 0; tap < kTaps; ++tap)
+                    kernels_.get()[(static_cast<std::size_t>(c) * kTaps + tap) * out_ + o] = Operand::rounded(
+                        layer.weight[(static_cast<std::size_t>(o) * layer.in + c) * kTaps + tap]);
         }
     }
 
@@ -100,26 +129,36 @@ public:
     // outputs. The team shares the work: whole tiles, or channels where there are too few tiles.
     void run(const Plane& in, const float* const* inputs /* [images] of `in` */, float* const* outputs /* [images] */,
              bool add_outputs, float* const* tile_sums /* [images] of [tiles, out], or null */, int images,
-             const Team& team, Scratch& scratch) const {
+             const Team& team, Scratch<Operand>& scratch) const {
+        if (images == 0) return;
         const Plane out{in.height, in.width, out_};
         const int per_image = in.tiles(), tiles = images * per_image;
         const int blocks = (tiles + kTileBlock - 1) / kTileBlock;
         const bool by_tiles = blocks >= team.size;
         const Team alone{0, 1, nullptr};
         const Share mine(blocks, by_tiles ? team : alone), columns(out_ / kWidth, by_tiles ? alone : team);
-        for (int block = mine.begin; block < mine.end; ++block) {
-            const int first = block * kTileBlock;
-            const int count = tiles - first < kTileBlock ? tiles - first : kTileBlock;
-            for (int t = 0; t < count; ++t) {
-                const int image = (first + t) / per_image, tile = (first + t) % per_image;
-                transform_input(in, inputs[image], tile, t, scratch.inputs.get());
-            }
-            multiply(count, columns, scratch);
-            for (int t = 0; t < count; ++t) {
-                const int image = (first + t) / per_image, tile = (first + t) % per_image;
-                for (int column = columns.begin; column < columns.end; ++column)
-                    transform_output(out, outputs[image], tile, t, column, add_outputs,
-                                     tile_sums ? tile_sums[image] : nullptr, scratch.products.get());
+        const int most = most_columns<Operand>(in_);
+        const bool at_once = columns.end - columns.begin <= most;
+        for (int first = columns.begin; first < columns.end; first += most) {
+            const Share some{first, first + most < columns.end ? first + most : columns.end};
+            transform_kernels(some, scratch);
+            for (int block = mine.begin; block < mine.end; ++block) {
+                const int begin = block * kTileBlock;
+                const int count = tiles - begin < kTileBlock ? tiles - begin : kTileBlock;
+                Element* transformed = scratch.inputs.get();
+                if (!at_once) transformed += static_cast<std::size_t>(block - mine.begin) * kPoints * kTileBlock * in_;
+                if (first == columns.begin)
+                    for (int t = 0; t < count; ++t) {
+                        const int image = (begin + t) / per_image, tile = (begin + t) % per_image;
+                        transform_input(in, inputs[image], tile, t, transformed);
+                    }
+                multiply(count, some, transformed, scratch);
+                for (int t = 0; t < count; ++t) {
+                    const int image = (begin + t) / per_image, tile = (begin + t) % per_image;
+                    for (int column = some.begin; column < some.end; ++column)
+                        transform_output(out, outputs[image], tile, t, column, add_outputs,
+                                         tile_sums ? tile_sums[image] : nullptr, scratch.products.get());
+                }
             }
         }
     }
@@ -127,6 +166,53 @@ public:
     int out_channels() const { return out_; }
 
 private:
+    static constexpr int kTaps = 9;
+
+    // The transforms interpolate at 0, +-a, +-b and infinity. The customary +-1 and +-2 round worse by a factor of two;
+    // docs/numerics.md. The rows of +-a are scaled by 1/a and those of +-b by 1/b^2 in A^T, the other way in G.
+    static constexpr float kA = 0.625f, kB = 1.5f, kA2 = kA * kA, kB2 = kB * kB;
+
+    // One dimension of G g: three values to six.
+    static inline void transform_three(Vector g0, Vector g1, Vector g2, Vector (&to)[kPatch]) {
+        constexpr float inner = 1 / (2 * kA * (kA2 - kB2)), outer = 1 / (2 * (kB2 - kA2));
+        const Vector p = inner * g0 + (inner * kA2) * g2, q = (inner * kA) * g1;
+        const Vector r = outer * g0 + (outer * kB2) * g2, s = (outer * kB) * g1;
+        to[0] = (1 / (kA2 * kB2)) * g0;
+        to[1] = p + q;
+        to[2] = p - q;
+        to[3] = r + s;
+        to[4] = r - s;
+        to[5] = g2;
+    }
+
+    // To [kPoints, in, own columns]. Never inlined: where it is called must not change how it rounds.
+    __attribute__((noinline)) void transform_kernels(const Share& columns, Scratch<Operand>& scratch) const {
+        constexpr int kPack = Operand::kPack;
+        const int width = (columns.end - columns.begin) * kWidth;
+        Element* to = scratch.weights.get();
+        for (int c = 0; c < in_; c += kPack, to += kPack * width)
+            for (int column = 0; column < width; column += kWidth) {
+                Vector half[kPack][3][kPatch];  // rows along the kernel's columns
+                for (int i = 0; i < kPack; ++i) {
+                    const Element* kernel = kernels_.get() + static_cast<std::size_t>(c + i) * kTaps * out_ +
+                                            columns.begin * kWidth + column;
+                    for (int x = 0; x < 3; ++x)
+                        transform_three(Operand::widen(kernel + x * out_), Operand::widen(kernel + (3 + x) * out_),
+                                        Operand::widen(kernel + (6 + x) * out_), half[i][x]);
+                }
+                for (int row = 0; row < kPatch; ++row) {
+                    Vector whole[kPack][kPatch];
+                    for (int i = 0; i < kPack; ++i)
+                        transform_three(half[i][0][row], half[i][1][row], half[i][2][row], whole[i]);
+                    for (int point = 0; point < kPatch; ++point) {
+                        Vector weights[kPack];
+                        for (int i = 0; i < kPack; ++i) weights[i] = whole[i][point];
+                        Operand::pack(to + (row * kPatch + point) * points_apart(in_, width) + column * kPack, weights);
+                    }
+                }
+            }
+    }
+
     // One dimension of B^T d: six values to six, of which outer() gives rows 0, 1, 2 and 5, inner() 3 and 4.
     struct Six {
         Vector d0, d1, d2, d3, d4, d5;
@@ -137,20 +223,20 @@ private:
         Six(const Vector (&d)[kPatch]) : d0(d[0]), d1(d[1]), d2(d[2]), d3(d[3]), d4(d[4]), d5(d[5]) {}
 
         void outer(Vector& row0, Vector& row1, Vector& row2, Vector& row5) const {
-            const Vector p = d4 - 4.0f * d2, q = d3 - 4.0f * d1;
-            row0 = d4 - 5.0f * d2 + 4.0f * d0;
-            row1 = p + q;
-            row2 = p - q;
-            row5 = d5 - 5.0f * d3 + 4.0f * d1;
+            const Vector p = d4 - kB2 * d2, q = d3 - kB2 * d1;
+            row0 = d4 - (kA2 + kB2) * d2 + (kA2 * kB2) * d0;
+            row1 = p + kA * q;
+            row2 = p - kA * q;
+            row5 = d5 - (kA2 + kB2) * d3 + (kA2 * kB2) * d1;
         }
         void inner(Vector& row3, Vector& row4) const {
-            const Vector r = d4 - d2, s = d3 - d1;
-            row3 = r + 2.0f * s;
-            row4 = r - 2.0f * s;
+            const Vector r = d4 - kA2 * d2, s = d3 - kA2 * d1;
+            row3 = r + kB * s;
+            row4 = r - kB * s;
         }
     };
 
-    void transform_input(const Plane& plane, const float* image, int tile, int place, float* to) const {
+    void transform_input(const Plane& plane, const float* image, int tile, int place, Element* to) const {
         const int y = tile / plane.tiles_across() * kTile, x = tile % plane.tiles_across() * kTile;
         for (int c = 0; c < in_; c += kWidth) {
             const float* corner = image + plane.at(y - 1, x - 1) + c;
@@ -160,7 +246,7 @@ private:
                 six.outer(result[0], result[1], result[2], result[5]);
                 six.inner(result[3], result[4]);
                 for (int j = 0; j < kPatch; ++j)
-                    store(to + ((row * kPatch + j) * kTileBlock + place) * in_ + c, result[j]);
+                    Operand::narrow(to + ((row * kPatch + j) * kTileBlock + place) * in_ + c, result[j]);
             };
             // Columns first, in two passes over the patch: all six rows at once do not fit the registers.
             Vector row0[kPatch], row1[kPatch], row2[kPatch], row5[kPatch];
@@ -177,18 +263,19 @@ private:
         }
     }
 
-    void multiply(int count, const Share& columns, Scratch& scratch) const {
+    void multiply(int count, const Share& columns, const Element* inputs, Scratch<Operand>& scratch) const {
+        const int width = (columns.end - columns.begin) * kWidth;
         for (int point = 0; point < kPoints; ++point) {
-            const float* x = scratch.inputs.get() + point * kTileBlock * in_;
-            const float* weight = weight_.get() + static_cast<std::size_t>(point) * in_ * out_;
-            float* products = scratch.products.get() + point * kTileBlock * out_;
-            for_blocks(count, columns.begin, columns.end, [&](auto t, auto k, int row, int column) {
+            const Element* x = inputs + point * kTileBlock * in_;
+            const Element* weight = scratch.weights.get() + point * points_apart(in_, width);
+            float* products = scratch.products.get() + point * kTileBlock * out_ + columns.begin * kWidth;
+            for_blocks(count, 0, width / kWidth, [&](auto t, auto k, int row, int column) {
                 constexpr int T = decltype(t)::value, K = decltype(k)::value;
                 Vector sums[T][K] = {};
-                accumulate<T, K>(sums, x + row * in_, in_, weight + column * kWidth, in_, out_);
+                accumulate<Operand, T, K>(sums, x + row * in_, in_, weight + column * kWidth * Operand::kPack, in_,
+                                          width);
                 for (int i = 0; i < T; ++i)
-                    for (int j = 0; j < K; ++j)
-                        store(products + (row + i) * out_ + (column + j) * kWidth, sums[i][j]);
+                    for (int j = 0; j < K; ++j) store(products + (row + i) * out_ + (column + j) * kWidth, sums[i][j]);
             });
         }
     }
@@ -197,10 +284,10 @@ private:
     static inline void transform_four(const Vector* m, int step, Vector* to, int to_step) {
         const Vector a = m[step] + m[2 * step], b = m[step] - m[2 * step];
         const Vector c = m[3 * step] + m[4 * step], d = m[3 * step] - m[4 * step];
-        to[0] = m[0] + a + c;
-        to[to_step] = b + 2.0f * d;
-        to[2 * to_step] = a + 4.0f * c;
-        to[3 * to_step] = b + 8.0f * d + m[5 * step];
+        to[0] = m[0] + (1 / kA) * a + (1 / kB2) * c;
+        to[to_step] = b + (1 / kB) * d;
+        to[2 * to_step] = kA * a + c;
+        to[3 * to_step] = m[5 * step] + kA2 * b + kB * d;
     }
 
     void transform_output(const Plane& plane, float* image, int tile, int place, int column, bool add_outputs,
@@ -232,24 +319,30 @@ private:
         if (tile_sums) store(tile_sums + tile * out_ + column * kWidth, sum);
     }
 
-    int in_, out_;   // channels as they lie in memory
-    Buffer weight_;  // [kPoints, in, out], transformed
-    Buffer bias_;    // [out]
+    int in_, out_;               // channels as they lie in memory
+    BufferOf<Element> kernels_;  // [in, kTaps, out]
+    Buffer bias_;                // [out]
 };
 
 // Any kernel of 1x1 or 3x3 with any stride.
+template <typename Operand>
 class Direct {
+    using Element = typename Operand::Element;
+
 public:
-    // in_channels: as they lie in memory.
+    // in_channels: as they lie in memory; a multiple of Operand::kPack.
     Direct(const ConvolutionWeights& layer, int in_channels)
         : in_(in_channels), out_(padded(layer.out)), kernel_(layer.kernel), stride_(layer.stride),
           weight_(static_cast<std::size_t>(kernel_) * kernel_ * in_ * out_), bias_(out_) {
+        constexpr int kPack = Operand::kPack;
         for (int o = 0; o < layer.out; ++o) {
             bias_.get()[o] = layer.bias[o];
             for (int c = 0; c < layer.in; ++c)
                 for (int tap = 0; tap < kernel_ * kernel_; ++tap)
-                    weight_.get()[(static_cast<std::size_t>(tap) * in_ + c) * out_ + o] =
-                        layer.weight[(static_cast<std::size_t>(o) * layer.in + c) * kernel_ * kernel_ + tap];
+                    weight_.get()[(static_cast<std::size_t>(tap) * in_ + c / kPack * kPack) * out_ + o * kPack +
+                                  c % kPack] =
+                        Operand::rounded(
+                            layer.weight[(static_cast<std::size_t>(o) * layer.in + c) * kernel_ * kernel_ + tap]);
         }
     }
 
@@ -259,12 +352,13 @@ public:
 
     // outputs = convolution(inputs) + bias, with ReLU or without. The team shares the rows of all images.
     void run(const Plane& in, const float* const* inputs /* [images] */, float* const* outputs /* [images] */,
-             bool with_relu, int images, const Team& team) const {
+             bool with_relu, int images, const Team& team, Scratch<Operand>& scratch) const {
         const Plane to = out(in);
         const Share mine(images * to.height, team);
         for (int row = mine.begin; row < mine.end; ++row) {
             const int image = row / to.height, y = row % to.height;
-            const float* corner = inputs[image] + in.at(y * stride_ - kernel_ / 2, -(kernel_ / 2));
+            const float* rows = inputs[image] + in.at(y * stride_ - kernel_ / 2, -1);
+            const Element* corner = elements(rows, in, scratch.rows) + (1 - kernel_ / 2) * in_;
             for (int x = 0; x < to.width; x += kTileBlock) {
                 const int count = to.width - x < kTileBlock ? to.width - x : kTileBlock;
                 pixels(in, corner + x * stride_ * in_, outputs[image] + to.at(y, x), count, with_relu);
@@ -273,16 +367,26 @@ public:
     }
 
 private:
-    void pixels(const Plane& in, const float* corner, float* to, int count, bool with_relu) const {
+    // The kernel's rows of a plane as elements.
+    const Element* elements(const float* from, const Plane& plane, BufferOf<Element>& rows) const {
+        if constexpr (std::is_same_v<Element, float>) return from;
+        const int size = kernel_ * plane.row();
+        for (int i = 0; i < size; i += kWidth) Operand::narrow(rows.get() + i, load(from + i));
+        return rows.get();
+    }
+
+    void pixels(const Plane& in, const Element* corner, float* to, int count, bool with_relu) const {
         for_blocks(count, 0, out_ / kWidth, [&](auto t, auto k, int pixel, int column) {
             constexpr int T = decltype(t)::value, K = decltype(k)::value;
             Vector sums[T][K];
             for (int i = 0; i < T; ++i)
                 for (int j = 0; j < K; ++j) sums[i][j] = load(bias_.get() + (column + j) * kWidth);
             for (int i = 0; i < kernel_; ++i)  // a kernel row's pixels and channels lie in one run of memory
-                accumulate<T, K>(sums, corner + i * in.row() + pixel * stride_ * in_, stride_ * in_,
-                                 weight_.get() + static_cast<std::size_t>(i) * kernel_ * in_ * out_ + column * kWidth,
-                                 kernel_ * in_, out_);
+                accumulate<Operand, T, K>(
+                    sums, corner + i * in.row() + pixel * stride_ * in_, stride_ * in_,
+                    weight_.get() + static_cast<std::size_t>(i) * kernel_ * in_ * out_ +
+                        column * kWidth * Operand::kPack,
+                    kernel_ * in_, out_);
             for (int i = 0; i < T; ++i)
                 for (int j = 0; j < K; ++j)
                     store(to + (pixel + i) * out_ + (column + j) * kWidth, with_relu ? relu(sums[i][j]) : sums[i][j]);
@@ -290,8 +394,8 @@ private:
     }
 
     int in_, out_, kernel_, stride_;
-    Buffer weight_;  // [kernel, kernel, in, out]
-    Buffer bias_;    // [out]
+    BufferOf<Element> weight_;  // [kernel, kernel, in, out]
+    Buffer bias_;               // [out]
 };
 
 }  // namespace

@@ -31,6 +31,7 @@ struct GateConvolutions {
 };
 
 struct NetworkWeights {
+    bool bfloat16;      // the weights are; products are formed from bfloat16 where the instruction set has such
     int height, width;  // of the images
     int classes;
     ConvolutionWeights stem;
@@ -65,7 +66,7 @@ public:
     virtual void run(const Call& call) = 0;
 };
 
-// What this machine can run of what was built, best first: "avx512", "avx2", "portable".
+// What this machine can run of what was built, best first: "avx512bf16", "avx512", "avx2", "portable".
 std::vector<std::string> instruction_sets();
 
 }  // namespace skipnet::cpu

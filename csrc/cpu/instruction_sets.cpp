@@ -11,14 +11,15 @@ namespace skipnet::cpu {
 #define SKIPNET_DECLARE(isa)                                                                                        \
     std::unique_ptr<Engine> make_resident_##isa(const NetworkWeights& weights);                                     \
     std::unique_ptr<Engine> make_compacted_##isa(const NetworkWeights& weights);                                    \
-    std::unique_ptr<Standalone> make_standalone_##isa(const ConvolutionWeights& weights, int batch, int height,     \
-                                                      int width, bool compacted);                                   \
+    std::unique_ptr<Standalone> make_standalone_##isa(const ConvolutionWeights& weights, bool compacted,            \
+                                                      bool bfloat16, int batch, int height, int width);             \
     double multiply_add_##isa(long rounds);
 
 SKIPNET_DECLARE(portable)
 #ifdef SKIPNET_X86
 SKIPNET_DECLARE(avx2)
 SKIPNET_DECLARE(avx512)
+SKIPNET_DECLARE(avx512bf16)
 #endif
 
 namespace {
@@ -42,9 +43,11 @@ const std::vector<Variant>& variants() {
     __builtin_cpu_init();
     static const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    static const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
     static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    static const std::vector<Variant> all{SKIPNET_VARIANT_OF(avx512, avx512), SKIPNET_VARIANT_OF(avx2, avx2),
-                                          SKIPNET_VARIANT_OF(portable, true)};
+    static const std::vector<Variant> all{
+        SKIPNET_VARIANT_OF(avx512bf16, avx512bf16), SKIPNET_VARIANT_OF(avx512, avx512), SKIPNET_VARIANT_OF(avx2, avx2),
+        SKIPNET_VARIANT_OF(portable, true)};
 #else
     static const std::vector<Variant> all{SKIPNET_VARIANT_OF(portable, true)};
 #endif
@@ -74,9 +77,9 @@ std::unique_ptr<Engine> make_compacted(const NetworkWeights& weights, const std:
     return variant(instruction_set).make_compacted(weights);
 }
 
-std::unique_ptr<Standalone> make_standalone(const ConvolutionWeights& weights, int batch, int height, int width,
-                                            bool compacted, const std::string& instruction_set) {
-    return variant(instruction_set).make_standalone(weights, batch, height, width, compacted);
+std::unique_ptr<Standalone> make_standalone(const ConvolutionWeights& weights, bool compacted, bool bfloat16, int batch,
+                                            int height, int width, const std::string& instruction_set) {
+    return variant(instruction_set).make_standalone(weights, compacted, bfloat16, batch, height, width);
 }
 
 double multiply_add(long rounds, const std::string& instruction_set) {

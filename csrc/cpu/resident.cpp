@@ -28,8 +28,8 @@ struct Block {
 
 struct FeedforwardGate {
     bool max_pool;
-    int first;   // place in winograd_, where there is a max pool (FFGate-I)
-    int second;  // place in direct_
+    int first;   // place in gate_winograd_, where there is a max pool (FFGate-I)
+    int second;  // place in gate_direct_
 };
 
 enum class Pooled { current, from_tiles, from_plane };  // what the pooled feature is, or how to come by it
@@ -53,15 +53,17 @@ struct Guest {
 };
 
 // What a team needs for a few images. Made once, reused from call to call.
+template <typename Operand>
 struct Workspace {
-    std::vector<Guest> guests;     // [kGroup]
-    std::vector<Scratch> scratch;  // [threads of the team]
+    std::vector<Guest> guests;                   // [kGroup]
+    std::vector<Scratch<Operand>> scratch;       // [threads of the team]
+    std::vector<Scratch<Float32>> gate_scratch;  // [threads of the team]: gates are float32 always
 };
 
 // A team's few images, shared by its threads.
 struct Visit {
     const Call& call;
-    Workspace& space;
+    Guest* guests;     // [kGroup]
     int first, count;  // images first .. first + count - 1 of the call
 };
 
@@ -84,14 +86,16 @@ struct Buffers {
 };
 
 // One thread's part in a visit.
+template <typename Operand>
 struct Worker {
     Visit& visit;
     Team team;
-    Scratch& scratch;
+    Scratch<Operand>& scratch;
+    Scratch<Float32>& gate_scratch;
 
     Guests everyone() const {
         Guests guests;
-        for (int i = 0; i < visit.count; ++i) guests.add(visit.space.guests[i]);
+        for (int i = 0; i < visit.count; ++i) guests.add(visit.guests[i]);
         return guests;
     }
 };
@@ -131,7 +135,12 @@ void max_pool(const Plane& in, const float* from, const Plane& out, float* to, c
             }
 }
 
+// Operand: what products are formed from, see vector.h.
+template <typename Operand>
 class Network final : public Engine {
+    using Workspace = cpu::Workspace<Operand>;
+    using Worker = cpu::Worker<Operand>;
+
 public:
     explicit Network(const NetworkWeights& weights);
     void run(const Call& call) override;
@@ -162,11 +171,8 @@ private:
         return {(seen.height + 1) / 2, (seen.width + 1) / 2, seen.channels};
     }
 
-    int add(std::vector<Direct>& layers, const ConvolutionWeights& layer, int in_channels) {
-        layers.emplace_back(layer, in_channels);
-        return static_cast<int>(layers.size()) - 1;
-    }
-    int add(std::vector<Winograd>& layers, const ConvolutionWeights& layer, int in_channels) {
+    template <typename Layer>
+    static int add(std::vector<Layer>& layers, const ConvolutionWeights& layer, int in_channels) {
         layers.emplace_back(layer, in_channels);
         return static_cast<int>(layers.size()) - 1;
     }
@@ -175,8 +181,11 @@ private:
     Plane image_;                // the input, channels last
     std::vector<Plane> planes_;  // one a group
     std::vector<Block> blocks_;
-    std::vector<Direct> direct_;  // the stem is the first
-    std::vector<Winograd> winograd_;
+    Direct<Float32> stem_;       // three channels do not pair
+    std::vector<Direct<Operand>> direct_;
+    std::vector<Winograd<Operand>> winograd_;
+    std::vector<Direct<Float32>> gate_direct_;
+    std::vector<Winograd<Float32>> gate_winograd_;
     std::vector<Linear> embeddings_, tails_;  // one a block, for the gates' kind
     std::vector<FeedforwardGate> gates_;
     std::unique_ptr<RnnCell> cell_;
@@ -186,10 +195,11 @@ private:
     std::vector<std::unique_ptr<Workspace>> idle_;  // under mutex_
 };
 
-Network::Network(const NetworkWeights& weights)
-    : classes_(weights.classes), image_{weights.height, weights.width, weights.stem.in} {
-    add(direct_, weights.stem, image_.channels);
-    planes_.push_back(direct_[0].out(image_));
+template <typename Operand>
+Network<Operand>::Network(const NetworkWeights& weights)
+    : classes_(weights.classes), image_{weights.height, weights.width, weights.stem.in},
+      stem_(weights.stem, image_.channels) {
+    planes_.push_back(stem_.out(image_));
     for (std::size_t index = 0; index < weights.blocks.size(); ++index) {
         const BlockWeights& block = weights.blocks[index];
         const int channels = planes_.back().channels;
@@ -215,8 +225,8 @@ Network::Network(const NetworkWeights& weights)
             const GateConvolutions& gate = weights.gates[index];
             const int seen = planes_.back().channels;
             FeedforwardGate packed_gate{gate.max_pool, -1, -1};
-            if (gate.max_pool) packed_gate.first = add(winograd_, gate.layers[0], seen);
-            packed_gate.second = add(direct_, gate.layers.back(), seen);
+            if (gate.max_pool) packed_gate.first = add(gate_winograd_, gate.layers[0], seen);
+            packed_gate.second = add(gate_direct_, gate.layers.back(), seen);
             gates_.push_back(packed_gate);
             tails_.emplace_back(weights.tails[index].weight, &weights.tails[index].bias, out, 1);
         }
@@ -227,7 +237,8 @@ Network::Network(const NetworkWeights& weights)
         if (plane.channels > most_channels_) most_channels_ = plane.channels;
 }
 
-Room Network::make_room(int group) const {
+template <typename Operand>
+Room Network<Operand>::make_room(int group) const {
     const Plane& plane = planes_[group];
     Room room{Buffer(plane.size()), Buffer(plane.size()), Buffer(plane.tiles() * plane.channels), {}, {}, {}};
     if (!gates_.empty()) {
@@ -240,7 +251,8 @@ Room Network::make_room(int group) const {
     return room;
 }
 
-std::unique_ptr<Workspace> Network::take_workspace(int threads) {
+template <typename Operand>
+auto Network<Operand>::take_workspace(int threads) -> std::unique_ptr<Workspace> {
     std::unique_ptr<Workspace> space;
     {
         std::lock_guard<std::mutex> lock(mutex_);
@@ -260,17 +272,22 @@ std::unique_ptr<Workspace> Network::take_workspace(int threads) {
             space->guests.push_back(std::move(guest));
         }
     }
-    while (static_cast<int>(space->scratch.size()) < threads) space->scratch.emplace_back(most_channels_);
+    while (static_cast<int>(space->scratch.size()) < threads) {
+        space->scratch.emplace_back(planes_, kGroup);
+        space->gate_scratch.emplace_back(gate_winograd_.empty() ? std::vector<Plane>() : planes_, kGroup);
+    }
     return space;
 }
 
-void Network::return_workspace(std::unique_ptr<Workspace> space) {
+template <typename Operand>
+void Network<Operand>::return_workspace(std::unique_ptr<Workspace> space) {
     std::lock_guard<std::mutex> lock(mutex_);
     idle_.push_back(std::move(space));
 }
 
 // Few images: all threads work on each. Many: every thread takes a few at a time, as long as there are any.
-void Network::run(const Call& call) {
+template <typename Operand>
+void Network<Operand>::run(const Call& call) {
     struct Tour {
         Network& network;
         const Call& call;
@@ -293,7 +310,7 @@ void Network::run(const Call& call) {
     Tour tour{*this, call, team_size, (call.batch + teams * rounds - 1) / (teams * rounds), {}, {}, {}};
     for (int team = 0; team < teams; ++team) {
         tour.spaces.push_back(take_workspace(team_size));
-        tour.visits.push_back(std::unique_ptr<Visit>(new Visit{call, *tour.spaces.back(), 0, 0}));
+        tour.visits.push_back(std::unique_ptr<Visit>(new Visit{call, tour.spaces.back()->guests.data(), 0, 0}));
         tour.barriers.push_back(std::make_unique<Barrier>(team_size));
     }
     run_threads(teams * team_size, [](void* context, int rank, int given) {
@@ -301,7 +318,8 @@ void Network::run(const Call& call) {
         const int size = given == 1 ? 1 : tour.team_size, number = rank / size;
         const Team team{rank % size, size, tour.barriers[number].get()};
         Visit& visit = *tour.visits[number];
-        const Worker worker{visit, team, tour.spaces[number]->scratch[team.rank]};
+        const Worker worker{visit, team, tour.spaces[number]->scratch[team.rank],
+                            tour.spaces[number]->gate_scratch[team.rank]};
         for (;;) {
             if (team.rank == 0) tour.take(visit);
             team.meet();
@@ -313,9 +331,9 @@ void Network::run(const Call& call) {
     for (auto& space : tour.spaces) return_workspace(std::move(space));
 }
 
-void Network::walk(const Worker& worker) const {
-    Visit& visit = worker.visit;
-    const int steps = visit.call.steps, blocks = static_cast<int>(blocks_.size());
+template <typename Operand>
+void Network<Operand>::walk(const Worker& worker) const {
+    const int steps = worker.visit.call.steps, blocks = static_cast<int>(blocks_.size());
     stem(worker);
     for (int index = 0; index < blocks; ++index) {
         run_block(worker, index, compact(worker));
@@ -324,7 +342,8 @@ void Network::walk(const Worker& worker) const {
     head(worker);
 }
 
-void Network::stem(const Worker& worker) const {
+template <typename Operand>
+void Network<Operand>::stem(const Worker& worker) const {
     const Visit& visit = worker.visit;
     const Guests guests = worker.everyone();
     const int channels = image_.channels, pixels = image_.height * image_.width;
@@ -347,19 +366,20 @@ void Network::stem(const Worker& worker) const {
     worker.team.meet();
     const Buffers images(guests, [](Guest& guest) -> Buffer& { return guest.image; });
     const Buffers x(guests, [](Guest& guest) -> Buffer& { return guest.rooms[0].x; });
-    direct_[0].run(image_, images.of, x.of, true, guests.count, worker.team);
+    stem_.run(image_, images.of, x.of, true, guests.count, worker.team, worker.gate_scratch);
     worker.team.meet();
 }
 
 // Pool-finish, embed, LSTM step, decide.
-void Network::gate_step(const Worker& worker, int index) const {
+template <typename Operand>
+void Network<Operand>::gate_step(const Worker& worker, int index) const {
     if (!gates_.empty()) feedforward_features(worker, index);
     if (worker.team.rank == 0) {
         const Visit& visit = worker.visit;
         const Call& call = visit.call;
         const bool decides = index + 1 < static_cast<int>(blocks_.size());
         for (int i = 0; i < visit.count; ++i) {
-            Guest& guest = visit.space.guests[i];
+            Guest& guest = visit.guests[i];
             const std::size_t to = static_cast<std::size_t>(index) * call.batch + visit.first + i;
             const float logit = gate_logit(index, guest);
             const float probability = sigmoid(broadcast(logit))[0];
@@ -372,7 +392,8 @@ void Network::gate_step(const Worker& worker, int index) const {
     worker.team.meet();
 }
 
-float Network::gate_logit(int index, Guest& guest) const {
+template <typename Operand>
+float Network<Operand>::gate_logit(int index, Guest& guest) const {
     const int group = blocks_[index].group;
     if (cell_) {
         embeddings_[index].run(pooled(group, guest), guest.feature.get());
@@ -384,37 +405,42 @@ float Network::gate_logit(int index, Guest& guest) const {
     return logit;
 }
 
-void Network::feedforward_features(const Worker& worker, int index) const {
+template <typename Operand>
+void Network<Operand>::feedforward_features(const Worker& worker, int index) const {
     const FeedforwardGate& gate = gates_[index];
     const int group = blocks_[index].group;
     const Guests guests = worker.everyone();
     const Buffers x(guests, [&](Guest& guest) -> Buffer& { return guest.rooms[group].x; });
     const Buffers feature(guests, [&](Guest& guest) -> Buffer& { return guest.rooms[group].feature; });
     if (!gate.max_pool) {
-        direct_[gate.second].run(planes_[group], x.of, feature.of, true, guests.count, worker.team);
+        gate_direct_[gate.second].run(planes_[group], x.of, feature.of, true, guests.count, worker.team,
+                                      worker.gate_scratch);
     } else {
         const Buffers halved(guests, [&](Guest& guest) -> Buffer& { return guest.rooms[group].halved; });
         const Buffers seen(guests, [&](Guest& guest) -> Buffer& { return guest.rooms[group].seen; });
         const Plane plane = seen_plane(group);
         for (int i = 0; i < guests.count; ++i) max_pool(planes_[group], x.of[i], plane, halved.of[i], worker.team);
         worker.team.meet();
-        winograd_[gate.first].run(plane, halved.of, seen.of, false, nullptr, guests.count, worker.team,
-                                  worker.scratch);
+        gate_winograd_[gate.first].run(plane, halved.of, seen.of, false, nullptr, guests.count, worker.team,
+                                       worker.gate_scratch);
         worker.team.meet();
-        direct_[gate.second].run(plane, seen.of, feature.of, true, guests.count, worker.team);
+        gate_direct_[gate.second].run(plane, seen.of, feature.of, true, guests.count, worker.team,
+                                      worker.gate_scratch);
     }
     worker.team.meet();
 }
 
 // The guests that run the next block, in order. Every thread of a team makes the same list.
-Guests Network::compact(const Worker& worker) const {
+template <typename Operand>
+Guests Network<Operand>::compact(const Worker& worker) const {
     Guests executing;
     for (int i = 0; i < worker.visit.count; ++i)
-        if (worker.visit.space.guests[i].executes) executing.add(worker.visit.space.guests[i]);
+        if (worker.visit.guests[i].executes) executing.add(worker.visit.guests[i]);
     return executing;
 }
 
-void Network::run_block(const Worker& worker, int index, const Guests& executing) const {
+template <typename Operand>
+void Network<Operand>::run_block(const Worker& worker, int index, const Guests& executing) const {
     const Block& block = blocks_[index];
     const int group = block.group;
     const Plane& plane = planes_[group];
@@ -427,8 +453,10 @@ void Network::run_block(const Worker& worker, int index, const Guests& executing
         const Buffers all_before(guests, [&](Guest& guest) -> Buffer& { return guest.rooms[group - 1].x; });
         const Buffers all_x(guests, [&](Guest& guest) -> Buffer& { return guest.rooms[group].x; });
         const Buffers before(executing, [&](Guest& guest) -> Buffer& { return guest.rooms[group - 1].x; });
-        direct_[block.projection].run(planes_[group - 1], all_before.of, all_x.of, false, guests.count, team);
-        direct_[block.first].run(planes_[group - 1], before.of, inner.of, true, executing.count, team);
+        direct_[block.projection].run(planes_[group - 1], all_before.of, all_x.of, false, guests.count, team,
+                                      worker.scratch);
+        direct_[block.first].run(planes_[group - 1], before.of, inner.of, true, executing.count, team,
+                                 worker.scratch);
         if (team.rank == 0)
             for (int i = 0; i < guests.count; ++i) guests.of[i]->state = Pooled::from_plane;
     } else {
@@ -442,11 +470,12 @@ void Network::run_block(const Worker& worker, int index, const Guests& executing
 }
 
 // Global average pool and classifier.
-void Network::head(const Worker& worker) const {
+template <typename Operand>
+void Network<Operand>::head(const Worker& worker) const {
     if (worker.team.rank != 0) return;
     const Visit& visit = worker.visit;
     for (int i = 0; i < visit.count; ++i) {
-        Guest& guest = visit.space.guests[i];
+        Guest& guest = visit.guests[i];
         const std::size_t image = visit.first + i;
         head_->run(pooled(static_cast<int>(planes_.size()) - 1, guest), visit.call.logits + image * classes_);
         if (cell_) {
@@ -458,7 +487,8 @@ void Network::head(const Worker& worker) const {
 }
 
 // The activation's pooled feature, brought up to date. An image that skipped its block has it still.
-const float* Network::pooled(int group, Guest& guest) const {
+template <typename Operand>
+const float* Network<Operand>::pooled(int group, Guest& guest) const {
     const Plane& plane = planes_[group];
     const Room& room = guest.rooms[group];
     if (guest.state == Pooled::from_plane) pool(plane, room.x.get(), guest.pooled.get());
@@ -471,7 +501,10 @@ const float* Network::pooled(int group, Guest& guest) const {
 }  // namespace
 
 std::unique_ptr<Engine> SKIPNET_VARIANT(make_resident)(const NetworkWeights& weights) {
-    return std::make_unique<Network>(weights);
+#ifdef __AVX512BF16__
+    if (weights.bfloat16) return std::make_unique<Network<BFloat16>>(weights);
+#endif
+    return std::make_unique<Network<Float32>>(weights);
 }
 
 }  // namespace skipnet::cpu

@@ -25,17 +25,17 @@ struct Image {
 };
 
 // As the resident engine runs it.
+template <typename Operand>
 class Bordered final : public Standalone {
 public:
     Bordered(const ConvolutionWeights& weights, int batch, int height, int width)
         : channels_(weights.in), out_channels_(weights.out),
-          in_{height, width, weights.kernel == 3 && weights.stride == 1 ? padded(weights.in) : weights.in},
-          scratch_(padded(weights.in > weights.out ? weights.in : weights.out)) {
-        if (weights.kernel == 3 && weights.stride == 1) {
-            winograd_ = std::make_unique<Winograd>(weights, in_.channels);
+          in_{height, width, channels_in_memory(weights)}, scratch_({in_}, batch) {
+        if (by_winograd(weights)) {
+            winograd_ = std::make_unique<Winograd<Operand>>(weights, in_.channels);
             out_ = {height, width, winograd_->out_channels()};
         } else {
-            direct_ = std::make_unique<Direct>(weights, in_.channels);
+            direct_ = std::make_unique<Direct<Operand>>(weights, in_.channels);
             out_ = direct_->out(in_);
         }
         for (int image = 0; image < batch; ++image) {
@@ -63,7 +63,7 @@ public:
         if (winograd_)
             winograd_->run(in_, inputs, outputs, false, nullptr, batch, alone, scratch_);
         else
-            direct_->run(in_, inputs, outputs, true, batch, alone);
+            direct_->run(in_, inputs, outputs, true, batch, alone, scratch_);
     }
 
     void read(float* y) const override {
@@ -77,11 +77,17 @@ public:
     int out_width() const override { return out_.width; }
 
 private:
+    static int channels_in_memory(const ConvolutionWeights& weights) {
+        if (by_winograd(weights)) return padded(weights.in > weights.out ? weights.in : weights.out);
+        return Operand::kPack > 1 ? padded(weights.in) : weights.in;
+    }
+    static bool by_winograd(const ConvolutionWeights& weights) { return weights.kernel == 3 && weights.stride == 1; }
+
     int channels_, out_channels_;
     Plane in_, out_;
-    Scratch scratch_;
-    std::unique_ptr<Winograd> winograd_;
-    std::unique_ptr<Direct> direct_;
+    Scratch<Operand> scratch_;
+    std::unique_ptr<Winograd<Operand>> winograd_;
+    std::unique_ptr<Direct<Operand>> direct_;
     std::vector<Buffer> x_, y_;
     std::vector<Image> inputs_, outputs_;
 };
@@ -146,12 +152,21 @@ private:
     std::vector<Image> inputs_, outputs_;
 };
 
+template <typename Operand>
+std::unique_ptr<Standalone> make(const ConvolutionWeights& weights, bool compacted, int batch, int height, int width) {
+    if (compacted) return std::make_unique<Blocked>(weights, batch, height, width);
+    return std::make_unique<Bordered<Operand>>(weights, batch, height, width);
+}
+
 }  // namespace
 
-std::unique_ptr<Standalone> SKIPNET_VARIANT(make_standalone)(const ConvolutionWeights& weights, int batch, int height,
-                                                             int width, bool compacted) {
-    if (compacted) return std::make_unique<Blocked>(weights, batch, height, width);
-    return std::make_unique<Bordered>(weights, batch, height, width);
+std::unique_ptr<Standalone> SKIPNET_VARIANT(make_standalone)(const ConvolutionWeights& weights, bool compacted,
+                                                             bool bfloat16, int batch, int height, int width) {
+#ifdef __AVX512BF16__
+    if (bfloat16) return make<BFloat16>(weights, compacted, batch, height, width);
+#endif
+    (void)bfloat16;
+    return make<Float32>(weights, compacted, batch, height, width);
 }
 
 double SKIPNET_VARIANT(multiply_add)(long rounds) {

@@ -19,9 +19,10 @@ public:
     virtual int out_width() const = 0;
 };
 
-// As the compacted engine does it, or the resident one.
-std::unique_ptr<Standalone> make_standalone(const ConvolutionWeights& weights, int batch, int height, int width,
-                                            bool compacted, const std::string& instruction_set);
+// compacted: as that engine does it, otherwise as the resident one. bfloat16: form products from it, where the
+// instruction set has such.
+std::unique_ptr<Standalone> make_standalone(const ConvolutionWeights& weights, bool compacted, bool bfloat16, int batch,
+                                            int height, int width, const std::string& instruction_set);
 
 // Fused multiply-adds of whole vectors, as many as the core does when nothing else is in the way; two operations each.
 // Returns how many operations were done: the caller holds the clock.

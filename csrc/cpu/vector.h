@@ -4,9 +4,14 @@
 // a function compiled for one instruction set must never be linked in the place of another's.
 #pragma once
 
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <new>
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 namespace skipnet::cpu {
 namespace {
@@ -55,30 +60,97 @@ constexpr int vectors(int floats) { return (floats + kWidth - 1) / kWidth; }
 
 constexpr int padded(int floats) { return vectors(floats) * kWidth; }
 
-// Zeroed floats on a cache line, owned.
-class Buffer {
+// What the products of a convolution are formed from; sums are float32 always. Of kPack input channels, a product is
+// formed and summed at once: their weights lie side by side.
+struct Float32 {
+    using Element = float;
+    using Pack = Vector;  // kWidth outputs' weights
+    static constexpr int kPack = 1;
+
+    static Element rounded(float value) { return value; }
+    static Vector widen(const Element* from) { return load(from); }
+    static void narrow(Element* to, Vector value) { store(to, value); }
+    static void pack(Element* to, const Vector (&weights)[kPack]) { store(to, weights[0]); }
+    static Pack load_pack(const Element* from) { return load(from); }
+    static Pack broadcast_pack(const Element* from) { return broadcast(*from); }
+    static Vector multiply_add(Pack x, Pack weight, Vector sum) { return x * weight + sum; }
+};
+
+#ifdef __AVX512BF16__
+// Rounds to nearest even; subnormal operands count as zero.
+struct BFloat16 {
+    using Element = std::uint16_t;
+    using Pack = __m512bh;
+    static constexpr int kPack = 2;
+
+    static Element rounded(float value) {
+        Element to[kWidth];
+        narrow(to, broadcast(value));
+        return to[0];
+    }
+    static Vector widen(const Element* from) {
+        const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+        return Vector(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)));
+    }
+    static void narrow(Element* to, Vector value) {
+        const __m256bh half = _mm512_cvtneps_pbh(__m512(value));
+        std::memcpy(to, &half, sizeof half);
+    }
+    static void pack(Element* to, const Vector (&weights)[kPack]) {
+        alignas(64) static constexpr std::uint16_t kInterleave[32] = {
+            0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+            8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+        const __m512bh both = _mm512_cvtne2ps_pbh(__m512(weights[1]), __m512(weights[0]));
+        __m512i bits;
+        std::memcpy(&bits, &both, sizeof bits);
+        _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), bits));
+    }
+    static Pack load_pack(const Element* from) {
+        Pack value;
+        std::memcpy(&value, from, sizeof value);
+        return value;
+    }
+    static Pack broadcast_pack(const Element* from) {
+        int both;
+        std::memcpy(&both, from, sizeof both);
+        const __m512i bits = _mm512_set1_epi32(both);
+        Pack value;
+        std::memcpy(&value, &bits, sizeof value);
+        return value;
+    }
+    static Vector multiply_add(Pack x, Pack weight, Vector sum) {
+        return Vector(_mm512_dpbf16_ps(__m512(sum), x, weight));
+    }
+};
+#endif
+
+// Zeroed elements on a cache line, owned.
+template <typename Element>
+class BufferOf {
 public:
-    Buffer() = default;
-    explicit Buffer(std::size_t size) {
-        const std::size_t bytes = (size * sizeof(float) + 63) / 64 * 64;
-        data_ = static_cast<float*>(std::aligned_alloc(64, bytes ? bytes : 64));
+    BufferOf() = default;
+    explicit BufferOf(std::size_t size) {
+        const std::size_t bytes = (size * sizeof(Element) + 63) / 64 * 64;
+        data_ = static_cast<Element*>(std::aligned_alloc(64, bytes ? bytes : 64));
         if (!data_) throw std::bad_alloc();
         std::memset(data_, 0, bytes);
     }
-    Buffer(Buffer&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
-    Buffer& operator=(Buffer&& other) noexcept {
-        float* mine = data_;
+    BufferOf(BufferOf&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
+    BufferOf& operator=(BufferOf&& other) noexcept {
+        Element* mine = data_;
         data_ = other.data_;
         other.data_ = mine;
         return *this;
     }
-    ~Buffer() { std::free(data_); }
-    float* get() { return data_; }
-    const float* get() const { return data_; }
+    ~BufferOf() { std::free(data_); }
+    Element* get() { return data_; }
+    const Element* get() const { return data_; }
 
 private:
-    float* data_ = nullptr;
+    Element* data_ = nullptr;
 };
+
+using Buffer = BufferOf<float>;
 
 }  // namespace
 }  // namespace skipnet::cpu

@@ -1,7 +1,8 @@
 """What the CPU's two strategies share: a network is packed once, and a call goes from images to logits in native code.
 
-The walks and their rooms are in csrc/cpu/resident.cpp and csrc/cpu/compacted.cpp. Both compute in float32 whatever the
-network's dtype.
+The walks and their rooms are in csrc/cpu/resident.cpp and csrc/cpu/compacted.cpp. Activations and sums are float32
+whatever the network's dtype; products of a bfloat16 network are formed from bfloat16 where the processor can
+(AVX512-BF16), gates and stem excepted.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class NativeCpuEngine(CpuEngine):
                     gate.bias.item()) for gate in gates if isinstance(gate, PackedFeedforwardGate)],
             head_weight=_array(network.head_weight),
             head_bias=_array(network.head_bias),
+            bfloat16=network.dtype == torch.bfloat16,
             instruction_set=instruction_set or _C.instruction_sets()[0],
         )
 
