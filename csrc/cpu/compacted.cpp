@@ -21,25 +21,32 @@ using namespace blocked;
 // and the caches.
 constexpr int kTogether = 8;
 
+template <typename Operand>
+using LayerOf = std::unique_ptr<Layer<Operand, Operand>>;
+
+template <typename Operand>
 struct Block {
-    int group;                                   // of its output, from 0
-    std::unique_ptr<Layer> projection;           // where it changes the group
-    std::vector<std::unique_ptr<Layer>> layers;  // two, or three in a bottleneck
-    int maps[2];                                 // what each layer but the last writes
+    int group;                             // of its output, from 0
+    LayerOf<Operand> projection;           // where it changes the group
+    std::vector<LayerOf<Operand>> layers;  // two, or three in a bottleneck
+    int maps[2];                           // what each layer but the last writes
 };
 
+template <typename Operand>
 struct FeedforwardGate {
     bool max_pool;
-    std::vector<std::unique_ptr<Layer>> layers;  // one, or two after a max pool
-    int pooled;                                  // map of the max pool, where there is one
-    int maps[2];                                 // what each layer writes
+    std::vector<LayerOf<Operand>> layers;  // one, or two after a max pool
+    int pooled;                            // map of the max pool, where there is one
+    int maps[2];                           // what each layer writes
 
     int feature() const { return maps[layers.size() - 1]; }
 };
 
 // One image on its way.
+template <typename Operand>
 struct Guest {
-    std::vector<Buffer> maps;  // one for each of the network's
+    std::vector<BufferOf<typename Operand::Element>> maps;  // one for each of the network's
+
     Buffer sums;               // [parts, channels] of the activation
     int parts;                 // of sums; 0 where pooled is up to date
     Buffer feature_sums;       // [parts, channels] of a feed-forward gate's last feature map
@@ -56,31 +63,35 @@ struct Scratch {
 };
 
 // What a call needs. Made once, reused from call to call.
+template <typename Operand>
 struct Workspace {
-    std::vector<Guest> guests;     // as many as there have been, up to kTogether
-    std::vector<Scratch> scratch;  // [threads]
-    Buffer shared;                 // of the layers
-    Buffer image, stem;            // of one image at a time: phases, and what is pooled
+    std::vector<Guest<Operand>> guests;          // as many as there have been, up to kTogether
+    std::vector<Scratch> scratch;                // [threads]
+    BufferOf<typename Operand::Element> shared;  // of the layers
+    Buffer image;                                // of one image at a time, in phases
+    BufferOf<typename Operand::Element> stem;    // of one image at a time, what is pooled
 };
 
 // Some of the guests, in order.
+template <typename Operand>
 struct Guests {
-    Guest* of[kTogether];
+    Guest<Operand>* of[kTogether];
     int count = 0;
 
-    void add(Guest& guest) { of[count++] = &guest; }
+    void add(Guest<Operand>& guest) { of[count++] = &guest; }
 };
 
 // One thread's part in a visit of a few images: first .. first + count - 1 of the call.
+template <typename Operand>
 struct Worker {
     const Call& call;
-    Workspace& space;
+    Workspace<Operand>& space;
     int first, count;
     Team team;
-    Memory memory;
+    Memory<Operand> memory;
 
-    Guests everyone() const {
-        Guests guests;
+    Guests<Operand> everyone() const {
+        Guests<Operand> guests;
         for (int i = 0; i < count; ++i) guests.add(space.guests[i]);
         return guests;
     }
@@ -97,26 +108,40 @@ void average(const float* sums, int parts, int channels, int pixels, float* to) 
 
 // Maximum of kernel x kernel with stride 2 and padding (kernel - 1) / 2, NaN if any is; inputs are not negative, so a
 // border of zeros does no harm. The team shares the rows.
-void max_pool(int kernel, const Plane& in, const float* from, const Plane& out, float* to, const Team& team) {
+template <typename Operand>
+void max_pool(int kernel, const Plane& in, const typename Operand::Element* from, const Plane& out,
+              typename Operand::Element* to, const Team& team) {
     const Share rows(out.blocks() * out.height, team);
     const int pad = (kernel - 1) / 2;
     for (int row = rows.begin; row < rows.end; ++row) {
         const int block = row / out.height, y = row % out.height;
-        const float* corner = from + static_cast<std::ptrdiff_t>(block) * in.block() + in.at(2 * y - pad, -pad);
-        float* result = to + static_cast<std::ptrdiff_t>(block) * out.block() + out.at(y, 0);
+        const typename Operand::Element* corner = from + static_cast<std::ptrdiff_t>(block) * in.block() +
+                                                  in.at(2 * y - pad, -pad);
+        typename Operand::Element* result = to + static_cast<std::ptrdiff_t>(block) * out.block() + out.at(y, 0);
         for (int x = 0; x < out.width; ++x, corner += 2 * kWidth, result += kWidth) {
-            Vector most = load(corner);
+            Vector most = Operand::widen(corner);
             for (int i = 0; i < kernel; ++i)
                 for (int j = 0; j < kernel; ++j) {
-                    const Vector value = load(corner + i * in.row() + j * kWidth);
+                    const Vector value = Operand::widen(corner + i * in.row() + j * kWidth);
                     most = most < value || value != value ? value : most;
                 }
-            store(result, most);
+            Operand::narrow(result, most);
         }
     }
 }
 
+// Operand: what activations are kept in and products are formed from, see vector.h.
+template <typename Operand>
 class Network final : public Engine {
+    using Element = typename Operand::Element;
+    using Layer = blocked::Layer<Operand, Operand>;
+    using Block = cpu::Block<Operand>;
+    using FeedforwardGate = cpu::FeedforwardGate<Operand>;
+    using Guest = cpu::Guest<Operand>;
+    using Guests = cpu::Guests<Operand>;
+    using Worker = cpu::Worker<Operand>;
+    using Workspace = cpu::Workspace<Operand>;
+
 public:
     explicit Network(const NetworkWeights& weights);
     void run(const Call& call) override;
@@ -162,14 +187,14 @@ private:
     PhasePlane image_;
     Plane stem_plane_;
     bool max_pool_;
-    std::unique_ptr<Layer> stem_;
+    std::unique_ptr<blocked::Layer<Float32, Operand>> stem_;
     std::vector<Map> maps_;
     std::vector<Group> groups_;
     std::vector<Block> blocks_;
     std::vector<Linear> embeddings_, tails_;  // one a block, for the gates' kind
     std::vector<FeedforwardGate> gates_;
     std::unique_ptr<RnnCell> cell_;
-    std::unique_ptr<Layer> head_;
+    std::unique_ptr<blocked::Layer<Float32, Float32>> head_;
     int most_channels_ = 0;
     std::size_t most_shared_ = 0, most_own_ = 0, most_sums_ = 0;
 
@@ -179,7 +204,8 @@ private:
 
 int halved(int size) { return (size + 1) / 2; }
 
-Network::Network(const NetworkWeights& weights)
+template <typename Operand>
+Network<Operand>::Network(const NetworkWeights& weights)
     : classes_(weights.classes),
       image_{weights.height, weights.width, weights.stem.in, weights.stem.kernel, weights.stem.stride},
       stem_plane_{}, max_pool_(weights.max_pool) {
@@ -202,7 +228,7 @@ Network::Network(const NetworkWeights& weights)
         stem_plane_ = activation(height, width, weights.stem.out);
         add_group(stem_plane_);
     }
-    stem_ = make_first(weights.stem, image_, stem_plane_);
+    stem_ = make_first<Operand>(weights.stem, image_, stem_plane_);
     for (std::size_t index = 0; index < weights.blocks.size(); ++index) {
         const BlockWeights& block = weights.blocks[index];
         const Plane x = plane(groups_.back().x);
@@ -222,21 +248,22 @@ Network::Network(const NetworkWeights& weights)
     }
     if (!embeddings_.empty()) cell_ = std::make_unique<RnnCell>(weights.lstm);
     const int features = weights.blocks.back().last.out;
-    head_ = make_direct({features, classes_, 1, 1, weights.head_weight, weights.head_bias},
+    head_ = make_direct<Float32, Float32>({features, classes_, 1, 1, weights.head_weight, weights.head_bias},
                         unbordered(1, 1, features), unbordered(1, 1, classes_));
     for (const Map& known : maps_)
         if (known.plane.channels > most_channels_) most_channels_ = known.plane.channels;
 }
 
-Block Network::pack(const BlockWeights& block, const Plane& x) {
+template <typename Operand>
+auto Network<Operand>::pack(const BlockWeights& block, const Plane& x) -> Block {
     Block packed{};
     packed.group = static_cast<int>(groups_.size()) - 1;
     const Plane result = plane(groups_.back().x);  // a copy: maps move as there are more
-    if (block.projects) packed.projection = keep(make_layer(block.projection, x, result), result);
+    if (block.projects) packed.projection = keep(make_layer<Operand>(block.projection, x, result), result);
     // Each map is made for the convolution that reads it.
     const auto add_layer = [&](const ConvolutionWeights& layer, const Plane& in, const Plane& out, Use use) {
         packed.maps[packed.layers.size()] = map(out, use);
-        packed.layers.push_back(keep(make_layer(layer, in, out), out));
+        packed.layers.push_back(keep(make_layer<Operand>(layer, in, out), out));
     };
     Plane last = x;
     if (block.bottleneck) {
@@ -248,17 +275,18 @@ Block Network::pack(const BlockWeights& block, const Plane& x) {
         last = bordered(result.height, result.width, block.first.out, 1);
         add_layer(block.first, x, last, Use::first);
     }
-    packed.layers.push_back(keep(make_layer(block.last, last, result), result));
+    packed.layers.push_back(keep(make_layer<Operand>(block.last, last, result), result));
     return packed;
 }
 
-FeedforwardGate Network::pack(const GateConvolutions& gate) {
+template <typename Operand>
+auto Network<Operand>::pack(const GateConvolutions& gate) -> FeedforwardGate {
     const Plane x = plane(groups_.back().x);
     FeedforwardGate packed{gate.max_pool, {}, -1, {}};
     Plane seen = x;
     const auto add_layer = [&](const ConvolutionWeights& layer, const Plane& in, const Plane& out, Use use) {
         packed.maps[packed.layers.size()] = map(out, use);
-        packed.layers.push_back(keep(make_layer(layer, in, out), out));
+        packed.layers.push_back(keep(make_layer<Operand>(layer, in, out), out));
     };
     if (gate.max_pool) {
         const Plane most = bordered(x.height / 2, x.width / 2, x.channels, 1);
@@ -272,7 +300,8 @@ FeedforwardGate Network::pack(const GateConvolutions& gate) {
 }
 
 // The layer, its needs noted.
-std::unique_ptr<Layer> Network::keep(std::unique_ptr<Layer> layer, const Plane& out) {
+template <typename Operand>
+auto Network<Operand>::keep(std::unique_ptr<Layer> layer, const Plane& out) -> std::unique_ptr<Layer> {
     const std::size_t sums = static_cast<std::size_t>(layer->parts()) * out.channels;
     if (sums > most_sums_) most_sums_ = sums;
     if (layer->shared() > most_shared_) most_shared_ = layer->shared();
@@ -281,7 +310,8 @@ std::unique_ptr<Layer> Network::keep(std::unique_ptr<Layer> layer, const Plane& 
 }
 
 // What blocks keep in a map does not outlive them, so that those of one shape share it.
-int Network::map(const Plane& plane, Use use) {
+template <typename Operand>
+int Network<Operand>::map(const Plane& plane, Use use) {
     int number = 0;
     for (; number < static_cast<int>(maps_.size()); ++number)
         if (maps_[number].use == use && maps_[number].plane == plane) return number;
@@ -289,7 +319,8 @@ int Network::map(const Plane& plane, Use use) {
     return number;
 }
 
-Guest Network::make_guest() const {
+template <typename Operand>
+auto Network<Operand>::make_guest() const -> Guest {
     const int lanes = cell_ ? cell_->lanes() : 0;
     Guest guest{{}, Buffer(most_sums_), 0, Buffer(gates_.empty() ? 0 : most_sums_), Buffer(most_channels_),
                 Buffer(most_channels_), Buffer(cell_ ? cell_->embed() : 0), Buffer(lanes), Buffer(2 * lanes), Buffer(padded(classes_)), true};
@@ -297,7 +328,8 @@ Guest Network::make_guest() const {
     return guest;
 }
 
-std::unique_ptr<Workspace> Network::take_workspace(int guests, int threads) {
+template <typename Operand>
+auto Network<Operand>::take_workspace(int guests, int threads) -> std::unique_ptr<Workspace> {
     std::unique_ptr<Workspace> space;
     {
         std::lock_guard<std::mutex> lock(mutex_);
@@ -307,19 +339,22 @@ std::unique_ptr<Workspace> Network::take_workspace(int guests, int threads) {
         }
     }
     if (!space)
-        space.reset(new Workspace{{}, {}, Buffer(most_shared_), Buffer(image_.size()), Buffer(stem_plane_.size())});
+        space.reset(new Workspace{{}, {}, BufferOf<Element>(most_shared_), Buffer(image_.size()),
+                                  BufferOf<Element>(max_pool_ ? stem_plane_.size() : 0)});
     while (static_cast<int>(space->guests.size()) < guests) space->guests.push_back(make_guest());
     while (static_cast<int>(space->scratch.size()) < threads)
         space->scratch.push_back({Buffer(most_own_), std::vector<Run>(most_channels_ / kWidth)});
     return space;
 }
 
-void Network::return_workspace(std::unique_ptr<Workspace> space) {
+template <typename Operand>
+void Network<Operand>::return_workspace(std::unique_ptr<Workspace> space) {
     std::lock_guard<std::mutex> lock(mutex_);
     idle_.push_back(std::move(space));
 }
 
-void Network::run(const Call& call) {
+template <typename Operand>
+void Network<Operand>::run(const Call& call) {
     struct Tour {
         const Network& network;
         const Call& call;
@@ -332,7 +367,7 @@ void Network::run(const Call& call) {
     run_threads(threads, [](void* context, int rank, int given) {
         Tour& tour = *static_cast<Tour*>(context);
         Scratch& scratch = tour.space.scratch[rank];
-        const Memory memory{tour.space.shared.get(), scratch.own.get(), scratch.runs.data()};
+        const Memory<Operand> memory{tour.space.shared.get(), scratch.own.get(), scratch.runs.data()};
         const int batch = tour.call.batch, visits = (batch + kTogether - 1) / kTogether;
         for (int visit = 0; visit < visits; ++visit) {
             const int first = batch * visit / visits, count = batch * (visit + 1) / visits - first;
@@ -342,7 +377,8 @@ void Network::run(const Call& call) {
     return_workspace(std::move(space));
 }
 
-void Network::walk(const Worker& worker) const {
+template <typename Operand>
+void Network<Operand>::walk(const Worker& worker) const {
     const int steps = worker.call.steps, blocks = static_cast<int>(blocks_.size());
     stem(worker);
     for (int index = 0; index < blocks; ++index) {
@@ -353,10 +389,12 @@ void Network::walk(const Worker& worker) const {
 }
 
 // From one map of the guests to another; sums, where given, gets the sums over the output's parts.
-void Network::run_layer(const Layer& layer, const Guests& guests, int from, int to, Buffer Guest::*sums, Finish finish,
+template <typename Operand>
+void Network<Operand>::run_layer(const Layer& layer, const Guests& guests, int from, int to, Buffer Guest::*sums, Finish finish,
                         const Worker& worker) const {
-    const float* inputs[kTogether];
-    float *outputs[kTogether], *parts[kTogether];
+    const Element* inputs[kTogether];
+    Element* outputs[kTogether];
+    float* parts[kTogether];
     for (int i = 0; i < guests.count; ++i) {
         Guest& guest = *guests.of[i];
         inputs[i] = guest.maps[from].get();
@@ -368,14 +406,16 @@ void Network::run_layer(const Layer& layer, const Guests& guests, int from, int 
 }
 
 // The same to an activation, whose pooled feature will have to be brought up to date.
-void Network::update(const Layer& layer, const Guests& guests, int from, int to, Finish finish,
+template <typename Operand>
+void Network<Operand>::update(const Layer& layer, const Guests& guests, int from, int to, Finish finish,
                      const Worker& worker) const {
     if (worker.team.rank == 0)
         for (int i = 0; i < guests.count; ++i) guests.of[i]->parts = layer.parts();
     run_layer(layer, guests, from, to, &Guest::sums, finish, worker);
 }
 
-void Network::stem(const Worker& worker) const {
+template <typename Operand>
+void Network<Operand>::stem(const Worker& worker) const {
     Workspace& space = worker.space;
     const Team& team = worker.team;
     const int channels = image_.channels, height = image_.height, width = image_.width;
@@ -397,17 +437,18 @@ void Network::stem(const Worker& worker) const {
         }
         team.meet();
         const float* input = space.image.get();
-        float* x = guest.maps[groups_[0].x].get();
-        float* output = max_pool_ ? space.stem.get() : x;
-        stem_->run({&input, &output, nullptr, 1}, Finish::relu, team, worker.memory);
+        Element* x = guest.maps[groups_[0].x].get();
+        Element* output = max_pool_ ? space.stem.get() : x;
+        stem_->run({&input, &output, nullptr, 1}, Finish::relu, team, {nullptr, nullptr, nullptr});
         team.meet();
-        if (max_pool_) max_pool(3, stem_plane_, space.stem.get(), plane(groups_[0].x), x, team);
+        if (max_pool_) max_pool<Operand>(3, stem_plane_, space.stem.get(), plane(groups_[0].x), x, team);
     }
     team.meet();
 }
 
 // Pool-finish, embed, LSTM step, decide: the threads share the images.
-void Network::gate_step(const Worker& worker, int index) const {
+template <typename Operand>
+void Network<Operand>::gate_step(const Worker& worker, int index) const {
     if (!gates_.empty()) feedforward_features(worker, index);
     const Call& call = worker.call;
     const bool decides = index + 1 < static_cast<int>(blocks_.size());
@@ -425,7 +466,8 @@ void Network::gate_step(const Worker& worker, int index) const {
     worker.team.meet();
 }
 
-float Network::gate_logit(int index, Guest& guest) const {
+template <typename Operand>
+float Network<Operand>::gate_logit(int index, Guest& guest) const {
     const int group = blocks_[index].group;
     if (cell_) {
         embeddings_[index].run(pooled(group, guest), guest.feature.get());
@@ -439,14 +481,15 @@ float Network::gate_logit(int index, Guest& guest) const {
     return logit;
 }
 
-void Network::feedforward_features(const Worker& worker, int index) const {
+template <typename Operand>
+void Network<Operand>::feedforward_features(const Worker& worker, int index) const {
     const FeedforwardGate& gate = gates_[index];
     const Guests guests = worker.everyone();
     int from = groups_[blocks_[index].group].x;
     if (gate.max_pool) {
         for (int i = 0; i < guests.count; ++i) {
-            std::vector<Buffer>& maps = guests.of[i]->maps;
-            max_pool(2, plane(from), maps[from].get(), plane(gate.pooled), maps[gate.pooled].get(), worker.team);
+            std::vector<BufferOf<Element>>& maps = guests.of[i]->maps;
+            max_pool<Operand>(2, plane(from), maps[from].get(), plane(gate.pooled), maps[gate.pooled].get(), worker.team);
         }
         worker.team.meet();
         from = gate.pooled;
@@ -460,14 +503,16 @@ void Network::feedforward_features(const Worker& worker, int index) const {
 }
 
 // The guests that run the next block, in order. Every thread makes the same list.
-Guests Network::compact(const Worker& worker) const {
+template <typename Operand>
+auto Network<Operand>::compact(const Worker& worker) const -> Guests {
     Guests executing;
     for (int i = 0; i < worker.count; ++i)
         if (worker.space.guests[i].executes) executing.add(worker.space.guests[i]);
     return executing;
 }
 
-void Network::run_block(const Worker& worker, int index, const Guests& executing) const {
+template <typename Operand>
+void Network<Operand>::run_block(const Worker& worker, int index, const Guests& executing) const {
     const Block& block = blocks_[index];
     const int result = groups_[block.group].x;
     int from = result;
@@ -487,7 +532,8 @@ void Network::run_block(const Worker& worker, int index, const Guests& executing
 }
 
 // Global average pool and classifier.
-void Network::head(const Worker& worker) const {
+template <typename Operand>
+void Network<Operand>::head(const Worker& worker) const {
     const Share mine(worker.count, worker.team);
     for (int i = mine.begin; i < mine.end; ++i) pooled(blocks_.back().group, worker.space.guests[i]);
     worker.team.meet();
@@ -497,7 +543,7 @@ void Network::head(const Worker& worker) const {
         inputs[i] = worker.space.guests[i].pooled.get();
         outputs[i] = worker.space.guests[i].logits.get();
     }
-    head_->run({inputs, outputs, nullptr, worker.count}, Finish::none, worker.team, worker.memory);
+    head_->run({inputs, outputs, nullptr, worker.count}, Finish::none, worker.team, {nullptr, nullptr, nullptr});
     worker.team.meet();
     for (int i = mine.begin; i < mine.end; ++i) {
         const Guest& guest = worker.space.guests[i];
@@ -513,7 +559,8 @@ void Network::head(const Worker& worker) const {
 }
 
 // The activation's pooled feature, brought up to date. An image that skipped its block has it still.
-const float* Network::pooled(int group, Guest& guest) const {
+template <typename Operand>
+const float* Network<Operand>::pooled(int group, Guest& guest) const {
     const Plane& x = plane(groups_[group].x);
     if (guest.parts > 0) average(guest.sums.get(), guest.parts, x.channels, x.pixels(), guest.pooled.get());
     guest.parts = 0;
@@ -523,7 +570,11 @@ const float* Network::pooled(int group, Guest& guest) const {
 }  // namespace
 
 std::unique_ptr<Engine> SKIPNET_VARIANT(make_compacted)(const NetworkWeights& weights) {
-    return std::make_unique<Network>(weights);
+#ifdef __AVX512BF16__
+    // Feed-forward gates are float32's, and read what the blocks wrote.
+    if (weights.bfloat16 && weights.gates.empty()) return std::make_unique<Network<BFloat16>>(weights);
+#endif
+    return std::make_unique<Network<Float32>>(weights);
 }
 
 }  // namespace skipnet::cpu

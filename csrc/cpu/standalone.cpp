@@ -93,7 +93,10 @@ private:
 };
 
 // As the compacted engine runs it; with a kernel of 7 as its stem.
+template <typename Operand>
 class Blocked final : public Standalone {
+    using Element = typename Operand::Element;
+
 public:
     Blocked(const ConvolutionWeights& weights, int batch, int height, int width)
         : channels_(weights.in), out_channels_(weights.out), stem_(weights.kernel == 7),
@@ -101,36 +104,63 @@ public:
           in_(weights.kernel == 1 ? blocked::unbordered(height, width, weights.in)
                                   : blocked::bordered(height, width, weights.in, weights.stride)),
           out_(blocked::unbordered((height - 1) / weights.stride + 1, (width - 1) / weights.stride + 1, weights.out)),
-          layer_(stem_ ? blocked::make_first(weights, phases_, out_) : blocked::make_layer(weights, in_, out_)),
-          shared_(layer_->shared()), own_(layer_->own()), runs_(in_.blocks()) {
+          runs_(in_.blocks()) {
+        if (stem_)
+            first_ = blocked::make_first<Operand>(weights, phases_, out_);
+        else
+            layer_ = blocked::make_layer<Operand>(weights, in_, out_);
+        shared_ = BufferOf<Element>(stem_ ? 0 : layer_->shared());
+        own_ = Buffer(stem_ ? 0 : layer_->own());
         for (int image = 0; image < batch; ++image) {
-            x_.emplace_back(stem_ ? phases_.size() : in_.size());
+            images_.emplace_back(stem_ ? phases_.size() : 0);
+            x_.emplace_back(stem_ ? 0 : in_.size());
             y_.emplace_back(out_.size());
-        }
-        for (int image = 0; image < batch; ++image) {
-            inputs_.push_back({x_[image].get()});
-            outputs_.push_back({y_[image].get()});
         }
     }
 
     void load(const float* x) override {
-        for (Buffer& image : x_)
+        for (std::size_t image = 0; image < x_.size(); ++image)
             for (int y = 0; y < in_.height; ++y)
                 for (int column = 0; column < in_.width; ++column)
-                    for (int c = 0; c < channels_; ++c)
-                        image.get()[stem_ ? phases_.at(c, y, column) : place(in_, y, column, c)] = *x++;
+                    for (int c = 0; c < channels_; ++c, ++x) {
+                        if (stem_)
+                            images_[image].get()[phases_.at(c, y, column)] = *x;
+                        else
+                            x_[image].get()[place(in_, y, column, c)] = Operand::rounded(*x);
+                    }
     }
 
     void run() override {
-        const blocked::Images images{&inputs_[0].data, &outputs_[0].data, nullptr, static_cast<int>(x_.size())};
-        layer_->run(images, blocked::Finish::relu, Team{0, 1, nullptr}, {shared_.get(), own_.get(), runs_.data()});
+        // One after another would not share the weights: all together, as in the engine, up to its number.
+        constexpr std::size_t kTogether = 8;
+        const Team alone{0, 1, nullptr};
+        for (std::size_t first = 0; first < x_.size(); first += kTogether) {
+            const float* images[kTogether];
+            const Element* inputs[kTogether];
+            Element* outputs[kTogether];
+            int count = 0;
+            for (std::size_t i = first; i < x_.size() && i < first + kTogether; ++i, ++count) {
+                images[count] = images_[i].get();
+                inputs[count] = x_[i].get();
+                outputs[count] = y_[i].get();
+            }
+            if (stem_)
+                first_->run({images, outputs, nullptr, count}, blocked::Finish::relu, alone, {});
+            else
+                layer_->run({inputs, outputs, nullptr, count}, blocked::Finish::relu, alone,
+                            {shared_.get(), own_.get(), runs_.data()});
+        }
     }
 
     void read(float* y) const override {
-        for (const Buffer& image : y_)
+        for (const BufferOf<Element>& image : y_)
             for (int row = 0; row < out_.height; ++row)
                 for (int column = 0; column < out_.width; ++column)
-                    for (int c = 0; c < out_channels_; ++c) *y++ = image.get()[place(out_, row, column, c)];
+                    for (int c = 0; c < out_channels_; c += kWidth) {
+                        float lanes[kWidth];
+                        store(lanes, Operand::widen(image.get() + place(out_, row, column, c)));
+                        for (int lane = 0; lane < kWidth && c + lane < out_channels_; ++lane) *y++ = lanes[lane];
+                    }
     }
 
     int out_height() const override { return out_.height; }
@@ -145,16 +175,18 @@ private:
     bool stem_;
     blocked::PhasePlane phases_;
     blocked::Plane in_, out_;
-    std::unique_ptr<blocked::Layer> layer_;
-    Buffer shared_, own_;
+    std::unique_ptr<blocked::Layer<Float32, Operand>> first_;   // the one that is asked for
+    std::unique_ptr<blocked::Layer<Operand, Operand>> layer_;
+    BufferOf<Element> shared_;
+    Buffer own_;
     std::vector<blocked::Run> runs_;
-    std::vector<Buffer> x_, y_;
-    std::vector<Image> inputs_, outputs_;
+    std::vector<Buffer> images_;
+    std::vector<BufferOf<Element>> x_, y_;
 };
 
 template <typename Operand>
 std::unique_ptr<Standalone> make(const ConvolutionWeights& weights, bool compacted, int batch, int height, int width) {
-    if (compacted) return std::make_unique<Blocked>(weights, batch, height, width);
+    if (compacted) return std::make_unique<Blocked<Operand>>(weights, batch, height, width);
     return std::make_unique<Bordered<Operand>>(weights, batch, height, width);
 }
 

@@ -30,44 +30,51 @@ struct Transform<2> {
     }
 };
 
+// Interpolates at 0, +-a, +-b and infinity; the customary +-1 and +-2 round worse, docs/numerics.md.
 template <>
 struct Transform<4> {
-    static constexpr double weight[6][3] = {{1.0 / 4, 0, 0},
-                                            {-1.0 / 6, -1.0 / 6, -1.0 / 6},
-                                            {-1.0 / 6, 1.0 / 6, -1.0 / 6},
-                                            {1.0 / 24, 1.0 / 12, 1.0 / 6},
-                                            {1.0 / 24, -1.0 / 12, 1.0 / 6},
+    static constexpr float kA = 0.625f, kB = 1.5f, kA2 = kA * kA, kB2 = kB * kB;
+    static constexpr double inner = 1 / (2.0 * kA2 * (kA2 - kB2)), outer = 1 / (2.0 * kB2 * (kB2 - kA2));
+    static constexpr double weight[6][3] = {{1 / (static_cast<double>(kA2) * kB2), 0, 0},
+                                            {inner, inner * kA, inner * kA2},
+                                            {inner, -inner * kA, inner * kA2},
+                                            {outer, outer * kB, outer * kB2},
+                                            {outer, -outer * kB, outer * kB2},
                                             {0, 0, 1}};
 
     template <int Step>
     static inline __attribute__((always_inline)) void input(const Vector* d, Vector* to) {
         const Vector d0 = d[0], d1 = d[Step], d2 = d[2 * Step], d3 = d[3 * Step], d4 = d[4 * Step], d5 = d[5 * Step];
-        const Vector p = d4 - 4.0f * d2, q = d3 - 4.0f * d1, r = d4 - d2, s = d3 - d1;
-        to[0] = d4 - 5.0f * d2 + 4.0f * d0;
+        const Vector p = d4 - kB2 * d2, q = kA * (d3 - kB2 * d1), r = d4 - kA2 * d2, s = kB * (d3 - kA2 * d1);
+        to[0] = d4 - (kA2 + kB2) * d2 + (kA2 * kB2) * d0;
         to[Step] = p + q;
         to[2 * Step] = p - q;
-        to[3 * Step] = r + 2.0f * s;
-        to[4 * Step] = r - 2.0f * s;
-        to[5 * Step] = d5 - 5.0f * d3 + 4.0f * d1;
+        to[3 * Step] = r + s;
+        to[4 * Step] = r - s;
+        to[5 * Step] = d5 - (kA2 + kB2) * d3 + (kA2 * kB2) * d1;
     }
     template <int Step, int ToStep>
     static inline __attribute__((always_inline)) void output(const Vector* m, Vector* to) {
-        const Vector a = m[Step] + m[2 * Step], b = m[Step] - m[2 * Step];
-        const Vector c = m[3 * Step] + m[4 * Step], d = m[3 * Step] - m[4 * Step];
+        const Vector a = m[Step] + m[2 * Step], b = kA * (m[Step] - m[2 * Step]);
+        const Vector c = m[3 * Step] + m[4 * Step], d = kB * (m[3 * Step] - m[4 * Step]);
         to[0] = m[0] + a + c;
-        to[ToStep] = b + 2.0f * d;
-        to[2 * ToStep] = a + 4.0f * c;
-        to[3 * ToStep] = b + 8.0f * d + m[5 * Step];
+        to[ToStep] = b + d;
+        to[2 * ToStep] = kA2 * a + kB2 * c;
+        to[3 * ToStep] = kA2 * b + kB2 * d + m[5 * Step];
     }
 };
 
-template <int kOut>
-class Winograd final : public Layer {
+template <typename Operand, int kOut>
+class Winograd final : public Layer<Operand, Operand> {
+    using Element = typename Operand::Element;
+    using Images = blocked::Images<Operand, Operand>;
+    using Memory = blocked::Memory<Operand>;
+
     static constexpr int kIn = kOut + 2;
     static constexpr int kPoints = kIn * kIn;         // products of a tile, for each pair of channels
     static constexpr int kChunk = kOut == 2 ? 8 * kStrip : 4 * kStrip;  // tiles whose products wait in L2 together
     static constexpr int kProducts = kChunk * kPanel * kWidth + kWidth;  // floats from a point's to the next
-    static constexpr std::size_t kShared = 2 << 20;   // floats of transformed inputs that the threads share, about
+    static constexpr std::size_t kShared = 2 << 20;   // elements of transformed inputs that the threads share, about
 
 public:
     Winograd(const ConvolutionWeights& layer, const Plane& in, const Plane& out)
@@ -84,8 +91,9 @@ public:
                             for (int x = 0; x < 3; ++x)
                                 sum += Transform<kOut>::weight[i][y] * kernel[3 * y + x] *
                                        Transform<kOut>::weight[j][x];
-                        weight_.get()[panels_.at(o, static_cast<std::size_t>(i * kIn + j) * in.channels + c, depth)] =
-                            static_cast<float>(sum);
+                        const std::size_t place = static_cast<std::size_t>(i * kIn + j) * in.channels + c;
+                        weight_.get()[panels_.at(o, place, depth, Operand::kPack)] =
+                            Operand::rounded(static_cast<float>(sum));
                     }
             }
         const std::size_t an_image = transformed(tiles());
@@ -115,37 +123,37 @@ private:
     int tiles_across() const { return (out_.width + kOut - 1) / kOut; }
     int tiles() const { return tiles_down() * tiles_across(); }
 
-    // Floats from a point's transformed inputs to the next's; a line more than needed, for whole powers of two would
+    // Elements from a point's transformed inputs to the next's; a line more than needed, for whole powers of two would
     // send all points' lines to the same places of the cache.
     std::size_t point(int tiles) const { return static_cast<std::size_t>(tiles) * in_.channels + kWidth; }
     std::size_t transformed(int tiles) const { return kPoints * point(tiles); }
 
-    void transform_inputs(const Images& images, const Team& team, float* transformed) const {
+    void transform_inputs(const Images& images, const Team& team, Element* transformed) const {
         const int rows = tiles_down(), across = tiles_across(), all = images.count * tiles();
         const std::size_t step = point(all);
         const Share mine(images.count * in_.blocks() * rows, team);
         for (int unit = mine.begin; unit < mine.end; ++unit) {
             const int row = unit % rows, block = unit / rows % in_.blocks(), image = unit / rows / in_.blocks();
-            const float* from = images.inputs[image] + static_cast<std::ptrdiff_t>(block) * in_.block() +
-                                in_.at(row * kOut - 1, -1);
-            float* to = transformed +
-                        (static_cast<std::size_t>(block) * all + image * tiles() + row * across) * kWidth;
+            const Element* from = images.inputs[image] + static_cast<std::ptrdiff_t>(block) * in_.block() +
+                                  in_.at(row * kOut - 1, -1);
+            Element* to = transformed +
+                          (static_cast<std::size_t>(block) * all + image * tiles() + row * across) * kWidth;
             for (int tile = 0; tile < across; ++tile, from += kOut * kWidth, to += kWidth)
                 transform_input(from, to, step);
         }
     }
 
-    void transform_input(const float* from, float* to, std::size_t step) const {
+    void transform_input(const Element* from, Element* to, std::size_t step) const {
         Vector columns[kPoints];
         for (int j = 0; j < kIn; ++j) {
             Vector patch[kPoints];
-            for (int i = 0; i < kIn; ++i) patch[i * kIn] = load(from + i * in_.row() + j * kWidth);
+            for (int i = 0; i < kIn; ++i) patch[i * kIn] = Operand::widen(from + i * in_.row() + j * kWidth);
             Transform<kOut>::template input<kIn>(patch, columns + j);
         }
         for (int i = 0; i < kIn; ++i) {
             Vector row[kIn];
             Transform<kOut>::template input<1>(columns + i * kIn, row);
-            for (int j = 0; j < kIn; ++j) store(to + (i * kIn + j) * step, row[j]);
+            for (int j = 0; j < kIn; ++j) Operand::narrow(to + (i * kIn + j) * step, row[j]);
         }
     }
 
@@ -158,17 +166,17 @@ private:
             const int panel = unit / chunks, chunk = unit % chunks, width = panels_.width(panel);
             const int begin = all * chunk / chunks, end = all * (chunk + 1) / chunks;
             const Strips strips{1, end - begin};
-            const float* weight =
+            const Element* weight =
                 weight_.get() + panels_.begin(panel, static_cast<std::size_t>(kPoints) * in_.channels);
             for (int p = 0; p < kPoints; ++p, weight += static_cast<std::size_t>(in_.channels) * width * kWidth) {
-                const float* x = memory.shared + p * point(all) + static_cast<std::size_t>(begin) * kWidth;
+                const Element* x = memory.shared + p * point(all) + static_cast<std::size_t>(begin) * kWidth;
                 float* products = memory.own + p * kProducts;
                 for (int i = 0; i < strips.count(); ++i)
                     with_block(strips.begin(i + 1) - strips.begin(i), width, [&](auto t, auto k) {
                         constexpr int T = decltype(t)::value, K = decltype(k)::value;
                         Vector sums[T][K] = {};
-                        multiply<kWidth, kWidth, T, K>(sums, x + strips.begin(i) * kWidth, memory.runs, in_.blocks(),
-                                                       weight);
+                        multiply<Operand, kWidth, kWidth, T, K>(sums, x + strips.begin(i) * kWidth, memory.runs,
+                                                                in_.blocks(), weight);
                         float* to = products + strips.begin(i) * K * kWidth;
 #pragma GCC unroll 16
                         for (int row = 0; row < T; ++row)
@@ -184,7 +192,7 @@ private:
         }
     }
 
-    void transform_output(const float* products, int column, int place, float* output, float* sums,
+    void transform_output(const float* products, int column, int place, Element* output, float* sums,
                           Finish finish) const {
         const int y = place / tiles_across() * kOut, x = place % tiles_across() * kOut;
         Vector half[kOut * kIn], result[kOut * kOut];
@@ -195,14 +203,14 @@ private:
         }
         for (int i = 0; i < kOut; ++i) Transform<kOut>::template output<1, 1>(half + i * kIn, result + i * kOut);
         const Vector bias = load(bias_.get() + column * kWidth);
-        float* corner = output + static_cast<std::ptrdiff_t>(column) * out_.block() + out_.at(y, x);
+        Element* corner = output + static_cast<std::ptrdiff_t>(column) * out_.block() + out_.at(y, x);
         Vector total = {};
         const auto write = [&](int rows, int pixels) __attribute__((always_inline)) {
             for (int i = 0; i < rows; ++i)
                 for (int j = 0; j < pixels; ++j) {
-                    float* to = corner + i * out_.row() + j * kWidth;
-                    const Vector value = finished(result[i * kOut + j] + bias, to, finish);
-                    store(to, value);
+                    Element* to = corner + i * out_.row() + j * kWidth;
+                    const Vector value = finished<Operand>(result[i * kOut + j] + bias, to, finish);
+                    Operand::narrow(to, value);
                     total += value;
                 }
         };
@@ -216,9 +224,9 @@ private:
 
     Plane in_, out_;  // the input's inside is whole tiles
     Panels panels_;
-    Buffer bias_;     // [out]
-    Buffer weight_;   // [panels, kPoints, in, panel's channels], transformed
-    int together_;    // images whose transformed inputs are in shared memory at once
+    Buffer bias_;               // [out]
+    BufferOf<Element> weight_;  // [panels, kPoints, in, panel's channels], transformed
+    int together_;              // images whose transformed inputs are in shared memory at once
 };
 
 // The Winograd variant for a map. Small maps have few tiles for many channels: there the transformed weights, 16/9 or
@@ -233,10 +241,12 @@ inline Plane bordered(int height, int width, int channels, int stride) {
 inline Plane unbordered(int height, int width, int channels) { return {height, width, padded(channels), 0, 1}; }
 
 // A convolution of stride 1 by the Winograd variant that its input plane is made for; everything else directly.
-inline std::unique_ptr<Layer> make_layer(const ConvolutionWeights& layer, const Plane& in, const Plane& out) {
-    if (layer.kernel != 3 || layer.stride != 1) return make_direct(layer, in, out);
-    if (in.tile == 2) return std::make_unique<Winograd<2>>(layer, in, out);
-    return std::make_unique<Winograd<4>>(layer, in, out);
+template <typename Operand>
+std::unique_ptr<Layer<Operand, Operand>> make_layer(const ConvolutionWeights& layer, const Plane& in,
+                                                    const Plane& out) {
+    if (layer.kernel != 3 || layer.stride != 1) return make_direct<Operand, Operand>(layer, in, out);
+    if (in.tile == 2) return std::make_unique<Winograd<Operand, 2>>(layer, in, out);
+    return std::make_unique<Winograd<Operand, 4>>(layer, in, out);
 }
 
 }  // namespace blocked
