@@ -149,9 +149,3 @@ def test_convolutions_alone(instruction_set, bfloat16, kernel, stride, channels,
     assert error < (1.5e-2 if bfloat16 and instruction_set == "avx512bf16" else 2e-6)
 
 
-def test_bad_networks_get_one_clear_exception():
-    network = pack(small_model("bottleneck"), torch.device("cpu"), torch.float32)
-    with pytest.raises(ValueError, match="instruction_set: 'mmx' is not one"):
-        CompactedCpuEngine(network, "mmx")
-    with pytest.raises(ValueError, match="strategy: expected 'resident' or 'compacted', got 'lazy'"):
-        _C.Convolution("lazy", (torch.ones(1, 1, 1, 1).numpy(), torch.ones(1).numpy(), 1), False, 1, (1, 1), "portable")

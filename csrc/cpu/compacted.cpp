@@ -323,7 +323,8 @@ template <typename Operand>
 auto Network<Operand>::make_guest() const -> Guest {
     const int lanes = cell_ ? cell_->lanes() : 0;
     Guest guest{{}, Buffer(most_sums_), 0, Buffer(gates_.empty() ? 0 : most_sums_), Buffer(most_channels_),
-                Buffer(most_channels_), Buffer(cell_ ? cell_->embed() : 0), Buffer(lanes), Buffer(2 * lanes), Buffer(padded(classes_)), true};
+                Buffer(most_channels_), Buffer(cell_ ? cell_->embed() : 0), Buffer(lanes), Buffer(2 * lanes),
+                Buffer(padded(classes_)), true};
     for (const Map& known : maps_) guest.maps.emplace_back(known.plane.size());
     return guest;
 }
@@ -390,8 +391,8 @@ void Network<Operand>::walk(const Worker& worker) const {
 
 // From one map of the guests to another; sums, where given, gets the sums over the output's parts.
 template <typename Operand>
-void Network<Operand>::run_layer(const Layer& layer, const Guests& guests, int from, int to, Buffer Guest::*sums, Finish finish,
-                        const Worker& worker) const {
+void Network<Operand>::run_layer(const Layer& layer, const Guests& guests, int from, int to, Buffer Guest::*sums,
+                                 Finish finish, const Worker& worker) const {
     const Element* inputs[kTogether];
     Element* outputs[kTogether];
     float* parts[kTogether];
@@ -408,7 +409,7 @@ void Network<Operand>::run_layer(const Layer& layer, const Guests& guests, int f
 // The same to an activation, whose pooled feature will have to be brought up to date.
 template <typename Operand>
 void Network<Operand>::update(const Layer& layer, const Guests& guests, int from, int to, Finish finish,
-                     const Worker& worker) const {
+                              const Worker& worker) const {
     if (worker.team.rank == 0)
         for (int i = 0; i < guests.count; ++i) guests.of[i]->parts = layer.parts();
     run_layer(layer, guests, from, to, &Guest::sums, finish, worker);
@@ -489,7 +490,8 @@ void Network<Operand>::feedforward_features(const Worker& worker, int index) con
     if (gate.max_pool) {
         for (int i = 0; i < guests.count; ++i) {
             std::vector<BufferOf<Element>>& maps = guests.of[i]->maps;
-            max_pool<Operand>(2, plane(from), maps[from].get(), plane(gate.pooled), maps[gate.pooled].get(), worker.team);
+            max_pool<Operand>(2, plane(from), maps[from].get(), plane(gate.pooled), maps[gate.pooled].get(),
+                              worker.team);
         }
         worker.team.meet();
         from = gate.pooled;

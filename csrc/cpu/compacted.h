@@ -1,4 +1,5 @@
-// The compacted strategy on the CPU: a whole ImageNet-scale SkipNet, block by block on the executing images, in one call.
+// The compacted strategy on the CPU: a whole ImageNet-scale SkipNet in one call, block by block on the executing
+// images.
 #pragma once
 
 #include <memory>

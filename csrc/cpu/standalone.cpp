@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "convolution.h"
+#include "gates.h"
 #include "variant.h"
 #include "winograd.h"
 
@@ -184,6 +185,31 @@ private:
     std::vector<BufferOf<Element>> x_, y_;
 };
 
+class Gate final : public StandaloneGate {
+public:
+    Gate(const Embedding& embedding, const Lstm& lstm)
+        : channels_(embedding.channels), embedding_(embedding.weight, embedding.bias, channels_, lstm.embed),
+          cell_(lstm), feature_(lstm.embed), hidden_lanes_(cell_.lanes()), cell_lanes_(2 * cell_.lanes()) {}
+
+    void step(int batch, const float* pooled, float* hidden, float* cell, float* logit) override {
+        const std::size_t bytes = cell_.hidden() * sizeof(float);
+        for (int image = 0; image < batch; ++image, hidden += cell_.hidden(), cell += cell_.hidden()) {
+            std::memcpy(hidden_lanes_.get(), hidden, bytes);
+            std::memcpy(cell_lanes_.get(), cell, bytes);
+            embedding_.run(pooled + static_cast<std::size_t>(image) * channels_, feature_.get());
+            logit[image] = cell_.step(feature_.get(), hidden_lanes_.get(), cell_lanes_.get());
+            std::memcpy(hidden, hidden_lanes_.get(), bytes);
+            std::memcpy(cell, cell_lanes_.get(), bytes);
+        }
+    }
+
+private:
+    int channels_;
+    Linear embedding_;
+    RnnCell cell_;
+    Buffer feature_, hidden_lanes_, cell_lanes_;
+};
+
 template <typename Operand>
 std::unique_ptr<Standalone> make(const ConvolutionWeights& weights, bool compacted, int batch, int height, int width) {
     if (compacted) return std::make_unique<Blocked<Operand>>(weights, batch, height, width);
@@ -199,6 +225,10 @@ std::unique_ptr<Standalone> SKIPNET_VARIANT(make_standalone)(const ConvolutionWe
 #endif
     (void)bfloat16;
     return make<Float32>(weights, compacted, batch, height, width);
+}
+
+std::unique_ptr<StandaloneGate> SKIPNET_VARIANT(make_gate)(const Embedding& embedding, const Lstm& lstm) {
+    return std::make_unique<Gate>(embedding, lstm);
 }
 
 double SKIPNET_VARIANT(multiply_add)(long rounds) {

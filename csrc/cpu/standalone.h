@@ -1,4 +1,4 @@
-// The convolution kernels by themselves, to be tested and measured one at a time.
+// The kernels by themselves, to be tested and measured one at a time.
 #pragma once
 
 #include <memory>
@@ -23,6 +23,18 @@ public:
 // instruction set has such.
 std::unique_ptr<Standalone> make_standalone(const ConvolutionWeights& weights, bool compacted, bool bfloat16, int batch,
                                             int height, int width, const std::string& instruction_set);
+
+// RNNGate after one block by itself: embed, LSTM step, execute logit, as both engines run it.
+class StandaloneGate {
+public:
+    virtual ~StandaloneGate() = default;
+    // hidden and cell, [batch, hidden], advance in place.
+    virtual void step(int batch, const float* pooled /* [batch, channels] */, float* hidden, float* cell,
+                      float* logit /* [batch] */) = 0;
+};
+
+std::unique_ptr<StandaloneGate> make_gate(const Embedding& embedding, const Lstm& lstm,
+                                          const std::string& instruction_set);
 
 // Fused multiply-adds of whole vectors, as many as the core does when nothing else is in the way; two operations each.
 // Returns how many operations were done: the caller holds the clock.
