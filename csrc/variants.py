@@ -12,6 +12,7 @@ VARIANTS = [("portable", 4, [])]
 if X86:
     AVX512 = ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma"]
     VARIANTS += [("avx2", 8, ["-mavx2", "-mfma"]), ("avx512", 16, AVX512),
-                 ("avx512bf16", 16, [*AVX512, "-mavx512bf16"])]
+                 ("avx512bf16", 16, [*AVX512, "-mavx512bf16"]),
+                 ("amx", 16, [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"])]
 
 MACROS = [("SKIPNET_X86", "1")] if X86 else []

@@ -217,7 +217,7 @@ def _results_table(evaluation: Evaluation) -> Table:
     ran = evaluation.blocks_run
     table.add_row("Blocks run", f"{ran.double().mean().item():.1f}",
                   f"of {evaluation.arch.num_blocks} on average, from {int(ran.min())} to {int(ran.max())}")
-    table.add_row("Distinct routes", str(evaluation.distinct_routes), "")
+    table.add_row("Distinct routes", str(evaluation.stats.distinct_routes), "")
     if (agreement := evaluation.agreement) is not None:
         error = "" if agreement.logits_error is None else f"; relative error of the logits {agreement.logits_error:.1e}"
         table.add_row("Decision flips", str(agreement.flips),

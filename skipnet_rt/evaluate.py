@@ -107,11 +107,6 @@ class Evaluation:
         return stats
 
     @property
-    def distinct_routes(self) -> int:
-        """How many different routes the images took; a dense network has one."""
-        return self.stats.distinct_routes if self.arch.gated else 1
-
-    @property
     def blocks_run(self) -> Tensor:
         """Residual blocks that each image ran, the first one included; int64 ``[N]``."""
         return self.executed.sum(dim=1) + self.arch.num_blocks - self.arch.num_gates
@@ -136,7 +131,7 @@ class Evaluation:
             "multiply_adds_share": 100 * stats.multiply_adds_share,
             "blocks": self.arch.num_blocks,
             "blocks_run": {"min": int(ran.min()), "mean": ran.double().mean().item(), "max": int(ran.max())},
-            "distinct_routes": self.distinct_routes,
+            "distinct_routes": self.stats.distinct_routes,
             "execution_rates": (100 * stats.execution_rates).tolist(),
             "agreement": None if self.agreement is None else self.agreement.to_dict(),
         }

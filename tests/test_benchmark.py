@@ -23,13 +23,7 @@ ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 """Relative norm between two engines' logits; of bfloat16 only a rough one, for it is rounded in different places."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """More threads than free cores wait for each other most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # Routes --------------------------------------------------------------------------------------------------------------

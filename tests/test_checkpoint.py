@@ -15,7 +15,6 @@ import time
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +39,7 @@ CARD = ModelCard(tuple("abcdefg"), Preprocessing((16, 16), (0.5, 0.4, 0.3), (0.2
                  {"epochs": 3, "accuracy": 97.5, "nested": {"list": [1, 2.5, None, "x"]}})
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """All is small here: further threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small_model(name: str) -> SkipNet:

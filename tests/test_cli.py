@@ -29,13 +29,7 @@ ARCH = srt.SkipNetArch("cifar", "basic", (2, 2, 2), (8, 8, 16), "rnn")
 COMMANDS = ("demo", "predict", "evaluate", "benchmark", "train", "inspect", "convert", "doctor")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """More threads than free cores wait for each other most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass

@@ -8,6 +8,9 @@
 #include <type_traits>
 #include <vector>
 
+#ifdef __AMX_BF16__
+#include "amx.h"
+#endif
 #include "blocking.h"
 #include "engine.h"
 #include "threads.h"
@@ -19,7 +22,15 @@ namespace {
 constexpr int kTile = 4;                   // outputs of a Winograd tile, each way
 constexpr int kPatch = kTile + 2;          // inputs of a tile, each way
 constexpr int kPoints = kPatch * kPatch;   // products of a tile, for each pair of channels
-constexpr int kTileBlock = 8;              // tiles that are transformed together
+constexpr int kPixels = 8;                 // outputs of a direct convolution that are computed together
+
+// Winograd tiles that are transformed together.
+template <typename Operand>
+constexpr int kTileBlock = 8;
+#ifdef __AMX_BF16__
+template <>
+constexpr int kTileBlock<AmxBFloat16> = kTileRows;
+#endif
 
 // An image's activation: channels last, channels padded to whole vectors, with a border of zeros that nobody writes:
 // one pixel all around, and as much more below and to the right as makes the inside whole tiles.
@@ -53,7 +64,7 @@ inline __attribute__((always_inline)) void accumulate(Vector (&accumulators)[T][
 // Covers rows x columns (in vectors) with register blocks: function(T, K, first row, first column).
 template <int K = kMostColumns, typename Function>
 inline void for_blocks(int rows, int first_column, int last_column, const Function& function) {
-    constexpr int most = kAccumulators / K < kTileBlock ? kAccumulators / K : kTileBlock;
+    constexpr int most = kAccumulators / K < kPixels ? kAccumulators / K : kPixels;
     int column = first_column;
     for (; column + K <= last_column; column += K)
         for (int row = 0; row < rows; row += most)
@@ -80,10 +91,11 @@ constexpr int points_apart(int in, int out) { return in * out + 64; }
 template <typename Operand>
 struct Scratch {
     using Element = typename Operand::Element;
+    static constexpr int kBlock = kTileBlock<Operand>;
 
     BufferOf<Element> weights;  // [kPoints, points_apart(in, out)] of [channels in, channels out]
-    BufferOf<Element> inputs;   // [blocks of tiles, kPoints, kTileBlock, channels in]
-    Buffer products;            // [kPoints, kTileBlock, channels out]
+    BufferOf<Element> inputs;   // [blocks of tiles, kPoints, kBlock, channels in]
+    Buffer products;            // [kPoints, kBlock, channels out]
     BufferOf<Element> rows;     // three rows of a plane, for a direct convolution
 
     // For convolutions of `images` images from any of `planes` to as many channels or fewer.
@@ -93,10 +105,10 @@ struct Scratch {
         for (const Plane& plane : planes) {
             const int channels = plane.channels, most = most_columns<Operand>(channels) * kWidth;
             const bool at_once = channels <= most;
-            const int blocks = at_once ? 1 : (images * plane.tiles() + kTileBlock - 1) / kTileBlock;
+            const int blocks = at_once ? 1 : (images * plane.tiles() + kBlock - 1) / kBlock;
             raise(most_weights, kPoints * points_apart(channels, at_once ? channels : most));
-            raise(most_inputs, static_cast<std::size_t>(blocks) * kPoints * kTileBlock * channels);
-            raise(most_products, kPoints * kTileBlock * channels);
+            raise(most_inputs, static_cast<std::size_t>(blocks) * kPoints * kBlock * channels);
+            raise(most_products, kPoints * kBlock * channels);
             raise(most_rows, 3 * plane.row());
         }
         weights = BufferOf<Element>(most_weights);
@@ -111,6 +123,7 @@ struct Scratch {
 template <typename Operand>
 class Winograd {
     using Element = typename Operand::Element;
+    static constexpr int kBlock = kTileBlock<Operand>;
 
 public:
     Winograd(const ConvolutionWeights& layer, int in_channels)
@@ -133,7 +146,7 @@ public:
         if (images == 0) return;
         const Plane out{in.height, in.width, out_};
         const int per_image = in.tiles(), tiles = images * per_image;
-        const int blocks = (tiles + kTileBlock - 1) / kTileBlock;
+        const int blocks = (tiles + kBlock - 1) / kBlock;
         const bool by_tiles = blocks >= team.size;
         const Team alone{0, 1, nullptr};
         const Share mine(blocks, by_tiles ? team : alone), columns(out_ / kWidth, by_tiles ? alone : team);
@@ -143,10 +156,10 @@ public:
             const Share some{first, first + most < columns.end ? first + most : columns.end};
             transform_kernels(some, scratch);
             for (int block = mine.begin; block < mine.end; ++block) {
-                const int begin = block * kTileBlock;
-                const int count = tiles - begin < kTileBlock ? tiles - begin : kTileBlock;
+                const int begin = block * kBlock;
+                const int count = tiles - begin < kBlock ? tiles - begin : kBlock;
                 Element* transformed = scratch.inputs.get();
-                if (!at_once) transformed += static_cast<std::size_t>(block - mine.begin) * kPoints * kTileBlock * in_;
+                if (!at_once) transformed += static_cast<std::size_t>(block - mine.begin) * kPoints * kBlock * in_;
                 if (first == columns.begin)
                     for (int t = 0; t < count; ++t) {
                         const int image = (begin + t) / per_image, tile = (begin + t) % per_image;
@@ -246,7 +259,7 @@ private:
                 six.outer(result[0], result[1], result[2], result[5]);
                 six.inner(result[3], result[4]);
                 for (int j = 0; j < kPatch; ++j)
-                    Operand::narrow(to + ((row * kPatch + j) * kTileBlock + place) * in_ + c, result[j]);
+                    Operand::narrow(to + ((row * kPatch + j) * kBlock + place) * in_ + c, result[j]);
             };
             // Columns first, in two passes over the patch: all six rows at once do not fit the registers.
             Vector row0[kPatch], row1[kPatch], row2[kPatch], row5[kPatch];
@@ -265,10 +278,22 @@ private:
 
     void multiply(int count, const Share& columns, const Element* inputs, Scratch<Operand>& scratch) const {
         const int width = (columns.end - columns.begin) * kWidth;
+#ifdef __AMX_BF16__
+        if constexpr (std::is_same_v<Operand, AmxBFloat16>) {
+            const Tiles tiles(in_);
+            for (int point = 0; point < kPoints; ++point)
+                for (int column = 0; column < width; column += kWidth)
+                    tiles.multiply(inputs + point * kBlock * in_, in_,
+                                   scratch.weights.get() + point * points_apart(in_, width) + column * Operand::kPack,
+                                   width * Operand::kPack, in_,
+                                   scratch.products.get() + point * kBlock * out_ + columns.begin * kWidth + column, out_);
+            return;
+        }
+#endif
         for (int point = 0; point < kPoints; ++point) {
-            const Element* x = inputs + point * kTileBlock * in_;
+            const Element* x = inputs + point * kBlock * in_;
             const Element* weight = scratch.weights.get() + point * points_apart(in_, width);
-            float* products = scratch.products.get() + point * kTileBlock * out_ + columns.begin * kWidth;
+            float* products = scratch.products.get() + point * kBlock * out_ + columns.begin * kWidth;
             for_blocks(count, 0, width / kWidth, [&](auto t, auto k, int row, int column) {
                 constexpr int T = decltype(t)::value, K = decltype(k)::value;
                 Vector sums[T][K] = {};
@@ -295,7 +320,7 @@ private:
         const int y = tile / plane.tiles_across() * kTile, x = tile % plane.tiles_across() * kTile;
         Vector m[kPoints], half[kTile * kPatch], result[kTile * kTile];
         for (int point = 0; point < kPoints; ++point)
-            m[point] = load(products + (point * kTileBlock + place) * out_ + column * kWidth);
+            m[point] = load(products + (point * kBlock + place) * out_ + column * kWidth);
         for (int j = 0; j < kPatch; ++j) transform_four(m + j, kPatch, half + j, kPatch);
         for (int i = 0; i < kTile; ++i) transform_four(half + i * kPatch, 1, result + i * kTile, 1);
         const Vector bias = load(bias_.get() + column * kWidth);
@@ -359,8 +384,8 @@ public:
             const int image = row / to.height, y = row % to.height;
             const float* rows = inputs[image] + in.at(y * stride_ - kernel_ / 2, -1);
             const Element* corner = elements(rows, in, scratch.rows) + (1 - kernel_ / 2) * in_;
-            for (int x = 0; x < to.width; x += kTileBlock) {
-                const int count = to.width - x < kTileBlock ? to.width - x : kTileBlock;
+            for (int x = 0; x < to.width; x += kPixels) {
+                const int count = to.width - x < kPixels ? to.width - x : kPixels;
                 pixels(in, corner + x * stride_ * in_, outputs[image] + to.at(y, x), count, with_relu);
             }
         }

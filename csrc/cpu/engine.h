@@ -66,7 +66,7 @@ public:
     virtual void run(const Call& call) = 0;
 };
 
-// What this machine can run of what was built, best first: "avx512bf16", "avx512", "avx2", "portable".
+// What this machine can run of what was built, best first: "amx", "avx512bf16", "avx512", "avx2", "portable".
 std::vector<std::string> instruction_sets();
 
 }  // namespace skipnet::cpu

@@ -1,6 +1,12 @@
 // Which of the compiled variants this machine runs, and the way to each.
 #include <algorithm>
 
+#if defined(SKIPNET_X86) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "../check.h"
 #include "compacted.h"
 #include "resident.h"
@@ -21,6 +27,7 @@ SKIPNET_DECLARE(portable)
 SKIPNET_DECLARE(avx2)
 SKIPNET_DECLARE(avx512)
 SKIPNET_DECLARE(avx512bf16)
+SKIPNET_DECLARE(amx)
 #endif
 
 namespace {
@@ -39,6 +46,21 @@ struct Variant {
 #define SKIPNET_VARIANT_OF(isa, runs) \
     {#isa, runs, make_resident_##isa, make_compacted_##isa, make_standalone_##isa, make_gate_##isa, multiply_add_##isa}
 
+#if defined(SKIPNET_SOFTWARE_AMX)
+bool has_amx() { return true; }  // the tests' build, see amx.h
+#elif defined(SKIPNET_X86) && defined(__linux__)
+// Whether the processor has AMX for bfloat16 and the system lets this process use it.
+bool has_amx() {
+    constexpr unsigned kTile = 1u << 24, kBfloat16 = 1u << 22;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl's ARCH_REQ_XCOMP_PERM
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kTile | kBfloat16)) != (kTile | kBfloat16)) return false;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#elif defined(SKIPNET_X86)
+bool has_amx() { return false; }
+#endif
+
 // Best first.
 const std::vector<Variant>& variants() {
 #ifdef SKIPNET_X86
@@ -47,7 +69,9 @@ const std::vector<Variant>& variants() {
                                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
     static const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
     static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    static const bool amx = avx512bf16 && has_amx();
     static const std::vector<Variant> all{
+        SKIPNET_VARIANT_OF(amx, amx),
         SKIPNET_VARIANT_OF(avx512bf16, avx512bf16), SKIPNET_VARIANT_OF(avx512, avx512), SKIPNET_VARIANT_OF(avx2, avx2),
         SKIPNET_VARIANT_OF(portable, true)};
 #else

@@ -501,7 +501,9 @@ const float* Network<Operand>::pooled(int group, Guest& guest) const {
 }  // namespace
 
 std::unique_ptr<Engine> SKIPNET_VARIANT(make_resident)(const NetworkWeights& weights) {
-#ifdef __AVX512BF16__
+#if defined(__AMX_BF16__)
+    if (weights.bfloat16) return std::make_unique<Network<AmxBFloat16>>(weights);
+#elif defined(__AVX512BF16__)
     if (weights.bfloat16) return std::make_unique<Network<BFloat16>>(weights);
 #endif
     return std::make_unique<Network<Float32>>(weights);

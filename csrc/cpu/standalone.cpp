@@ -219,11 +219,15 @@ std::unique_ptr<Standalone> make(const ConvolutionWeights& weights, bool compact
 }  // namespace
 
 std::unique_ptr<Standalone> SKIPNET_VARIANT(make_standalone)(const ConvolutionWeights& weights, bool compacted,
-                                                             bool bfloat16, int batch, int height, int width) {
-#ifdef __AVX512BF16__
+                                                             [[maybe_unused]] bool bfloat16, int batch, int height,
+                                                             int width) {
+#if defined(__AMX_BF16__)
+    // Tile registers are the resident engine's so far.
+    if (bfloat16 && compacted) return std::make_unique<Blocked<BFloat16>>(weights, batch, height, width);
+    if (bfloat16) return std::make_unique<Bordered<AmxBFloat16>>(weights, batch, height, width);
+#elif defined(__AVX512BF16__)
     if (bfloat16) return make<BFloat16>(weights, compacted, batch, height, width);
 #endif
-    (void)bfloat16;
     return make<Float32>(weights, compacted, batch, height, width);
 }
 
