@@ -37,17 +37,15 @@ def gate_inputs(batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("batch", BATCHES)
 def test_gate_step(benchmark: BenchmarkFixture, network: PackedNetwork, batch: int) -> None:
-    """RNNGate after one block, fused: embed, LSTM step, decide, compact."""
+    """RNNGate after one block, fused: embed, LSTM step, execute logit."""
     lstm, gate = network.lstm, network.gates[-1]
     assert lstm is not None
     assert isinstance(gate, PackedEmbedding)
     native = _C.RNNGate(gate.weight.numpy(), gate.bias.numpy(), lstm.input_weight.numpy(),
                         lstm.hidden_weight.numpy(), lstm.bias.numpy(), lstm.projection_weight.numpy(),
-                        lstm.projection_bias.item())
+                        lstm.projection_bias.item(), _C.instruction_sets()[0])
     state = [tensor.numpy() for tensor in gate_inputs(batch)]
-    logit, probability = np.empty(batch, np.float32), np.empty(batch, np.float32)
-    executed, rows = np.empty(batch, np.bool_), np.empty(batch, np.int64)
-    benchmark(native.step, *state, logit, probability, executed, None, rows)
+    benchmark(native.step, *state, np.empty(batch, np.float32))
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -65,13 +63,6 @@ def test_gate_step_in_pytorch(benchmark: BenchmarkFixture, network: PackedNetwor
     benchmark(step)
 
 
-@pytest.mark.parametrize(("pixels", "channels"), [(1024, 16), (256, 32), (64, 64)])
-def test_pool(benchmark: BenchmarkFixture, pixels: int, channels: int) -> None:
-    """Global average pool of eight images at the three groups' shapes."""
-    activation = np.ones((8, pixels, channels), np.float32)
-    benchmark(_C.pool, activation, np.arange(8), np.empty((8, channels), np.float32))
-
-
 @pytest.fixture(scope="module")
 def peak() -> float:
     """Operations a second of one core in fused multiply-adds alone, with the best instruction set."""
@@ -82,18 +73,26 @@ def peak() -> float:
     return best
 
 
+CIFAR = [(3, 1, 3, 16, 32), (3, 1, 16, 16, 32), (3, 1, 32, 32, 16), (3, 1, 64, 64, 8), (3, 2, 16, 32, 32),
+         (3, 2, 32, 64, 16), (1, 2, 16, 32, 32), (1, 2, 32, 64, 16)]
+IMAGENET = [(7, 2, 3, 64, 224), (1, 1, 64, 64, 56), (3, 1, 64, 64, 56), (1, 1, 64, 256, 56), (1, 1, 256, 64, 56),
+            (1, 1, 256, 128, 56), (3, 2, 128, 128, 56), (1, 2, 256, 512, 56), (1, 1, 512, 128, 28),
+            (3, 1, 128, 128, 28), (1, 1, 128, 512, 28), (3, 2, 256, 256, 28), (1, 1, 1024, 256, 14),
+            (3, 1, 256, 256, 14), (1, 1, 256, 1024, 14), (3, 2, 512, 512, 14), (1, 1, 2048, 512, 7),
+            (3, 1, 512, 512, 7), (1, 1, 512, 2048, 7)]
+
+
 @pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize(("kernel", "stride", "channels_in", "channels_out", "size"), [
-    (3, 1, 3, 16, 32), (3, 1, 16, 16, 32), (3, 1, 32, 32, 16), (3, 1, 64, 64, 8),
-    (3, 2, 16, 32, 32), (3, 2, 32, 64, 16), (1, 2, 16, 32, 32), (1, 2, 32, 64, 16)])
-def test_convolution(benchmark: BenchmarkFixture, peak: float, kernel: int, stride: int, channels_in: int,
-                     channels_out: int, size: int, batch: int, bfloat16: bool) -> None:
-    """Every convolution shape of the CIFAR networks, as the resident engine runs it; the peak is float32's."""
+@pytest.mark.parametrize(("strategy", "kernel", "stride", "channels_in", "channels_out", "size"), [
+    *(("resident", *shape) for shape in CIFAR), *(("compacted", *shape) for shape in IMAGENET)])
+def test_convolution(benchmark: BenchmarkFixture, peak: float, strategy: str, kernel: int, stride: int,
+                     channels_in: int, channels_out: int, size: int, batch: int, bfloat16: bool) -> None:
+    """Every convolution shape of the CIFAR networks and of ResNet-50 to 152; the peak is float32's."""
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((channels_out, channels_in, kernel, kernel), np.float32)
     layer = (weight, np.zeros(channels_out, np.float32), stride)
-    alone = _C.Convolution(layer, bfloat16, batch, (size, size), _C.instruction_sets()[0])
+    alone = _C.Convolution(strategy, layer, bfloat16, batch, (size, size), _C.instruction_sets()[0])
     alone.load(rng.standard_normal((batch, size, size, channels_in), np.float32))
     benchmark(alone.run)
     if benchmark.stats is not None:

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "check.h"
-#include "cpu/gate_step.h"
+#include "cpu/compacted.h"
 #include "cpu/resident.h"
 #include "cpu/standalone.h"
 #ifdef SKIPNET_CUDA_ARCHS
@@ -32,171 +32,54 @@ void check_shape(const Array<T>& array, const char* name, const std::vector<py::
     fail(name, ": expected shape [ ", expected.str(), "], got [ ", came.str(), "]");
 }
 
-std::vector<float> copied(const Array<float>& array) { return {array.data(), array.data() + array.size()}; }
-
-cpu::Activation activation_of(const py::array& array) {
-    check(array.ndim() == 3, "activation: expected [batch, pixels, channels], got ", array.ndim(), " dimensions");
-    check(array.flags() & py::array::c_style, "activation: expected contiguous memory");
-    const bool bfloat16 = array.dtype().is(py::dtype::of<std::uint16_t>());
-    check(bfloat16 || array.dtype().is(py::dtype::of<float>()),
-          "activation: expected float32, or bfloat16 viewed as uint16, got ",
-          py::cast<std::string>(py::str(static_cast<py::object>(array.dtype()))));
-    return {array.data(), bfloat16, static_cast<int>(array.shape(0)), static_cast<int>(array.shape(1)),
-            static_cast<int>(array.shape(2))};
-}
-
-// The arrays of one gate's decisions, checked against the batch.
-struct DecisionArrays {
-    Array<float> logit, probability;
-    Array<bool> executed;
-    std::optional<Array<bool>> forced;
-    Array<std::int64_t> rows;
-
-    Decision checked(py::ssize_t batch) {
-        check_shape(logit, "logit", {batch});
-        check_shape(probability, "probability", {batch});
-        check_shape(executed, "executed", {batch});
-        check_shape(rows, "rows", {batch});
-        if (forced) check_shape(*forced, "forced", {batch});
-        return {logit.mutable_data(), probability.mutable_data(), executed.mutable_data(),
-                forced ? forced->data() : nullptr};
-    }
-};
-
-// Owns its weights; one a gate.
-class RnnGate {
-public:
-    RnnGate(const Array<float>& weight, const Array<float>& bias, const Array<float>& input_weight,
-            const Array<float>& hidden_weight, const Array<float>& lstm_bias, const Array<float>& projection_weight,
-            float projection_bias)
-        : weight_(copied(weight)), bias_(copied(bias)), input_weight_(copied(input_weight)),
-          hidden_weight_(copied(hidden_weight)), lstm_bias_(copied(lstm_bias)),
-          projection_weight_(copied(projection_weight)) {
-        check(weight.ndim() == 2, "weight: expected [embed, channels], got ", weight.ndim(), " dimensions");
-        const py::ssize_t embed = weight.shape(0), hidden = projection_weight.size();
-        check_shape(bias, "bias", {embed});
-        check_shape(input_weight, "input_weight", {4 * hidden, embed});
-        check_shape(hidden_weight, "hidden_weight", {4 * hidden, hidden});
-        check_shape(lstm_bias, "lstm_bias", {4 * hidden});
-        embedding_ = {static_cast<int>(weight.shape(1)), weight_.data(), bias_.data()};
-        lstm_ = {static_cast<int>(embed), static_cast<int>(hidden), input_weight_.data(), hidden_weight_.data(),
-                 lstm_bias_.data(), projection_weight_.data(), projection_bias};
-    }
-    RnnGate(const RnnGate&) = delete;
-    RnnGate& operator=(const RnnGate&) = delete;
-
-    std::int64_t step(Array<float> pooled, Array<float> hidden, Array<float> cell, DecisionArrays arrays) const {
-        const py::ssize_t batch = pooled.shape(0);
-        check_shape(pooled, "pooled", {batch, embedding_.channels});
-        check_shape(hidden, "hidden", {batch, lstm_.hidden});
-        check_shape(cell, "cell", {batch, lstm_.hidden});
-        const Decision decision = arrays.checked(batch);
-        const float* features = pooled.data();
-        float *h = hidden.mutable_data(), *c = cell.mutable_data();
-        std::int64_t* rows = arrays.rows.mutable_data();
-        py::gil_scoped_release released;
-        return cpu::gate_step(embedding_, lstm_, static_cast<int>(batch), features, h, c, decision, rows);
-    }
-
-private:
-    std::vector<float> weight_, bias_, input_weight_, hidden_weight_, lstm_bias_, projection_weight_;
-    Embedding embedding_;
-    Lstm lstm_;
-};
-
-class FeedforwardGate {
-public:
-    FeedforwardGate(const Array<float>& weight, float bias)
-        : weight_(copied(weight)), tail_{static_cast<int>(weight.size()), weight_.data(), bias} {
-        check(weight.ndim() == 1, "weight: expected [channels], got ", weight.ndim(), " dimensions");
-    }
-    FeedforwardGate(const FeedforwardGate&) = delete;
-    FeedforwardGate& operator=(const FeedforwardGate&) = delete;
-
-    std::int64_t step(Array<float> pooled, DecisionArrays arrays) const {
-        const py::ssize_t batch = pooled.shape(0);
-        check_shape(pooled, "pooled", {batch, tail_.channels});
-        const Decision decision = arrays.checked(batch);
-        const float* features = pooled.data();
-        std::int64_t* rows = arrays.rows.mutable_data();
-        py::gil_scoped_release released;
-        return cpu::gate_step(tail_, static_cast<int>(batch), features, decision, rows);
-    }
-
-private:
-    std::vector<float> weight_;
-    FeedforwardTail tail_;
-};
-
-void pool(const py::array& array, const Array<std::int64_t>& rows, Array<float> pooled) {
-    const cpu::Activation activation = activation_of(array);
-    check_shape(pooled, "pooled", {activation.batch, activation.channels});
-    for (py::ssize_t i = 0; i < rows.size(); ++i)
-        check(rows.data()[i] >= 0 && rows.data()[i] < activation.batch, "rows: image ", rows.data()[i],
-              " is not in a batch of ", activation.batch);
-    const std::int64_t* first = rows.data();
-    const std::int64_t count = rows.size();
-    float* features = pooled.mutable_data();
-    py::gil_scoped_release released;
-    cpu::pool(activation, first, count, features);
-}
-
-void classify(const Array<float>& pooled, const Array<float>& weight, const Array<float>& bias, Array<float> logits) {
-    const py::ssize_t batch = pooled.shape(0), channels = pooled.shape(1), classes = bias.size();
-    check_shape(weight, "weight", {channels, classes});
-    check_shape(logits, "logits", {batch, classes});
-    const float *x = pooled.data(), *w = weight.data(), *b = bias.data();
-    float* y = logits.mutable_data();
-    py::gil_scoped_release released;
-    cpu::classify(x, static_cast<int>(batch), static_cast<int>(channels), w, b, static_cast<int>(classes), y);
-}
-
 // A convolution from Python: (weight [out, in, kernel, kernel], bias [out], stride).
 using Layer = std::tuple<Array<float>, Array<float>, int>;
 
-cpu::ConvolutionWeights convolution_of(const Layer& layer) {
+cpu::ConvolutionWeights convolution_of(const Layer& layer, bool stem = false) {
     const auto& [weight, bias, stride] = layer;
-    check(weight.ndim() == 4 && weight.shape(2) == weight.shape(3) && (weight.shape(2) == 1 || weight.shape(2) == 3),
-          "weight: expected [out, in, kernel, kernel] with a kernel of 1 or 3");
-    check(stride >= 1, "stride: expected 1 or more, got ", stride);
+    check(weight.ndim() == 4 && weight.shape(2) == weight.shape(3) &&
+              (weight.shape(2) == 1 || weight.shape(2) == 3 || (stem && weight.shape(2) == 7)),
+          "weight: expected [out, in, kernel, kernel] with a kernel of 1 or 3, or of 7 in the stem");
+    check(stride == 1 || stride == 2, "stride: expected 1 or 2, got ", stride);
     check_shape(bias, "bias", {weight.shape(0)});
     return {static_cast<int>(weight.shape(1)), static_cast<int>(weight.shape(0)), static_cast<int>(weight.shape(2)),
             stride, weight.data(), bias.data()};
 }
 
+bool is_compacted(const std::string& strategy) {
+    check(strategy == "resident" || strategy == "compacted", "strategy: expected 'resident' or 'compacted', got '",
+          strategy, "'");
+    return strategy == "compacted";
+}
+
 // Holds a packed network and what its calls have to be checked against.
-class Resident {
+class Network {
 public:
-    Resident(std::pair<int, int> image_size, const Layer& stem,
-             const std::vector<std::tuple<Layer, Layer, std::optional<Layer>>>& blocks,
-             const std::vector<std::pair<Array<float>, Array<float>>>& embeddings,
-             const std::optional<std::tuple<Array<float>, Array<float>, Array<float>, Array<float>, float>>& lstm,
-             const std::vector<std::tuple<bool, std::vector<Layer>, Array<float>, float>>& gates,
-             const Array<float>& head_weight, const Array<float>& head_bias, bool bfloat16,
-             const std::string& instruction_set)
+    Network(const std::string& strategy, std::pair<int, int> image_size, const Layer& stem, bool max_pool,
+            const std::vector<std::pair<std::vector<Layer>, std::optional<Layer>>>& blocks,
+            const std::vector<std::pair<Array<float>, Array<float>>>& embeddings,
+            const std::optional<std::tuple<Array<float>, Array<float>, Array<float>, Array<float>, float>>& lstm,
+            const std::vector<std::tuple<bool, std::vector<Layer>, Array<float>, float>>& gates,
+            const Array<float>& head_weight, const Array<float>& head_bias, bool bfloat16,
+            const std::string& instruction_set)
         : in_(static_cast<int>(std::get<0>(stem).shape(1))), height_(image_size.first), width_(image_size.second),
           blocks_(static_cast<int>(blocks.size())), classes_(static_cast<int>(head_bias.size())),
           gated_(lstm || !gates.empty()) {
+        const bool resident = !is_compacted(strategy);
         check(!blocks.empty(), "blocks: expected at least one");
         cpu::NetworkWeights network{};
         network.bfloat16 = bfloat16;
         network.height = height_;
         network.width = width_;
         network.classes = classes_;
-        network.stem = convolution_of(stem);
+        network.stem = convolution_of(stem, true);
+        network.max_pool = max_pool;
         int channels = network.stem.out;
-        for (const auto& [first, last, projection] : blocks) {
-            cpu::BlockWeights block{convolution_of(first), convolution_of(last), projection.has_value(), {}};
-            if (projection) block.projection = convolution_of(*projection);
-            check(block.first.in == channels && block.last.in == block.first.out, "blocks: channels do not fit");
-            check(block.last.kernel == 3 && block.last.stride == 1 && block.first.kernel == 3 &&
-                      (block.projects ? block.projection.out == block.last.out && block.projection.in == channels &&
-                                            block.projection.stride == block.first.stride
-                                      : block.first.stride == 1 && block.last.out == channels),
-                  "blocks: expected basic blocks whose shortcuts fit");
-            channels = block.last.out;
-            network.blocks.push_back(block);
-        }
+        for (const auto& [layers, projection] : blocks)
+            channels = add_block(network, layers, projection, channels);
+        check(!resident || (!network.blocks[0].bottleneck && !max_pool && network.stem.kernel == 3 &&
+                            network.stem.stride == 1),
+              "strategy: resident takes basic blocks after a stem of 3x3");
         if (lstm) {
             const auto& [input_weight, hidden_weight, bias, projection_weight, projection_bias] = *lstm;
             hidden_ = static_cast<int>(projection_weight.size());
@@ -235,7 +118,7 @@ public:
         check_shape(head_weight, "head_weight", {classes_, channels});
         network.head_weight = head_weight.data();
         network.head_bias = head_bias.data();
-        resident_ = cpu::make_resident(network, instruction_set);
+        engine_ = (resident ? cpu::make_resident : cpu::make_compacted)(network, instruction_set);
     }
 
     void run(const Array<float>& images, Array<float> logits, Array<float> gate_logits, Array<float> probabilities,
@@ -258,23 +141,53 @@ public:
                              probabilities.mutable_data(), executed.mutable_data(), hidden.mutable_data(),
                              cell.mutable_data()};
         py::gil_scoped_release released;
-        resident_->run(call);
+        engine_->run(call);
     }
 
 private:
+    // Checks a block's layers and adds them; returns the channels that come out.
+    static int add_block(cpu::NetworkWeights& network, const std::vector<Layer>& layers,
+                         const std::optional<Layer>& projection, int channels) {
+        check(layers.size() == 2 || layers.size() == 3, "blocks: expected two or three convolutions, got ",
+              layers.size());
+        cpu::BlockWeights block{};
+        block.bottleneck = layers.size() == 3;
+        check(network.blocks.empty() || network.blocks[0].bottleneck == block.bottleneck,
+              "blocks: expected all of one kind");
+        block.first = convolution_of(layers.front());
+        block.last = convolution_of(layers.back());
+        if (block.bottleneck) block.middle = convolution_of(layers[1]);
+        const cpu::ConvolutionWeights& strided = block.bottleneck ? block.middle : block.first;
+        const int side = block.bottleneck ? 1 : 3;  // the kernel of first and last
+        check(block.first.in == channels && strided.in == (block.bottleneck ? block.first.out : channels) &&
+                  block.last.in == strided.out && strided.kernel == 3 && block.first.kernel == side &&
+                  block.last.kernel == side && block.last.stride == 1 && (!block.bottleneck || block.first.stride == 1),
+              "blocks: expected basic blocks or bottlenecks whose channels fit");
+        block.projects = projection.has_value();
+        if (projection) block.projection = convolution_of(*projection);
+        check(block.projects ? block.projection.out == block.last.out && block.projection.in == channels &&
+                                   block.projection.kernel == 1 && block.projection.stride == strided.stride
+                             : strided.stride == 1 && block.last.out == channels,
+              "blocks: expected shortcuts that fit");
+        network.blocks.push_back(block);
+        return block.last.out;
+    }
+
     int in_, height_, width_, blocks_, classes_, hidden_ = 0;
     bool gated_;
-    std::unique_ptr<cpu::Resident> resident_;
+    std::unique_ptr<cpu::Engine> engine_;
 };
 
 // One convolution by itself.
 class Convolution {
 public:
-    Convolution(const Layer& layer, bool bfloat16, int batch, std::pair<int, int> image_size,
-                const std::string& instruction_set)
-        : weights_(convolution_of(layer)), batch_(batch), height_(image_size.first), width_(image_size.second) {
+    Convolution(const std::string& strategy, const Layer& layer, bool bfloat16, int batch,
+                std::pair<int, int> image_size, const std::string& instruction_set)
+        : weights_(convolution_of(layer, strategy == "compacted")), batch_(batch), height_(image_size.first),
+          width_(image_size.second) {
         check(batch >= 1 && height_ >= 1 && width_ >= 1, "batch and image_size: expected 1 or more");
-        standalone_ = cpu::make_standalone(weights_, bfloat16, batch, height_, width_, instruction_set);
+        standalone_ = cpu::make_standalone(weights_, is_compacted(strategy), bfloat16, batch, height_, width_,
+                                           instruction_set);
     }
     void load(const Array<float>& x) {
         check_shape(x, "x", {batch_, height_, width_, weights_.in});
@@ -296,73 +209,81 @@ private:
     std::unique_ptr<cpu::Standalone> standalone_;
 };
 
+// RNNGate by itself.
+class RnnGate {
+public:
+    RnnGate(const Array<float>& weight, const Array<float>& bias, const Array<float>& input_weight,
+            const Array<float>& hidden_weight, const Array<float>& lstm_bias, const Array<float>& projection_weight,
+            float projection_bias, const std::string& instruction_set)
+        : hidden_(projection_weight.size()) {
+        check(weight.ndim() == 2, "weight: expected [embed, channels], got ", weight.ndim(), " dimensions");
+        const py::ssize_t embed = weight.shape(0);
+        channels_ = weight.shape(1);
+        check_shape(bias, "bias", {embed});
+        check_shape(input_weight, "input_weight", {4 * hidden_, embed});
+        check_shape(hidden_weight, "hidden_weight", {4 * hidden_, hidden_});
+        check_shape(lstm_bias, "lstm_bias", {4 * hidden_});
+        gate_ = cpu::make_gate({static_cast<int>(channels_), weight.data(), bias.data()},
+                               {static_cast<int>(embed), static_cast<int>(hidden_), input_weight.data(),
+                                hidden_weight.data(), lstm_bias.data(), projection_weight.data(), projection_bias},
+                               instruction_set);
+    }
+    void step(const Array<float>& pooled, Array<float> hidden, Array<float> cell, Array<float> logit) {
+        const py::ssize_t batch = pooled.shape(0);
+        check_shape(pooled, "pooled", {batch, channels_});
+        check_shape(hidden, "hidden", {batch, hidden_});
+        check_shape(cell, "cell", {batch, hidden_});
+        check_shape(logit, "logit", {batch});
+        gate_->step(static_cast<int>(batch), pooled.data(), hidden.mutable_data(), cell.mutable_data(),
+                    logit.mutable_data());
+    }
+
+private:
+    py::ssize_t channels_, hidden_;
+    std::unique_ptr<cpu::StandaloneGate> gate_;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
     module.doc() = "skipnet-rt's native code; use it through skipnet_rt's engines.";
 
-    py::class_<RnnGate>(module, "RNNGate", "RNNGate after one block: embed, LSTM step, decide, compact.")
-        .def(py::init<const Array<float>&, const Array<float>&, const Array<float>&, const Array<float>&,
-                      const Array<float>&, const Array<float>&, float>(),
-             py::arg("weight"), py::arg("bias"), py::arg("input_weight"), py::arg("hidden_weight"),
-             py::arg("lstm_bias"), py::arg("projection_weight"), py::arg("projection_bias"))
-        .def(
-            "step",
-            [](const RnnGate& gate, Array<float> pooled, Array<float> hidden, Array<float> cell, Array<float> logit,
-               Array<float> probability, Array<bool> executed, std::optional<Array<bool>> forced,
-               Array<std::int64_t> rows) {
-                return gate.step(pooled, hidden, cell, {logit, probability, executed, forced, rows});
-            },
-            py::arg("pooled").noconvert(), py::arg("hidden").noconvert(), py::arg("cell").noconvert(),
-            py::arg("logit").noconvert(), py::arg("probability").noconvert(), py::arg("executed").noconvert(),
-            py::arg("forced").noconvert().none(true), py::arg("rows").noconvert(),
-            "Decide for a batch in place; returns how many images execute, listed in order at the head of rows.");
-
-    py::class_<FeedforwardGate>(module, "FeedforwardGate", "The tail of one block's feed-forward gate.")
-        .def(py::init<const Array<float>&, float>(), py::arg("weight"), py::arg("bias"))
-        .def(
-            "step",
-            [](const FeedforwardGate& gate, Array<float> pooled, Array<float> logit, Array<float> probability,
-               Array<bool> executed, std::optional<Array<bool>> forced, Array<std::int64_t> rows) {
-                return gate.step(pooled, {logit, probability, executed, forced, rows});
-            },
-            py::arg("pooled").noconvert(), py::arg("logit").noconvert(), py::arg("probability").noconvert(),
-            py::arg("executed").noconvert(), py::arg("forced").noconvert().none(true), py::arg("rows").noconvert(),
-            "Decide for a batch in place; returns how many images execute, listed in order at the head of rows.");
-
-    py::class_<Resident>(module, "Resident", "A whole CIFAR-scale network in one call.")
-        .def(py::init<std::pair<int, int>, const Layer&,
-                      const std::vector<std::tuple<Layer, Layer, std::optional<Layer>>>&,
+    py::class_<Network>(module, "Network", "A whole network in one call, by the resident or the compacted strategy.")
+        .def(py::init<const std::string&, std::pair<int, int>, const Layer&, bool,
+                      const std::vector<std::pair<std::vector<Layer>, std::optional<Layer>>>&,
                       const std::vector<std::pair<Array<float>, Array<float>>>&,
                       const std::optional<std::tuple<Array<float>, Array<float>, Array<float>, Array<float>, float>>&,
                       const std::vector<std::tuple<bool, std::vector<Layer>, Array<float>, float>>&,
                       const Array<float>&, const Array<float>&, bool, const std::string&>(),
-             py::arg("image_size"), py::arg("stem"), py::arg("blocks"), py::arg("embeddings"), py::arg("lstm"),
-             py::arg("gates"), py::arg("head_weight"), py::arg("head_bias"), py::arg("bfloat16"),
-             py::arg("instruction_set"))
-        .def("run", &Resident::run, py::arg("images").noconvert(), py::arg("logits").noconvert(),
+             py::arg("strategy"), py::arg("image_size"), py::arg("stem"), py::arg("max_pool"), py::arg("blocks"),
+             py::arg("embeddings"), py::arg("lstm"), py::arg("gates"), py::arg("head_weight"), py::arg("head_bias"),
+             py::arg("bfloat16"), py::arg("instruction_set"))
+        .def("run", &Network::run, py::arg("images").noconvert(), py::arg("logits").noconvert(),
              py::arg("gate_logits").noconvert(), py::arg("probabilities").noconvert(),
              py::arg("executed").noconvert(), py::arg("forced").noconvert().none(true),
              py::arg("hidden").noconvert(), py::arg("cell").noconvert(), py::arg("threads"),
              "Images to logits and decisions, all written in place.");
     py::class_<Convolution>(module, "Convolution",
                             "relu(convolution(x) + bias) by itself, on one thread, to be tested and measured.")
-        .def(py::init<const Layer&, bool, int, std::pair<int, int>, const std::string&>(), py::arg("layer"),
-             py::arg("bfloat16"), py::arg("batch"), py::arg("image_size"), py::arg("instruction_set"))
+        .def(py::init<const std::string&, const Layer&, bool, int, std::pair<int, int>, const std::string&>(),
+             py::arg("strategy"), py::arg("layer"), py::arg("bfloat16"), py::arg("batch"), py::arg("image_size"),
+             py::arg("instruction_set"))
         .def("load", &Convolution::load, py::arg("x").noconvert(), "Set the input, [batch, height, width, in].")
         .def("run", &Convolution::run)
         .def("read", &Convolution::read, "The output, [batch, height, width, out].");
+    py::class_<RnnGate>(module, "RNNGate", "RNNGate after one block by itself, to be tested and measured.")
+        .def(py::init<const Array<float>&, const Array<float>&, const Array<float>&, const Array<float>&,
+                      const Array<float>&, const Array<float>&, float, const std::string&>(),
+             py::arg("weight"), py::arg("bias"), py::arg("input_weight"), py::arg("hidden_weight"),
+             py::arg("lstm_bias"), py::arg("projection_weight"), py::arg("projection_bias"),
+             py::arg("instruction_set"))
+        .def("step", &RnnGate::step, py::arg("pooled").noconvert(), py::arg("hidden").noconvert(),
+             py::arg("cell").noconvert(), py::arg("logit").noconvert(),
+             "Advance hidden and cell in place and write the execute logits.");
     module.def("multiply_add", &cpu::multiply_add, py::arg("rounds"), py::arg("instruction_set"),
                py::call_guard<py::gil_scoped_release>(),
                "Fused multiply-adds and nothing else, on one thread; returns the number of operations, for the peak.");
     module.def("instruction_sets", &cpu::instruction_sets, "What this machine can run of what was built, best first.");
-
-    module.def("pool", &pool, py::arg("activation").noconvert(), py::arg("rows").noconvert(),
-               py::arg("pooled").noconvert(),
-               "Average [batch, pixels, channels] over the pixels of the images in rows, in float32.");
-    module.def("classify", &classify, py::arg("pooled").noconvert(), py::arg("weight").noconvert(),
-               py::arg("bias").noconvert(), py::arg("logits").noconvert(),
-               "logits[batch, classes] = pooled[batch, channels] weight[channels, classes] + bias[classes].");
 
 #ifdef SKIPNET_CUDA_ARCHS
     module.attr("cuda_archs") = SKIPNET_CUDA_ARCHS;

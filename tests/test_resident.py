@@ -149,7 +149,7 @@ def test_convolutions_alone(instruction_set, bfloat16, kernel, stride, channels,
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(channels[1], channels[0], kernel, kernel, generator=generator) / (channels[0] * 3) ** 0.5
     bias, x = torch.randn(channels[1], generator=generator), torch.randn(3, channels[0], *size, generator=generator)
-    alone = _C.Convolution((weight.numpy(), bias.numpy(), stride), bfloat16, 3, size, instruction_set)
+    alone = _C.Convolution("resident", (weight.numpy(), bias.numpy(), stride), bfloat16, 3, size, instruction_set)
     alone.load(x.permute(0, 2, 3, 1).contiguous().numpy())
     alone.run()
     expected = torch.nn.functional.conv2d(x.double(), weight.double(), bias.double(), stride, kernel // 2).relu()

@@ -11,7 +11,8 @@
 #ifdef __AMX_BF16__
 #include "amx.h"
 #endif
-#include "resident.h"
+#include "blocking.h"
+#include "engine.h"
 #include "threads.h"
 #include "vector.h"
 
@@ -44,14 +45,6 @@ struct Plane {
     int at(int y, int x) const { return (y + 1) * row() + (x + 1) * channels; }  // -1 is the border
 };
 
-// A share of `total` things for one of a team.
-struct Share {
-    int begin, end;
-    Share(int begin, int end) : begin(begin), end(end) {}
-    Share(int total, const Team& team)
-        : begin(total * team.rank / team.size), end(total * (team.rank + 1) / team.size) {}
-};
-
 // accumulators[t][k] += sum over c of x[t * step + c] * weight[c, k * kWidth ...], in ascending c.
 template <typename Operand, int T, int K>
 inline __attribute__((always_inline)) void accumulate(Vector (&accumulators)[T][K], const typename Operand::Element* x,
@@ -66,20 +59,6 @@ inline __attribute__((always_inline)) void accumulate(Vector (&accumulators)[T][
             for (int k = 0; k < K; ++k) accumulators[t][k] = Operand::multiply_add(value, w[k], accumulators[t][k]);
         }
     }
-}
-
-// Calls function(integral constant T, integral constant K) with the given numbers, T <= kAccumulators / K.
-template <int N>
-struct Number {
-    static constexpr int value = N;
-};
-
-template <int K, int T, typename Function>
-inline void with_rows(int rows, const Function& function) {
-    if (rows == T)
-        function(Number<T>{}, Number<K>{});
-    else if constexpr (T > 1)
-        with_rows<K, T - 1>(rows, function);
 }
 
 // Covers rows x columns (in vectors) with register blocks: function(T, K, first row, first column).

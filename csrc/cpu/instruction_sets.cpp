@@ -8,15 +8,18 @@
 #endif
 
 #include "../check.h"
+#include "compacted.h"
 #include "resident.h"
 #include "standalone.h"
 
 namespace skipnet::cpu {
 
 #define SKIPNET_DECLARE(isa)                                                                                        \
-    std::unique_ptr<Resident> make_resident_##isa(const NetworkWeights& weights);                                   \
-    std::unique_ptr<Standalone> make_standalone_##isa(const ConvolutionWeights& weights, bool bfloat16, int batch,  \
-                                                      int height, int width);                                       \
+    std::unique_ptr<Engine> make_resident_##isa(const NetworkWeights& weights);                                     \
+    std::unique_ptr<Engine> make_compacted_##isa(const NetworkWeights& weights);                                    \
+    std::unique_ptr<Standalone> make_standalone_##isa(const ConvolutionWeights& weights, bool compacted,            \
+                                                      bool bfloat16, int batch, int height, int width);             \
+    std::unique_ptr<StandaloneGate> make_gate_##isa(const Embedding& embedding, const Lstm& lstm);                  \
     double multiply_add_##isa(long rounds);
 
 SKIPNET_DECLARE(portable)
@@ -34,11 +37,14 @@ struct Variant {
     std::string name;
     bool runs;  // on this machine
     decltype(&make_resident_portable) make_resident;
+    decltype(&make_compacted_portable) make_compacted;
     decltype(&make_standalone_portable) make_standalone;
+    decltype(&make_gate_portable) make_gate;
     decltype(&multiply_add_portable) multiply_add;
 };
 
-#define SKIPNET_VARIANT_OF(isa, runs) {#isa, runs, make_resident_##isa, make_standalone_##isa, multiply_add_##isa}
+#define SKIPNET_VARIANT_OF(isa, runs) \
+    {#isa, runs, make_resident_##isa, make_compacted_##isa, make_standalone_##isa, make_gate_##isa, multiply_add_##isa}
 
 #if defined(SKIPNET_SOFTWARE_AMX)
 bool has_amx() { return true; }  // the tests' build, see amx.h
@@ -89,13 +95,22 @@ std::vector<std::string> instruction_sets() {
     return names;
 }
 
-std::unique_ptr<Resident> make_resident(const NetworkWeights& weights, const std::string& instruction_set) {
+std::unique_ptr<Engine> make_resident(const NetworkWeights& weights, const std::string& instruction_set) {
     return variant(instruction_set).make_resident(weights);
 }
 
-std::unique_ptr<Standalone> make_standalone(const ConvolutionWeights& weights, bool bfloat16, int batch, int height,
-                                            int width, const std::string& instruction_set) {
-    return variant(instruction_set).make_standalone(weights, bfloat16, batch, height, width);
+std::unique_ptr<Engine> make_compacted(const NetworkWeights& weights, const std::string& instruction_set) {
+    return variant(instruction_set).make_compacted(weights);
+}
+
+std::unique_ptr<Standalone> make_standalone(const ConvolutionWeights& weights, bool compacted, bool bfloat16, int batch,
+                                            int height, int width, const std::string& instruction_set) {
+    return variant(instruction_set).make_standalone(weights, compacted, bfloat16, batch, height, width);
+}
+
+std::unique_ptr<StandaloneGate> make_gate(const Embedding& embedding, const Lstm& lstm,
+                                          const std::string& instruction_set) {
+    return variant(instruction_set).make_gate(embedding, lstm);
 }
 
 double multiply_add(long rounds, const std::string& instruction_set) {

@@ -3,70 +3,12 @@
 
 #include <memory>
 #include <string>
-#include <vector>
 
-#include "../network.h"
+#include "engine.h"
 
 namespace skipnet::cpu {
 
-// A convolution as it comes from Python, batch normalisation folded in.
-struct ConvolutionWeights {
-    int in, out, kernel, stride;  // padding is kernel / 2
-    const float* weight;          // [out, in, kernel, kernel]
-    const float* bias;            // [out]
-};
-
-struct BlockWeights {
-    ConvolutionWeights first, last;
-    bool projects;
-    ConvolutionWeights projection;  // only where it projects
-};
-
-// A feed-forward gate's convolutions, each followed by ReLU; its tail is a FeedforwardTail.
-struct GateConvolutions {
-    bool max_pool;  // 2x2, first
-    std::vector<ConvolutionWeights> layers;
-};
-
-struct NetworkWeights {
-    bool bfloat16;      // the weights are; products are formed from bfloat16 where the instruction set has such
-    int height, width;  // of the images
-    int classes;
-    ConvolutionWeights stem;
-    std::vector<BlockWeights> blocks;
-    std::vector<Embedding> embeddings;        // RNNGate: one a block
-    Lstm lstm;                                // RNNGate
-    std::vector<GateConvolutions> gates;      // feed-forward: one a block
-    std::vector<FeedforwardTail> tails;       // feed-forward: one a block
-    const float* head_weight;                 // [classes, features]
-    const float* head_bias;                   // [classes]
-};
-
-// One call. Everything belongs to the caller.
-struct Call {
-    int batch, steps;       // gates to evaluate: blocks - 1, or one more; 0 in a dense network
-    int threads;            // at most
-    const float* images;    // [batch, in, height, width]
-    const bool* forced;     // [blocks - 1, batch], or null
-    float* logits;          // [batch, classes]
-    float* gate_logits;     // [steps, batch]
-    float* probabilities;   // [steps, batch]
-    bool* executed;         // [steps, batch]
-    float* hidden;          // [batch, hidden], RNNGate's last state
-    float* cell;            // [batch, hidden]
-};
-
-// A packed network. Calls may come from several threads at once.
-class Resident {
-public:
-    virtual ~Resident() = default;
-    virtual void run(const Call& call) = 0;
-};
-
-// Packs a network for an instruction set of instruction_sets(); nothing of `weights` is kept.
-std::unique_ptr<Resident> make_resident(const NetworkWeights& weights, const std::string& instruction_set);
-
-// What this machine can run of what was built, best first: "amx", "avx512bf16", "avx512", "avx2", "portable".
-std::vector<std::string> instruction_sets();
+// Packs a network of basic blocks for an instruction set of instruction_sets(); nothing of `weights` is kept.
+std::unique_ptr<Engine> make_resident(const NetworkWeights& weights, const std::string& instruction_set);
 
 }  // namespace skipnet::cpu

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from skipnet_rt.arch import SkipNetArch
-from skipnet_rt.engines.engine import Availability, Engine
+from skipnet_rt.engines.engine import Engine
 from skipnet_rt.packing import PackedNetwork
 
 
@@ -15,19 +15,6 @@ class CpuEngine(Engine):
     name = "cpu"
     devices = ("cpu",)
     dtypes = (torch.float32, torch.bfloat16)
-
-    @classmethod
-    def availability(cls) -> Availability:
-        if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-            return Availability(False, "this PyTorch was built without oneDNN")
-        return Availability(True)
-
-    @classmethod
-    def objection(cls, architecture: SkipNetArch, device: torch.device, dtype: torch.dtype) -> str | None:
-        resident = cls.resident(architecture)
-        if dtype == torch.bfloat16 and not resident and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return "this CPU has no instructions for bfloat16"
-        return super().objection(architecture, device, dtype)
 
     @staticmethod
     def resident(architecture: SkipNetArch) -> bool:

@@ -1,5 +1,5 @@
-// Random networks, batches, routes and threads: the resident strategy against a plain reference in double precision.
-// Built with sanitizers by tests/test_sanitizers.py.   fuzz_resident SEED ROUNDS INSTRUCTION_SET
+// Random networks, batches, routes and threads: both strategies against a plain reference in double precision.
+// Built with sanitizers by tests/test_sanitizers.py.   fuzz_networks SEED ROUNDS INSTRUCTION_SET
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "../../csrc/cpu/compacted.h"
 #include "../../csrc/cpu/resident.h"
 
 using namespace skipnet;
@@ -50,26 +51,34 @@ struct Network {
 
 enum class Gates { none, rnn, first, second };
 
-Network make_network(Random& random) {
+// The compacted strategy takes every network, the resident one those of basic blocks after a stem of 3x3.
+Network make_network(Random& random, bool compacted) {
     Network network;
     NetworkWeights& weights = network.weights;
     const auto gates = static_cast<Gates>(random.within(0, 3));
     weights.bfloat16 = random.coin();
     network.max_pool = gates == Gates::first;
-    weights.height = random.within(8, 21);
-    weights.width = random.within(8, 21);
+    const bool bottleneck = compacted && random.coin();
+    weights.max_pool = compacted && random.coin();
+    weights.height = weights.max_pool ? random.within(33, 45) : random.within(8, 21);
+    weights.width = weights.max_pool ? random.within(33, 45) : random.within(8, 21);
     weights.classes = random.within(1, 37);
     int channels = random.within(1, 40);
-    weights.stem = network.layer(random, random.within(1, 4), channels, 3, 1);
+    weights.stem = network.layer(random, random.within(1, 4), channels, weights.max_pool ? 7 : 3,
+                                 weights.max_pool ? 2 : 1);
     const int embed = random.within(1, 20), hidden = random.within(1, 20);
     for (int group = 0, groups = random.within(1, 3); group < groups; ++group)
         for (int i = 0, count = random.within(1, 3); i < count; ++i) {
             BlockWeights block{};
-            block.projects = group > 0 && i == 0;
+            const int stride = group > 0 && i == 0 ? 2 : 1;
+            block.projects = stride == 2 || (bottleneck && i == 0);
+            block.bottleneck = bottleneck;
             const int out = block.projects ? random.within(1, 40) : channels;
-            block.first = network.layer(random, channels, out, 3, block.projects ? 2 : 1);
-            block.last = network.layer(random, out, out, 3, 1);
-            if (block.projects) block.projection = network.layer(random, channels, out, 1, 2);
+            const int inner = bottleneck ? random.within(1, 40) : out;
+            block.first = network.layer(random, channels, inner, bottleneck ? 1 : 3, bottleneck ? 1 : stride);
+            if (bottleneck) block.middle = network.layer(random, inner, inner, 3, stride);
+            block.last = network.layer(random, inner, out, bottleneck ? 1 : 3, 1);
+            if (block.projects) block.projection = network.layer(random, channels, out, 1, stride);
             channels = out;
             weights.blocks.push_back(block);
             if (gates == Gates::rnn)
@@ -123,6 +132,20 @@ Map relu(Map x) {
     return x;
 }
 
+// 3x3 with stride 2; what is pooled is not negative.
+Map max_pool(const Map& x) {
+    Map y{x.channels, (x.height + 1) / 2, (x.width + 1) / 2, {}};
+    for (int c = 0; c < y.channels; ++c)
+        for (int i = 0; i < y.height; ++i)
+            for (int j = 0; j < y.width; ++j) {
+                double most = 0;
+                for (int a = -1; a <= 1; ++a)
+                    for (int b = -1; b <= 1; ++b) most = std::max(most, x.at(c, 2 * i + a, 2 * j + b));
+                y.values.push_back(most);
+            }
+    return y;
+}
+
 Doubles pool(const Map& x) {
     Doubles means(x.channels);
     for (int c = 0; c < x.channels; ++c) {
@@ -140,12 +163,15 @@ std::pair<Doubles, Doubles> reference(const Network& network, const float* image
     Map x{weights.stem.in, weights.height, weights.width, {}};
     x.values.assign(image, image + static_cast<std::size_t>(x.channels) * x.height * x.width);
     x = relu(convolve(x, weights.stem));
+    if (weights.max_pool) x = max_pool(x);
     Doubles gate_logits, hidden(weights.lstm.hidden), cell(weights.lstm.hidden);
     for (std::size_t index = 0; index < weights.blocks.size(); ++index) {
         const BlockWeights& block = weights.blocks[index];
         Map shortcut = block.projects ? convolve(x, block.projection) : x;
         if (index == 0 || forced.empty() || forced[index - 1]) {
-            const Map y = convolve(relu(convolve(x, block.first)), block.last);
+            Map y = relu(convolve(x, block.first));
+            if (block.bottleneck) y = relu(convolve(y, block.middle));
+            y = convolve(y, block.last);
             for (std::size_t i = 0; i < y.values.size(); ++i) shortcut.values[i] += y.values[i];
             shortcut = relu(std::move(shortcut));
         }
@@ -231,9 +257,10 @@ void expect_close(const Floats& got, std::size_t from, const Doubles& expected, 
 }
 
 void fuzz(Random& random, int round, const std::string& instruction_set) {
-    const Network network = make_network(random);
+    const bool compacted = random.coin();
+    const Network network = make_network(random, compacted);
     const NetworkWeights& weights = network.weights;
-    const auto resident = make_resident(weights, instruction_set);
+    const auto engine = (compacted ? make_compacted : make_resident)(weights, instruction_set);
     const int blocks = static_cast<int>(weights.blocks.size()), batch = random.within(1, 11);
     const bool gated = !weights.embeddings.empty() || !weights.gates.empty();
     const int gates = gated ? blocks - 1 : 0, steps = gated ? gates + random.coin() : 0;
@@ -243,7 +270,7 @@ void fuzz(Random& random, int round, const std::string& instruction_set) {
     for (int i = 0; i < gates * batch; ++i) forced[i] = random.coin();
 
     Results results(weights, batch, steps);
-    resident->run(results.call(batch, steps, random.within(1, 4), images.data(), forced.get()));
+    engine->run(results.call(batch, steps, random.within(1, 4), images.data(), forced.get()));
     for (int i = 0; i < batch; ++i) {
         std::vector<bool> route;
         for (int gate = 0; gate < gates; ++gate) route.push_back(forced[gate * batch + i]);
@@ -260,10 +287,10 @@ void fuzz(Random& random, int round, const std::string& instruction_set) {
 
     // The gates' own decisions, from two threads at once, in parts: the same bits every time.
     Results whole(weights, batch, steps);
-    resident->run(whole.call(batch, steps, 1, images.data(), nullptr));
+    engine->run(whole.call(batch, steps, 1, images.data(), nullptr));
     const auto again = [&](int first, int count, int threads) {
         Results part(weights, count, steps);
-        resident->run(part.call(count, steps, threads, images.data() + first * image_size, nullptr));
+        engine->run(part.call(count, steps, threads, images.data() + first * image_size, nullptr));
         for (int i = 0; i < count * weights.classes; ++i)
             expect(part.logits[i] == whole.logits[first * weights.classes + i], "logits depend on the company", round);
         for (int step = 0; step < steps; ++step)

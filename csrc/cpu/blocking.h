@@ -1,0 +1,32 @@
+// How a convolution is divided: among the threads of a team, and into blocks that stay in registers.
+#pragma once
+
+#include "threads.h"
+
+namespace skipnet::cpu {
+namespace {
+
+// A share of `total` things for one of a team.
+struct Share {
+    int begin, end;
+    Share(int begin, int end) : begin(begin), end(end) {}
+    Share(int total, const Team& team)
+        : begin(total * team.rank / team.size), end(total * (team.rank + 1) / team.size) {}
+};
+
+// Calls function(integral constant T, integral constant K) with the given numbers, T <= kAccumulators / K.
+template <int N>
+struct Number {
+    static constexpr int value = N;
+};
+
+template <int K, int T, typename Function>
+inline void with_rows(int rows, const Function& function) {
+    if (rows == T)
+        function(Number<T>{}, Number<K>{});
+    else if constexpr (T > 1)
+        with_rows<K, T - 1>(rows, function);
+}
+
+}  // namespace
+}  // namespace skipnet::cpu

@@ -1,0 +1,93 @@
+// The gate's arithmetic for one image in vectors, always in float32, for one instruction set; see vector.h.
+#pragma once
+
+#include "engine.h"
+#include "vector.h"
+
+namespace skipnet::cpu {
+namespace {
+
+// The LSTM for one image in vectors: lanes are hidden units, each gate (i, f, g, o) in vectors of its own.
+class RnnCell {
+public:
+    RnnCell(const Lstm& lstm)
+        : embed_(lstm.embed), hidden_(lstm.hidden), lanes_(padded(hidden_)),
+          weight_(static_cast<std::size_t>(embed_ + hidden_) * 4 * lanes_), bias_(4 * lanes_), projection_(lanes_),
+          projection_bias_(lstm.projection_bias) {
+        for (int gate = 0; gate < 4; ++gate)
+            for (int unit = 0; unit < hidden_; ++unit) {
+                const int from = gate * hidden_ + unit, to = gate * lanes_ + unit;
+                bias_.get()[to] = lstm.bias[from];
+                for (int k = 0; k < embed_; ++k)
+                    weight_.get()[k * 4 * lanes_ + to] = lstm.input_weight[from * embed_ + k];
+                for (int k = 0; k < hidden_; ++k)
+                    weight_.get()[(embed_ + k) * 4 * lanes_ + to] = lstm.hidden_weight[from * hidden_ + k];
+            }
+        for (int unit = 0; unit < hidden_; ++unit) projection_.get()[unit] = lstm.projection_weight[unit];
+    }
+
+    int embed() const { return embed_; }
+    int hidden() const { return hidden_; }
+    int lanes() const { return lanes_; }
+
+    // Advances hidden and cell, [lanes], from the embedded feature, [embed]; returns the execute logit.
+    float step(const float* feature, float* hidden, float* cell) const {
+        for (int lane = 0; lane < lanes_; lane += kWidth) {
+            Vector gates[4];
+            for (int gate = 0; gate < 4; ++gate) gates[gate] = load(bias_.get() + gate * lanes_ + lane);
+            for (int k = 0; k < embed_ + hidden_; ++k) {
+                const Vector x = broadcast(k < embed_ ? feature[k] : hidden[k - embed_]);
+                for (int gate = 0; gate < 4; ++gate)
+                    gates[gate] += x * load(weight_.get() + (k * 4 + gate) * lanes_ + lane);
+            }
+            const Vector kept = sigmoid(gates[1]) * load(cell + lane);
+            const Vector next = kept + sigmoid(gates[0]) * hyperbolic_tangent(gates[2]);
+            store(cell + lane, next);
+            store(output_of(cell, lane), sigmoid(gates[3]) * hyperbolic_tangent(next));
+        }
+        std::memcpy(hidden, output_of(cell, 0), lanes_ * sizeof(float));
+        float logit = projection_bias_;
+        for (int unit = 0; unit < hidden_; ++unit) logit += projection_.get()[unit] * hidden[unit];
+        return logit;
+    }
+
+private:
+    // The new hidden state waits behind the cell until all lanes have read the old one.
+    float* output_of(float* cell, int lane) const { return cell + lanes_ + lane; }
+
+    int embed_, hidden_, lanes_;
+    Buffer weight_;      // [embed + hidden, 4, lanes]
+    Buffer bias_;        // [4, lanes]
+    Buffer projection_;  // [lanes]
+    float projection_bias_;
+};
+
+// A matrix that maps a pooled feature to embeddings or to logits: lanes are outputs.
+class Linear {
+public:
+    Linear(const float* weight /* [out, in] */, const float* bias /* [out] */, int in, int out)
+        : in_(in), out_(out), lanes_(padded(out)), weight_(static_cast<std::size_t>(in) * lanes_), bias_(lanes_) {
+        for (int o = 0; o < out; ++o) {
+            bias_.get()[o] = bias[o];
+            for (int c = 0; c < in; ++c) weight_.get()[c * lanes_ + o] = weight[static_cast<std::size_t>(o) * in + c];
+        }
+    }
+
+    void run(const float* x /* [in] */, float* y /* [out] */) const {
+        for (int lane = 0; lane < lanes_; lane += kWidth) {
+            Vector sums[4] = {load(bias_.get() + lane)};  // four chains: one would wait for itself
+            for (int c = 0; c < in_; ++c) sums[c % 4] += broadcast(x[c]) * load(weight_.get() + c * lanes_ + lane);
+            float result[kWidth];
+            store(result, (sums[0] + sums[1]) + (sums[2] + sums[3]));
+            for (int o = lane; o < out_ && o < lane + kWidth; ++o) y[o] = result[o - lane];
+        }
+    }
+
+private:
+    int in_, out_, lanes_;
+    Buffer weight_;  // [in, lanes]
+    Buffer bias_;    // [lanes]
+};
+
+}  // namespace
+}  // namespace skipnet::cpu

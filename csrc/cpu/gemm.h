@@ -1,0 +1,294 @@
+// Convolutions over channel-blocked planes as products of strips of pixels with panels of output channels, for one
+// instruction set; see vector.h.
+//
+// A block of output pixels and channels stays in registers while the sum runs over all of its inputs, in one fixed
+// order: the batch, the blocking and the threads decide only who computes a block, never how.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <vector>
+
+#include "blocking.h"
+#include "engine.h"
+#include "threads.h"
+#include "vector.h"
+
+namespace skipnet::cpu {
+namespace {
+namespace blocked {
+
+constexpr int kPanel = 2;                         // vectors of output channels that a panel of weights is wide
+constexpr int kStrip = kWidth == 16 ? 14 : 6;     // pixels of a strip, at most: their sums fill the registers
+constexpr std::size_t kGroupBytes = 512 * 1024;   // of panels that pass over the strips together; they stay in L2
+
+// A map of an image in memory: [channels / kWidth, rows, pixels, kWidth]. Where convolutions of 3x3 read it, a border
+// of zeros that nobody writes is around it: one pixel, and as much more below and to the right as makes the inside
+// whole tiles.
+struct Plane {
+    int height, width, channels;  // channels as they lie in memory
+    int border;                   // 0 or 1
+    int tile;                     // 1 where nobody asks for tiles
+
+    int tiles_down() const { return (height + tile - 1) / tile; }
+    int tiles_across() const { return (width + tile - 1) / tile; }
+    int blocks() const { return channels / kWidth; }
+    int pixels() const { return height * width; }
+    int row() const { return (tiles_across() * tile + 2 * border) * kWidth; }  // elements from a row to the next
+    int block() const { return (tiles_down() * tile + 2 * border) * row(); }   // from a block of channels to the next
+    std::size_t size() const { return static_cast<std::size_t>(blocks()) * block(); }
+    int at(int y, int x) const { return (y + border) * row() + (x + border) * kWidth; }  // -1 is the border
+
+    bool operator==(const Plane& other) const {
+        return height == other.height && width == other.width && channels == other.channels &&
+               border == other.border && tile == other.tile;
+    }
+};
+
+// Where a run of inputs begins, in elements from a strip's first.
+struct Run {
+    std::ptrdiff_t from;
+};
+
+// sums[t][k] += sum over runs r and i < Depth of x[runs[r].from + t * Step + i] * weight[r, i, k], in this order.
+template <typename Operand, int Step, int Depth, int T, int K>
+inline __attribute__((always_inline)) void multiply(
+    Vector (&sums)[T][K], const typename Operand::Element* x, const Run* runs, int count,
+    const typename Operand::Element* weight /* [count, Depth / kPack, K * kWidth, kPack] */) {
+    constexpr int kPack = Operand::kPack;
+    static_assert(Depth % kPack == 0, "a run is whole packs");
+    for (int r = 0; r < count; ++r) {
+        const typename Operand::Element* from = x + runs[r].from;
+#pragma GCC unroll 1
+        for (int i = 0; i < Depth; i += kPack, weight += K * kWidth * kPack) {
+            typename Operand::Pack w[K];
+            for (int k = 0; k < K; ++k) w[k] = Operand::load_pack(weight + k * kWidth * kPack);
+#pragma GCC unroll 16
+            for (int t = 0; t < T; ++t) {
+                const typename Operand::Pack value = Operand::broadcast_pack(from + t * Step + i);
+                for (int k = 0; k < K; ++k) sums[t][k] = Operand::multiply_add(value, w[k], sums[t][k]);
+            }
+        }
+    }
+}
+
+// Calls function(Number<T>, Number<K>) for a strip of `pixels` and a panel of `columns` vectors.
+template <typename Function>
+inline void with_block(int pixels, int columns, const Function& function) {
+    if (columns == kPanel)
+        with_rows<kPanel, kStrip>(pixels, function);
+    else
+        with_rows<1, kStrip>(pixels, function);
+}
+
+// Output channels in panels: all are kPanel vectors wide but, where their number is odd, the last.
+struct Panels {
+    int columns;  // vectors of output channels
+
+    int count() const { return (columns + kPanel - 1) / kPanel; }
+    int width(int panel) const { return panel * kPanel + kPanel <= columns ? kPanel : columns - panel * kPanel; }
+    // Where the weight of input `i` of `depth` and of an output channel lies; `pack` inputs lie side by side.
+    std::size_t at(int channel, std::size_t i, std::size_t depth, int pack) const {
+        const int panel = channel / (kPanel * kWidth), lane = channel % (kPanel * kWidth);
+        return begin(panel, depth) + (i / pack * width(panel) * kWidth + lane) * pack + i % pack;
+    }
+    std::size_t begin(int panel, std::size_t depth) const { return panel * depth * kPanel * kWidth; }
+};
+
+// Images that go through a convolution together. In, Out: operands (vector.h) whose elements the planes hold.
+template <typename In, typename Out>
+struct Images {
+    const typename In::Element* const* inputs;
+    typename Out::Element* const* outputs;
+    float* const* sums;  // [parts, channels] each: sums over parts of the output; null where nobody asks
+    int count;
+};
+
+enum class Finish { none, relu, add_relu };  // what follows the bias; add: to what the output holds
+
+template <typename Out>
+inline __attribute__((always_inline)) Vector finished(Vector value, const typename Out::Element* output,
+                                                      Finish finish) {
+    if (finish == Finish::add_relu) value += Out::widen(output);
+    return finish == Finish::none ? value : relu(value);
+}
+
+// What the threads of a team work in.
+template <typename In>
+struct Memory {
+    typename In::Element* shared;  // [most shared()] of all layers
+    float* own;                    // [most own()] of all layers, this thread's
+    Run* runs;                     // [most blocks of channels], this thread's
+};
+
+// A convolution between two planes.
+template <typename In, typename Out>
+class Layer {
+public:
+    virtual ~Layer() = default;
+    // The team shares the work. It has to meet before anything of the output is read.
+    virtual void run(const Images<In, Out>& images, Finish finish, const Team& team,
+                     const Memory<In>& memory) const = 0;
+    virtual int parts() const = 0;  // that sums are taken over
+    virtual std::size_t shared() const { return 0; }
+    virtual std::size_t own() const { return 0; }
+};
+
+// Strips of output pixels, one after another through an image.
+struct Strips {
+    int rows, width;  // of output pixels
+
+    int across() const { return (width + kStrip - 1) / kStrip; }
+    int count() const { return rows * across(); }
+    int begin(int i) const { return width * i / across(); }
+};
+
+// A convolution whose inputs lie in runs of Depth, Step apart from one output pixel to the next.
+template <typename In, typename Out, int Step, int Depth>
+class Direct final : public Layer<In, Out> {
+    using Element = typename In::Element;
+
+public:
+    // first: where an output pixel's inputs begin, as row * first_row + column * Step.
+    Direct(Strips strips, int first_row, std::vector<Run> runs, const Plane& out, BufferOf<Element> weight,
+           Buffer bias)
+        : strips_(strips), first_row_(first_row), out_(out), panels_{out.blocks()}, runs_(std::move(runs)),
+          weight_(std::move(weight)), bias_(std::move(bias)) {
+        for (int y = 0; y < out.height; ++y)
+            for (int x = 0; x < out.width; ++x) places_.push_back({out.at(y, x)});
+        const std::size_t bytes = panels_.begin(1, depth()) * sizeof(Element);
+        group_ = bytes < kGroupBytes ? static_cast<int>(kGroupBytes / bytes) : 1;
+    }
+
+    void run(const Images<In, Out>& images, Finish finish, const Team& team, const Memory<In>&) const override {
+        const int spots = images.count * strips_.count(), groups = (panels_.count() + group_ - 1) / group_;
+        const Share mine(groups * spots, team);
+        for (int unit = mine.begin; unit < mine.end; ++unit) {
+            const int first = unit / spots * group_, spot = unit % spots;
+            const int last = first + group_ < panels_.count() ? first + group_ : panels_.count();
+            for (int panel = first; panel < last; ++panel)
+                strip(images, spot / strips_.count(), spot % strips_.count(), panel, finish);
+        }
+    }
+
+    int parts() const override { return strips_.count(); }
+
+private:
+    std::size_t depth() const { return runs_.size() * Depth; }
+
+    void strip(const Images<In, Out>& images, int image, int number, int panel, Finish finish) const {
+        const int row = number / strips_.across(), place = number % strips_.across();
+        const int begin = strips_.begin(place), pixels = strips_.begin(place + 1) - begin;
+        const Element* x = images.inputs[image] + static_cast<std::ptrdiff_t>(row) * first_row_ + begin * Step;
+        const Run* places = places_.data() + row * strips_.width + begin;
+        typename Out::Element* y = images.outputs[image];
+        float* sum = images.sums ? images.sums[image] + number * out_.channels : nullptr;
+        with_block(pixels, panels_.width(panel), [&](auto t, auto k) {
+            constexpr int T = decltype(t)::value, K = decltype(k)::value;
+            Vector sums[T][K];
+            for (int j = 0; j < K; ++j) {
+                const Vector bias = load(bias_.get() + (panel * kPanel + j) * kWidth);
+                for (int i = 0; i < T; ++i) sums[i][j] = bias;
+            }
+            multiply<In, Step, Depth, T, K>(sums, x, runs_.data(), static_cast<int>(runs_.size()),
+                                            weight_.get() + panels_.begin(panel, depth()));
+            for (int j = 0; j < K; ++j) {
+                const int column = panel * kPanel + j;
+                typename Out::Element* to = y + static_cast<std::ptrdiff_t>(column) * out_.block();
+                Vector total = {};
+#pragma GCC unroll 16
+                for (int i = 0; i < T; ++i) {
+                    const Vector value = finished<Out>(sums[i][j], to + places[i].from, finish);
+                    Out::narrow(to + places[i].from, value);
+                    total += value;
+                }
+                if (sum) store(sum + column * kWidth, total);
+            }
+        });
+    }
+
+    Strips strips_;
+    int first_row_;
+    Plane out_;
+    Panels panels_;
+    int group_;                 // panels that pass over the strips together
+    std::vector<Run> runs_;
+    std::vector<Run> places_;   // of the output pixels
+    BufferOf<Element> weight_;  // [panels, runs, Depth, panel's channels]
+    Buffer bias_;               // [out channels]
+};
+
+inline Buffer packed_bias(const ConvolutionWeights& layer) {
+    Buffer bias(padded(layer.out));
+    for (int o = 0; o < layer.out; ++o) bias.get()[o] = layer.bias[o];
+    return bias;
+}
+
+// Any convolution of stride 1 or 2 between planes, the input with a border where the kernel needs one.
+template <typename In, typename Out>
+std::unique_ptr<Layer<In, Out>> make_direct(const ConvolutionWeights& layer, const Plane& in, const Plane& out) {
+    const int kernel = layer.kernel, taps = kernel * kernel;
+    const Panels panels{out.blocks()};
+    const std::size_t depth = static_cast<std::size_t>(in.blocks()) * taps * kWidth;
+    BufferOf<typename In::Element> weight(depth * out.channels);
+    std::vector<Run> runs;
+    for (int block = 0; block < in.blocks(); ++block)
+        for (int tap = 0; tap < taps; ++tap) {
+            const int place = in.at(tap / kernel - kernel / 2, tap % kernel - kernel / 2);
+            const std::size_t first = runs.size() * kWidth;
+            runs.push_back({static_cast<std::ptrdiff_t>(block) * in.block() + place});
+            for (int o = 0; o < layer.out; ++o)
+                for (int lane = 0; lane < kWidth && block * kWidth + lane < layer.in; ++lane)
+                    weight.get()[panels.at(o, first + lane, depth, In::kPack)] = In::rounded(
+                        layer.weight[(static_cast<std::size_t>(o) * layer.in + block * kWidth + lane) * taps + tap]);
+        }
+    if (layer.stride == 2)
+        return std::make_unique<Direct<In, Out, 2 * kWidth, kWidth>>(Strips{out.height, out.width}, 2 * in.row(),
+                                                                     std::move(runs), out, std::move(weight),
+                                                                     packed_bias(layer));
+    // Where no row has an end that a strip would have to stop at, the plane is one long row.
+    const bool flat = kernel == 1 && in.border == 0 && in.tile == 1;
+    return std::make_unique<Direct<In, Out, kWidth, kWidth>>(
+        flat ? Strips{1, out.pixels()} : Strips{out.height, out.width}, in.row(), std::move(runs), out,
+        std::move(weight), packed_bias(layer));
+}
+
+// What the first convolution reads: an image of few channels, [channels, rows, stride, columns], with its border.
+// Every stride-th pixel of a row lies next to the other, so that a strip's inputs are one apart.
+struct PhasePlane {
+    int height, width, channels;  // of the image
+    int kernel, stride;           // of the convolution
+
+    int rows() const { return height + 2 * (kernel / 2); }
+    int columns() const { return (width + 2 * (kernel / 2) + stride - 1) / stride; }
+    int at(int channel, int y, int x) const {  // the border begins at -(kernel / 2)
+        const int column = x + kernel / 2;
+        return ((channel * rows() + y + kernel / 2) * stride + column % stride) * columns() + column / stride;
+    }
+    std::size_t size() const { return static_cast<std::size_t>(channels) * rows() * stride * columns(); }
+};
+
+// Three channels do not pair: the products are float32's.
+template <typename Out>
+std::unique_ptr<Layer<Float32, Out>> make_first(const ConvolutionWeights& layer, const PhasePlane& in,
+                                                const Plane& out) {
+    const int kernel = layer.kernel, taps = kernel * kernel;
+    const Panels panels{out.blocks()};
+    const std::size_t depth = static_cast<std::size_t>(layer.in) * taps;
+    Buffer weight(depth * out.channels);
+    std::vector<Run> runs;
+    for (int c = 0; c < layer.in; ++c)
+        for (int tap = 0; tap < taps; ++tap) {
+            for (int o = 0; o < layer.out; ++o)
+                weight.get()[panels.at(o, runs.size(), depth, 1)] =
+                    layer.weight[(static_cast<std::size_t>(o) * layer.in + c) * taps + tap];
+            runs.push_back({in.at(c, tap / kernel - kernel / 2, tap % kernel - kernel / 2)});
+        }
+    return std::make_unique<Direct<Float32, Out, 1, 1>>(Strips{out.height, out.width},
+                                                        in.stride * in.stride * in.columns(), std::move(runs), out,
+                                                        std::move(weight), packed_bias(layer));
+}
+
+}  // namespace blocked
+}  // namespace
+}  // namespace skipnet::cpu

@@ -1,0 +1,72 @@
+"""What the CPU's two strategies share: a network is packed once, and a call goes from images to logits in native code.
+
+The walks and their rooms are in csrc/cpu/resident.cpp and csrc/cpu/compacted.cpp. Activations and sums are float32
+whatever the network's dtype; products of a bfloat16 network are formed from bfloat16 where the processor can
+(AVX512-BF16), gates and stem excepted.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from skipnet_rt import _C
+from skipnet_rt.engines.cpu import CpuEngine
+from skipnet_rt.engines.engine import EnginePass
+from skipnet_rt.packing import PackedConvolution, PackedEmbedding, PackedFeedforwardGate, PackedLSTM, PackedNetwork
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.float().numpy()
+
+
+def _layer(layer: PackedConvolution) -> _C.Layer:
+    return _array(layer.weight), _array(layer.bias), layer.stride
+
+
+def _lstm(lstm: PackedLSTM) -> _C.LSTM:
+    return (_array(lstm.input_weight), _array(lstm.hidden_weight), _array(lstm.bias),
+            _array(lstm.projection_weight), lstm.projection_bias.item())
+
+
+class NativeCpuEngine(CpuEngine):
+    """One native call on threads of our own.
+
+    Attributes:
+        strategy: ``"resident"`` or ``"compacted"``.
+    """
+
+    strategy: ClassVar[str]
+
+    def __init__(self, network: PackedNetwork, instruction_set: str | None = None) -> None:
+        super().__init__(network)
+        gates: Any = network.gates
+        self._native = _C.Network(
+            strategy=self.strategy,
+            image_size=network.arch.image_size,
+            stem=_layer(network.stem),
+            max_pool=network.arch.stem == "imagenet",
+            blocks=[([_layer(layer) for layer in block.convolutions],
+                     None if block.projection is None else _layer(block.projection)) for block in network.blocks],
+            embeddings=[(_array(gate.weight), _array(gate.bias)) for gate in gates
+                        if isinstance(gate, PackedEmbedding)],
+            lstm=None if network.lstm is None else _lstm(network.lstm),
+            gates=[(gate.max_pool, [_layer(layer) for layer in gate.convolutions], _array(gate.weight),
+                    gate.bias.item()) for gate in gates if isinstance(gate, PackedFeedforwardGate)],
+            head_weight=_array(network.head_weight),
+            head_bias=_array(network.head_bias),
+            bfloat16=network.dtype == torch.bfloat16,
+            instruction_set=instruction_set or _C.instruction_sets()[0],
+        )
+
+    def run(self, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
+        decisions = self.begin(len(images), steps, routing)
+        logits = torch.empty(len(images), self.network.arch.num_classes)
+        self._native.run(
+            _array(images), logits.numpy(), decisions.gate_logits.numpy(), decisions.probabilities.numpy(),
+            decisions.executed.numpy(), None if decisions.forced is None else decisions.forced.numpy(),
+            decisions.hidden.numpy(), decisions.cell.numpy(), torch.get_num_threads())
+        return EnginePass(logits.to(self.network.dtype), decisions)
