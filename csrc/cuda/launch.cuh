@@ -1,0 +1,76 @@
+// How kernels are launched, and what a launcher asks of the device. On the CPU tests/simt runs the grid.
+#pragma once
+
+#include "stream.h"
+
+#ifdef SKIPNET_SIMT
+#include "launch_on_host.h"
+#else
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace skipnet::cuda {
+
+struct Grid {
+    dim3 blocks, threads;
+    std::size_t shared = 0;  // bytes of dynamic shared memory
+    int cluster = 1;         // blocks in a cluster, along x
+    bool overlaps = false;   // starts early; the kernel calls wait_for_grids_before()
+};
+
+inline void check_cuda(cudaError_t status, const char* what) {
+    if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+// kernel(arguments...) on the stream of the current device.
+template <typename... Parameters, typename... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, Stream stream, Arguments... arguments) {
+    if (grid.shared > 48 * 1024)
+        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(grid.shared)),
+                   name);
+    cudaLaunchAttribute attributes[2];
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid.blocks;
+    config.blockDim = grid.threads;
+    config.dynamicSmemBytes = grid.shared;
+    config.stream = stream;
+    config.attrs = attributes;
+    if (grid.cluster > 1) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+        attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
+    }
+    if (grid.overlaps) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), name);
+}
+
+// A number that the current device has.
+inline int device_attribute(cudaDeviceAttr attribute) {
+    int device, value;
+    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+    check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+    return value;
+}
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+
+// How many blocks of a kernel a multiprocessor holds at a time.
+template <typename... Parameters>
+int resident_blocks(void (*kernel)(Parameters...), int threads, std::size_t shared) {
+    if (shared > 48 * 1024)
+        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+                   "cudaFuncSetAttribute");
+    int blocks;
+    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared),
+               "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+    return blocks;
+}
+
+}  // namespace skipnet::cuda
+
+#endif
