@@ -15,7 +15,7 @@ import numpy as np
 FOLDER = Path(__file__).parent
 CSRC = FOLDER.parent.parent / "csrc"
 FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-fno-strict-aliasing",
-         "-U_FORTIFY_SOURCE", "-ftrivial-auto-var-init=pattern", "-Wno-unused-function"]
+         "-U_FORTIFY_SOURCE", "-ftrivial-auto-var-init=pattern", "-Wno-unused-function", "-Wno-unknown-pragmas"]
 
 
 class SimtError(RuntimeError):

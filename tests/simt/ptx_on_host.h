@@ -52,6 +52,10 @@ unsigned pack(float low, float high) {
     return from_float<Element>(low).bits | static_cast<unsigned>(from_float<Element>(high).bits) << 16;
 }
 
+// ---- global memory
+
+inline uint4 load_read_only(const uint4* address) { return *address; }
+
 // ---- shared memory
 
 inline unsigned char* shared_memory() { return simt::shared_memory(); }
