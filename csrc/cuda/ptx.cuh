@@ -57,6 +57,16 @@ __device__ inline float from_float<float>(float x) {
     return x;
 }
 
+// ---- global memory that no one writes during the kernel, through L1
+
+__device__ inline uint4 load_read_only(const uint4* address) {
+    uint4 value;
+    asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+        : "l"(address));
+    return value;
+}
+
 // ---- shared memory
 
 // The block's dynamic shared memory, 16-byte aligned; there is no other kind in this project.

@@ -1,0 +1,83 @@
+// The resident strategy on the GPU: a whole CIFAR-scale SkipNet, images to logits, in one launch.
+#pragma once
+
+#include <cstddef>
+
+#include "../gate.h"
+#include "stream.h"
+
+namespace skipnet::cuda {
+
+enum class Precision { float16, bfloat16 };
+
+constexpr int kGroups = 3;      // of blocks, at most
+constexpr int kMostUnits = 32;  // of the embedding and of the LSTM: a warp's lanes
+
+// Channels that a group computes with; fewer are padded with zeros.
+constexpr SKIPNET_HD int group_channels(int group) { return 16 << group; }
+
+// One group of blocks. Convolutions are fragments as resident.cu reads them.
+struct ResidentGroup {
+    int blocks;
+    int height, width;         // of its activations; set by lay_out
+    const void* entry;         // where a group begins anew: its first block's first convolution, then the projection
+    const float* entry_bias;   // [2, channels], of both
+    const void* inner;         // all other 3x3 convolutions in order: 2 * blocks, or one less after an entry
+    const float* inner_bias;   // [convolutions, channels]
+    const float* embeddings;   // RNNGate: [blocks, embed * channels + embed, rounded up to 4]
+};
+
+// Everything points to device memory.
+struct ResidentNetwork {
+    Precision precision;
+    int in, height, width;     // of the images
+    int groups, classes;
+    const void* stem;
+    const float* stem_bias;    // [16]
+    ResidentGroup group[kGroups];
+    int embed, hidden;         // RNNGate's sizes; 0 in a dense network
+    const float* lstm;         // [embed + hidden, hidden, 4] weights, [hidden, 4] bias, [hidden + 1] projection
+    const float* head;         // [channels + 1, classes], the last row is the bias
+};
+
+// One call. Everything belongs to the caller, on the device.
+struct ResidentCall {
+    int batch, steps;       // gates to evaluate: blocks - 1, or one more; 0 in a dense network
+    const void* images;     // [batch, in, height, width]
+    const bool* forced;     // [blocks - 1, batch], or null
+    void* logits;           // [batch, classes]
+    float* gate_logits;     // [steps, batch]
+    float* probabilities;   // [steps, batch]
+    bool* executed;         // [steps, batch]
+    float* hidden;          // [batch, hidden], RNNGate's last state
+    float* cell;            // [batch, hidden]
+    int* taken;             // [1], zero: images taken beyond every block of threads' first few; if the plan queues
+};
+
+// How a batch is spread over a device.
+struct ResidentPlan {
+    int images;  // that a block of threads takes at a time
+    int blocks;
+    bool queues;  // there are more images than fit at once: call.taken is needed
+};
+
+// How much a network's weights take.
+struct ResidentWeights {
+    std::size_t fragments;  // bytes
+    std::size_t floats;
+};
+
+// Sets everything that follows from a network's numbers: the groups' sizes, and pointers into two arrays that hold the
+// weights in the order of the structs' fields.
+ResidentWeights lay_out(ResidentNetwork& network, const void* fragments, const float* floats);
+
+// Bytes of shared memory for so many images in a block of threads.
+int resident_shared_memory(const ResidentNetwork& network, int images);
+
+// For a device with so many multiprocessors and bytes of shared memory a block.
+ResidentPlan plan_resident(const ResidentNetwork& network, int batch, int multiprocessors, int shared_memory);
+
+// Launches on the current device.
+void run_resident(const ResidentNetwork& network, const ResidentCall& call, const ResidentPlan& plan, Stream stream);
+
+}  // namespace skipnet::cuda

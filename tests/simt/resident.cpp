@@ -1,0 +1,50 @@
+#include "simt.h"
+
+#include "cuda/resident.cu"
+
+using namespace skipnet::cuda;
+
+namespace {
+
+// bfloat16, in, height, width, classes, embed, hidden, groups, blocks of each.
+ResidentNetwork network_of(const int* numbers) {
+    ResidentNetwork network{};
+    network.precision = numbers[0] ? Precision::bfloat16 : Precision::float16;
+    network.in = numbers[1], network.height = numbers[2], network.width = numbers[3];
+    network.classes = numbers[4], network.embed = numbers[5], network.hidden = numbers[6];
+    network.groups = numbers[7];
+    for (int group = 0; group < network.groups; ++group) network.group[group].blocks = numbers[8 + group];
+    return network;
+}
+
+}  // namespace
+
+extern "C" const char* shared_memory_of(const int* numbers, int images, int* bytes) {
+    return simt::report([=] {
+        ResidentNetwork network = network_of(numbers);
+        lay_out(network, nullptr, nullptr);
+        *bytes = resident_shared_memory(network, images);
+    });
+}
+
+// Runs a network; `images_at_a_time` 0 leaves the plan to the launcher. `sizes` is what the weights have to take.
+extern "C" const char* run(const int* numbers, const void* fragments, const float* floats, const int* sizes /* [2] */,
+                           int shared_memory, int images_at_a_time, int batch, int steps, const void* images, const bool* forced,
+                           void* logits, float* gate_logits, float* probabilities, bool* executed, float* hidden,
+                           float* cell, int* taken) {
+    return simt::report([=] {
+        ResidentNetwork network = network_of(numbers);
+        const ResidentWeights needed = lay_out(network, fragments, floats);
+        skipnet::check(static_cast<int>(needed.fragments) == sizes[0] && static_cast<int>(needed.floats) == sizes[1],
+                       "weights: expected ", needed.fragments, " bytes and ", needed.floats, " floats, got ", sizes[0],
+                       " and ", sizes[1]);
+        ResidentPlan plan = plan_resident(network, batch, multiprocessors(), shared_memory);
+        if (images_at_a_time) {
+            plan.images = images_at_a_time;
+            plan.blocks = min(multiprocessors(), (batch + plan.images - 1) / plan.images);
+            plan.queues = plan.blocks * plan.images < batch;
+        }
+        run_resident(network, {batch, steps, images, forced, logits, gate_logits, probabilities, executed, hidden, cell,
+                               taken}, plan, nullptr);
+    });
+}
