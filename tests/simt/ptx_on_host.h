@@ -54,7 +54,9 @@ unsigned pack(float low, float high) {
 
 // ---- global memory
 
-inline uint4 load_read_only(const uint4* address) { return *address; }
+inline void load_read_only(uint4& value, const uint4* address, bool loads = true) {
+    if (loads) value = *address;
+}
 
 // ---- shared memory
 
