@@ -57,14 +57,15 @@ __device__ inline float from_float<float>(float x) {
     return x;
 }
 
-// ---- global memory that no one writes during the kernel, through L1
+// ---- global memory
 
-__device__ inline uint4 load_read_only(const uint4* address) {
-    uint4 value;
-    asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-        : "l"(address));
-    return value;
+// value = *address, if `loads`: by a predicate, not a branch. An ordinary load that stays on its side of a __syncwarp();
+// ptxas moves those through the read-only path (ld.global.nc) to the end of a stretch of code, where it is too late.
+__device__ inline void load_global(uint4& value, const uint4* address, bool loads = true) {
+    asm volatile(
+        "{.reg .pred loads; setp.ne.b32 loads, %5, 0; @loads ld.global.v4.u32 {%0, %1, %2, %3}, [%4];}"
+        : "+r"(value.x), "+r"(value.y), "+r"(value.z), "+r"(value.w)
+        : "l"(address), "r"(static_cast<int>(loads)));
 }
 
 // ---- shared memory

@@ -134,14 +134,14 @@ struct Weights {
         return static_cast<const uint4*>(fragments) + tile * kChunks * kTaps * 32 + lane;
     }
 
-    __device__ void load(const uint4* from, int chunk, int tap) {
-        of[chunk][tap] = load_read_only(from + (chunk * kTaps + tap) * 32);
+    __device__ void load(const uint4* from, int chunk, int tap, bool loads) {
+        load_global(of[chunk][tap], from + (chunk * kTaps + tap) * 32, loads);
     }
     __device__ void load(const uint4* from) {
 #pragma unroll
         for (int chunk = 0; chunk < kChunks; ++chunk)
 #pragma unroll
-            for (int tap = 0; tap < kTaps; ++tap) load(from, chunk, tap);
+            for (int tap = 0; tap < kTaps; ++tap) load(from, chunk, tap, true);
     }
 };
 
@@ -257,12 +257,13 @@ __device__ __forceinline__ void Walk<Element>::convolve(Weights<kIn, kKernel * k
                 // 8 channels.
                 unsigned rows[kSources][2];
                 const int column = kStride * (column0 + lane % 8) + dx - kKernel / 2;
+                const bool column_inside = static_cast<unsigned>(column) < static_cast<unsigned>(planes.from_width);
                 const int begin = kStride * row0 - kKernel / 2, offset = lane / 8 % 2;
 #pragma unroll
                 for (int s = 0; s < kSources; s += 2) {
                     const int row = begin + (s + offset) * kStep;
-                    const bool inside = static_cast<unsigned>(row) < static_cast<unsigned>(planes.from_height) &&
-                                        static_cast<unsigned>(column) < static_cast<unsigned>(planes.from_width);
+                    const bool inside =
+                        column_inside & (static_cast<unsigned>(row) < static_cast<unsigned>(planes.from_height));
                     const int byte = byte_of<kIn>(row, column, from_pitch, lane / 16) ^ chunk * 32;
                     unsigned four[4];
                     ldmatrix_x4(shared + (inside ? from + byte : kZeros), four);
@@ -283,8 +284,9 @@ __device__ __forceinline__ void Walk<Element>::convolve(Weights<kIn, kKernel * k
                         mma_m16n8k16<Element>(sum[p][0], a, b[0]);
                         mma_m16n8k16<Element>(sum[p][1], a, b[1]);
                     }
-                    if (refill) weights.load(next, chunk, tap);
+                    weights.load(next, chunk, tap, refill);
                 }
+                __syncwarp();  // keeps these loads here, among the products
             }
         }
 
@@ -391,8 +393,7 @@ __device__ __forceinline__ void Walk<Element>::run_group() {
                                                  warp % (kChannels / kChunk), lane)
                                      : nullptr;
     };
-    const Planes opening{map.x[kGroup], group.height, group.width, map.inner[kGroup], group.height, group.width};
-    const Planes closing{map.inner[kGroup], group.height, group.width, map.x[kGroup], group.height, group.width};
+    const int height = group.height, width = group.width;
 
     Inner weights;
     if (kEntry) enter_group<kGroup == 0 ? 1 : kGroup>();
@@ -402,7 +403,9 @@ __device__ __forceinline__ void Walk<Element>::run_group() {
         if (executing) {
             for (int number = block == 0 ? 0 : end - 2; number < end; ++number) {
                 const bool closes = number == end - 1;
-                convolve<kChannels, kChannels, 1, 3>(weights, fragments(number + 1), executing, closes ? closing : opening,
+                const Planes planes{closes ? map.inner[kGroup] : map.x[kGroup], height, width,
+                                    closes ? map.x[kGroup] : map.inner[kGroup], height, width};
+                convolve<kChannels, kChannels, 1, 3>(weights, fragments(number + 1), executing, planes,
                                                      group.inner_bias + number * kChannels, closes);
                 if (!closes) __syncthreads();
             }
@@ -629,10 +632,11 @@ void run_resident(const ResidentNetwork& network, const ResidentCall& call, cons
     check(plan.images >= 1 && plan.images <= kMostImages, "plan: expected 1 to ", kMostImages, " images, got ",
           plan.images);
     check(!plan.queues || call.taken, "taken: needed for ", call.batch, " images");
+    check(network.element != ElementType::float32, "element: expected 16 bits");
     if (call.batch == 0) return;
     const Map map = map_of(network, plan.images);
     const Grid grid{dim3(plan.blocks), dim3(kThreads), static_cast<std::size_t>(map.total)};
-    const auto kernel = network.precision == Precision::float16 ? resident<Half> : resident<Bfloat16>;
+    const auto kernel = network.element == ElementType::float16 ? resident<Half> : resident<Bfloat16>;
     launch("resident", kernel, grid, stream, network, call, map, plan.images);
 }
 

@@ -4,11 +4,10 @@
 #include <cstddef>
 
 #include "../gate.h"
+#include "element.h"
 #include "stream.h"
 
 namespace skipnet::cuda {
-
-enum class Precision { float16, bfloat16 };
 
 constexpr int kGroups = 3;      // of blocks, at most
 constexpr int kMostUnits = 32;  // of the embedding and of the LSTM: a warp's lanes
@@ -29,7 +28,7 @@ struct ResidentGroup {
 
 // Everything points to device memory.
 struct ResidentNetwork {
-    Precision precision;
+    ElementType element;       // float16 or bfloat16
     int in, height, width;     // of the images
     int groups, classes;
     const void* stem;

@@ -54,7 +54,7 @@ unsigned pack(float low, float high) {
 
 // ---- global memory
 
-inline void load_read_only(uint4& value, const uint4* address, bool loads = true) {
+inline void load_global(uint4& value, const uint4* address, bool loads = true) {
     if (loads) value = *address;
 }
 

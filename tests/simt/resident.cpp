@@ -9,7 +9,7 @@ namespace {
 // bfloat16, in, height, width, classes, embed, hidden, groups, blocks of each.
 ResidentNetwork network_of(const int* numbers) {
     ResidentNetwork network{};
-    network.precision = numbers[0] ? Precision::bfloat16 : Precision::float16;
+    network.element = numbers[0] ? ElementType::bfloat16 : ElementType::float16;
     network.in = numbers[1], network.height = numbers[2], network.width = numbers[3];
     network.classes = numbers[4], network.embed = numbers[5], network.hidden = numbers[6];
     network.groups = numbers[7];
