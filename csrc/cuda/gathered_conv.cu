@@ -316,8 +316,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksAtOnce) gathered_
             const unsigned char* stage = shared + step % kStages * Tile::kStageBytes;
             product.multiply(stage, stage + Tile::kBlockM * kChunks * kChunk);
         }
-        cp_async_wait<0>();
-        __syncthreads();  // the stages become the product's place
+        __syncthreads();  // the stages become the product's place; all of theirs has landed
         float* staging = reinterpret_cast<float*>(shared);
         product.store(staging);
         __syncthreads();
