@@ -32,18 +32,19 @@ SKIPNET_HD inline float lstm_gate(const Lstm& lstm, int k, const float* feature,
     return dot(lstm.hidden_weight + k * lstm.hidden, hidden, lstm.hidden, from_input);
 }
 
-// Unit k's new state from all of the gates' sums.
-SKIPNET_HD inline void lstm_unit(const Lstm& lstm, int k, const float* gates, float* hidden, float* cell) {
-    const int n = lstm.hidden;
-    const float kept = sigmoid(gates[n + k]) * cell[k];
-    cell[k] = kept + sigmoid(gates[k]) * tanhf(gates[2 * n + k]);
-    hidden[k] = sigmoid(gates[3 * n + k]) * tanhf(cell[k]);
+// One unit's new state from its four gates' sums.
+SKIPNET_HD inline void lstm_unit(float input, float forget, float candidate, float output, float& hidden, float& cell) {
+    const float kept = sigmoid(forget) * cell;
+    cell = kept + sigmoid(input) * tanhf(candidate);
+    hidden = sigmoid(output) * tanhf(cell);
 }
 
 // One image's LSTM step. `gates` is scratch, [4 * hidden].
 SKIPNET_HD inline void lstm_step(const Lstm& lstm, const float* feature, float* hidden, float* cell, float* gates) {
-    for (int k = 0; k < 4 * lstm.hidden; ++k) gates[k] = lstm_gate(lstm, k, feature, hidden);
-    for (int k = 0; k < lstm.hidden; ++k) lstm_unit(lstm, k, gates, hidden, cell);
+    const int n = lstm.hidden;
+    for (int k = 0; k < 4 * n; ++k) gates[k] = lstm_gate(lstm, k, feature, hidden);
+    for (int k = 0; k < n; ++k)
+        lstm_unit(gates[k], gates[n + k], gates[2 * n + k], gates[3 * n + k], hidden[k], cell[k]);
 }
 
 // Writes one image's decision.

@@ -61,7 +61,7 @@ struct Rnn {
         for (int k = lane; k < 4 * n; k += 32) gates[k] = lstm_gate(lstm, k, feature, h);
         __syncwarp();
         for (int k = lane; k < n; k += 32) {
-            lstm_unit(lstm, k, gates, h, c);
+            lstm_unit(gates[k], gates[n + k], gates[2 * n + k], gates[3 * n + k], h[k], c[k]);
             hidden[state + k] = h[k];
             cell[state + k] = c[k];
         }
