@@ -12,6 +12,7 @@
 #include "cpu/standalone.h"
 #ifdef SKIPNET_CUDA_ARCHS
 #include "cuda/devices.h"
+#include "cuda/resident.h"
 #endif
 
 namespace py = pybind11;
@@ -293,6 +294,72 @@ private:
     std::unique_ptr<cpu::Standalone> standalone_;
 };
 
+#ifdef SKIPNET_CUDA_ARCHS
+using Address = std::uintptr_t;  // of device memory
+
+template <typename T>
+T* pointer(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+cuda::ElementType element_of(const std::string& name) {
+    if (name == "float32") return cuda::ElementType::float32;
+    if (name == "float16") return cuda::ElementType::float16;
+    check(name == "bfloat16", "element: expected float32, float16 or bfloat16, got ", name);
+    return cuda::ElementType::bfloat16;
+}
+
+// A packed network on a GPU. Its weights belong to the caller.
+class CudaResident {
+public:
+    CudaResident(const std::string& element, int in, std::pair<int, int> image_size, int classes,
+                 const std::vector<int>& blocks, int embed, int hidden) {
+        check(!blocks.empty() && blocks.size() <= cuda::kGroups, "blocks: expected 1 to ", cuda::kGroups,
+              " groups, got ", blocks.size());
+        check(in >= 1 && in <= 16, "in: expected 1 to 16 channels, got ", in);
+        check(image_size.first >= 1 && image_size.second >= 1 && classes >= 1, "image_size, classes: expected 1 or more");
+        check(embed >= 0 && embed <= cuda::kMostUnits && hidden >= 0 && hidden <= cuda::kMostUnits && !embed == !hidden,
+              "embed, hidden: expected up to ", cuda::kMostUnits, ", got ", embed, " and ", hidden);
+        network_.element = element_of(element);
+        check(network_.element != cuda::ElementType::float32, "element: expected float16 or bfloat16, got float32");
+        network_.in = in, network_.height = image_size.first, network_.width = image_size.second;
+        network_.classes = classes, network_.embed = embed, network_.hidden = hidden;
+        network_.groups = static_cast<int>(blocks.size());
+        for (std::size_t group = 0; group < blocks.size(); ++group) {
+            check(blocks[group] >= 1, "blocks: expected 1 or more in a group, got ", blocks[group]);
+            network_.group[group].blocks = blocks[group];
+        }
+        cuda::lay_out(network_, nullptr, nullptr);
+    }
+
+    int shared_memory(int images) const { return cuda::resident_shared_memory(network_, images); }
+
+    void place(int device, Address fragments, std::size_t bytes, Address floats, std::size_t count) {
+        const cuda::ResidentWeights needed =
+            cuda::lay_out(network_, pointer<const void>(fragments), pointer<const float>(floats));
+        check(needed.fragments == bytes && needed.floats == count, "weights: expected ", needed.fragments, " bytes and ",
+              needed.floats, " floats, got ", bytes, " and ", count);
+        device_ = device;
+        limits_ = cuda::limits(device);
+    }
+
+    cuda::ResidentPlan plan(int batch) const {
+        return cuda::plan_resident(network_, batch, limits_.multiprocessors, limits_.shared_memory);
+    }
+
+    void run(const cuda::ResidentPlan& plan, const cuda::ResidentCall& call, Address stream) const {
+        check(device_ >= 0, "place: not called yet");
+        const cuda::CurrentDevice current(device_);
+        cuda::run_resident(network_, call, plan, pointer<CUstream_st>(stream));
+    }
+
+private:
+    cuda::ResidentNetwork network_{};
+    int device_ = -1;
+    cuda::Limits limits_{};
+};
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -365,6 +432,45 @@ PYBIND11_MODULE(_C, module) {
     module.def("cuda_devices", &cuda::devices,
                "Names and compute capabilities of the GPUs that the CUDA runtime sees. Raises RuntimeError with the "
                "runtime's own words where there is no usable driver.");
+    module.def(
+        "cuda_limits",
+        [](int device) {
+            const cuda::Limits limits = cuda::limits(device);
+            return std::make_pair(limits.multiprocessors, limits.shared_memory);
+        },
+        py::arg("device"), "A GPU's multiprocessors, and the bytes of shared memory that a block of threads can have.");
+
+    py::class_<cuda::ResidentPlan>(module, "ResidentPlan", "How a batch is spread over a GPU.")
+        .def(py::init<int, int, bool>(), py::arg("images"), py::arg("blocks"), py::arg("queues"))
+        .def_readonly("images", &cuda::ResidentPlan::images, "Images that a block of threads takes at a time.")
+        .def_readonly("blocks", &cuda::ResidentPlan::blocks)
+        .def_readonly("queues", &cuda::ResidentPlan::queues, "More images than fit at once: `taken` is needed.");
+    py::class_<CudaResident>(module, "CudaResident", "A whole CIFAR-scale network in one launch. Weights and arrays "
+                             "are addresses of device memory, as csrc/cuda/resident.h describes them.")
+        .def(py::init<const std::string&, int, std::pair<int, int>, int, const std::vector<int>&, int, int>(),
+             py::arg("element"), py::arg("in_channels"), py::arg("image_size"), py::arg("classes"), py::arg("blocks"),
+             py::arg("embed"), py::arg("hidden"))
+        .def("shared_memory", &CudaResident::shared_memory, py::arg("images"),
+             "Bytes for so many images in a block of threads.")
+        .def("place", &CudaResident::place, py::arg("device"), py::arg("fragments"), py::arg("bytes"),
+             py::arg("floats"), py::arg("count"), "Where the weights are; they have to stay there.")
+        .def("plan", &CudaResident::plan, py::arg("batch"))
+        .def(
+            "run",
+            [](const CudaResident& resident, const cuda::ResidentPlan& plan, int batch, int steps, Address images,
+               Address forced, Address logits, Address gate_logits, Address probabilities, Address executed,
+               Address hidden, Address cell, Address taken, Address stream) {
+                resident.run(plan,
+                             {batch, steps, pointer<const void>(images), pointer<const bool>(forced),
+                              pointer<void>(logits), pointer<float>(gate_logits), pointer<float>(probabilities),
+                              pointer<bool>(executed), pointer<float>(hidden), pointer<float>(cell),
+                              pointer<int>(taken)},
+                             stream);
+            },
+            py::arg("plan"), py::arg("batch"), py::arg("steps"), py::arg("images"), py::arg("forced"),
+            py::arg("logits"), py::arg("gate_logits"), py::arg("probabilities"), py::arg("executed"),
+            py::arg("hidden"), py::arg("cell"), py::arg("taken"), py::arg("stream"),
+            "Images to logits and decisions on a stream; `forced` and `taken` may be 0.");
 #else
     module.attr("cuda_archs") = "";
 #endif

@@ -7,11 +7,11 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from golden.seeded import seeded_images
 from networks import plain_logits, relative_error, with_seeded_weights
 from simt import SimtError, library
 
 import skipnet_rt as srt
-from golden.seeded import seeded_images
 from skipnet_rt import SkipNetArch
 from skipnet_rt.engines.cuda_resident import ResidentWeights
 from skipnet_rt.packing import pack
@@ -86,7 +86,7 @@ def routings(name, batch):
 
 
 def check(name, dtype, images, routing, result):
-    """Against float64 on the same route: logits within twice plain PyTorch's error, gates within the dtype's epsilon."""
+    """Against float64 on the same route: logits within twice plain PyTorch's error, gates by the dtype's epsilon."""
     logits, gate_logits, probabilities, executed, hidden, cell = result
     gates = NETWORKS[name].num_gates
     route = executed[:, :gates]
@@ -175,7 +175,7 @@ def test_an_image_with_nan_gets_nan_and_spoils_no_other():
 
 
 def test_an_image_that_does_not_fit_is_refused():
-    with pytest.raises(SimtError, match="image: 32 x 32 needs .* bytes of shared memory, the device has 65536"):
+    with pytest.raises(SimtError, match=r"image: 32 x 32 needs .* bytes of shared memory, the device has 65536"):
         simulate(model("14"), images_of("14", 1), torch.float16, shared=65536)
 
 

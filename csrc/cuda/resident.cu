@@ -481,9 +481,7 @@ __device__ __forceinline__ float Walk<Element>::rnn_gate(int i) {
         gates.z += from.z * x;
         gates.w += from.w * x;
     }
-    const float kept = sigmoid(gates.y) * cell;
-    cell = kept + sigmoid(gates.x) * tanhf(gates.z);
-    hidden = sigmoid(gates.w) * tanhf(cell);
+    lstm_unit(gates.x, gates.y, gates.z, gates.w, hidden, cell);
     const auto* projection = reinterpret_cast<const float*>(lstm + (embed + units + 1) * units);
     return warp_sum(lane < units ? projection[lane] * hidden : 0.0f) + projection[units];
 }

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from skipnet_rt import _C
 from skipnet_rt.arch import SkipNetArch
 from skipnet_rt.engines.cpu import CpuEngine
+from skipnet_rt.engines.cuda import CudaEngine
 from skipnet_rt.engines.eager import EagerEngine
 from skipnet_rt.engines.engine import Availability, Engine
 
-REGISTRY: dict[str, type[Engine]] = {engine.name: engine for engine in (CpuEngine, EagerEngine)}
+REGISTRY: dict[str, type[Engine]] = {engine.name: engine for engine in (CudaEngine, CpuEngine, EagerEngine)}
 """Engines by name, in the order in which ``"auto"`` prefers them."""
 
 # Engines that the design has and this version has not: named, so that asking for one is answered.
 _TO_COME = {
-    "cuda": f"this version has no CUDA engine yet (CUDA sources {_C.cuda_build})",
     "triton": "this version has no Triton engine yet",
 }
 

@@ -6,11 +6,16 @@ The walk and its rooms are in csrc/cuda/resident.cu; here weights are laid out a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from skipnet_rt import _C
+from skipnet_rt.arch import SkipNetArch
+from skipnet_rt.engines.cuda import CudaEngine
+from skipnet_rt.engines.engine import Decisions, EnginePass
 from skipnet_rt.packing import PackedConvolution, PackedEmbedding, PackedNetwork
 
 WIDTHS = (16, 32, 64)
@@ -75,3 +80,87 @@ class ResidentWeights:
         head = F.pad(network.head_weight.float(), (0, channels - network.head_weight.shape[1]))
         floats += [head.t().flatten(), network.head_bias.float()]
         return cls(torch.cat(convolutions), torch.cat(floats))
+
+
+def _native(arch: SkipNetArch, dtype: torch.dtype) -> _C.CudaResident:
+    embed, hidden = (arch.embed_dim, arch.hidden_dim) if arch.gate == "rnn" else (0, 0)
+    return _C.CudaResident(str(dtype).removeprefix("torch."), arch.in_channels, arch.image_size, arch.num_classes,
+                           list(arch.depths), embed, hidden)
+
+
+class ResidentCudaEngine(CudaEngine):
+    """One launch for a batch; a call allocates its results and nothing else.
+
+    Args:
+        network: what :meth:`misfit` has nothing against.
+        images: that a block of threads takes at a time, where the batch does not decide it. Results do not depend on
+            it; for measurements.
+    """
+
+    def __init__(self, network: PackedNetwork, images: int | None = None) -> None:
+        super().__init__(network)
+        self._weights = ResidentWeights.of(network)
+        self._native = _native(network.arch, network.dtype)
+        self._images = images
+        place, weights = network.device, self._weights
+        self._native.place(torch.cuda.current_device() if place.index is None else place.index,
+                           weights.fragments.data_ptr(), weights.fragments.nbytes, weights.floats.data_ptr(),
+                           len(weights.floats))
+
+    @property
+    def memory(self) -> int:
+        return super().memory + self._weights.fragments.nbytes + self._weights.floats.nbytes
+
+    @staticmethod
+    def misfit(arch: SkipNetArch, device: torch.device) -> str | None:
+        """Why a network is none for the resident strategy on a GPU, or None."""
+        elsewhere = 'engine="triton" takes it'
+        if arch.stem != "cifar" or arch.block != "basic":
+            return f"it takes CIFAR-scale networks of basic blocks; {elsewhere}"
+        if arch.gate not in ("rnn", "none"):
+            return f"it has no feed-forward gates; {elsewhere}"
+        if len(arch.widths) > len(WIDTHS) or any(own > most for own, most in zip(arch.widths, WIDTHS, strict=False)):
+            return f"it computes groups of up to {', '.join(map(str, WIDTHS))} channels, not {arch.widths}; {elsewhere}"
+        if arch.in_channels > 16 or max(arch.embed_dim, arch.hidden_dim) > 32:
+            return (f"it takes images of up to 16 channels and gates of up to 32 units, not {arch.in_channels} and "
+                    f"{max(arch.embed_dim, arch.hidden_dim)}; {elsewhere}")
+        needed = _native(arch, torch.float16).shared_memory(1)
+        _, there = _C.cuda_limits(torch.cuda.current_device() if device.index is None else device.index)
+        if needed > there:
+            return f"an image needs {needed} bytes of shared memory, {device} has {there}; {elsewhere}"
+        return None
+
+    def begin(self, batch: int, steps: int, routing: Tensor | None) -> Decisions:
+        """Decisions that are not written yet: the kernel fills all of them."""
+        arch, device = self.network.arch, self.network.device
+        units = arch.hidden_dim if arch.gate == "rnn" else 0
+        options: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        return Decisions(
+            gate_logits=torch.empty(steps, batch, **options),
+            probabilities=torch.empty(steps, batch, **options),
+            executed=torch.empty(steps, batch, dtype=torch.bool, device=device),
+            hidden=torch.empty(batch, units, **options),
+            cell=torch.empty(batch, units, **options),
+            forced=None if routing is None else routing.t().contiguous(),
+        )
+
+    def plan(self, batch: int) -> _C.ResidentPlan:
+        """How a batch is spread over the device."""
+        plan = self._native.plan(batch)
+        if self._images is None:
+            return plan
+        blocks = min(_C.cuda_limits(self.network.device.index or 0)[0], -(-batch // self._images))
+        return _C.ResidentPlan(self._images, blocks, blocks * self._images < batch)
+
+    def run(self, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
+        batch, device = len(images), self.network.device
+        plan = self.plan(batch)
+        decisions = self.begin(batch, steps, routing)
+        logits = torch.empty(batch, self.network.arch.num_classes, dtype=self.network.dtype, device=device)
+        taken = torch.zeros(1, dtype=torch.int32, device=device) if plan.queues else None
+        self._native.run(
+            plan, batch, steps, images.data_ptr(), 0 if decisions.forced is None else decisions.forced.data_ptr(),
+            logits.data_ptr(), decisions.gate_logits.data_ptr(), decisions.probabilities.data_ptr(),
+            decisions.executed.data_ptr(), decisions.hidden.data_ptr(), decisions.cell.data_ptr(),
+            0 if taken is None else taken.data_ptr(), torch.cuda.current_stream(device).cuda_stream)
+        return EnginePass(logits, decisions)
