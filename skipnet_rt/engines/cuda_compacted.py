@@ -1,0 +1,145 @@
+"""The GPU's compacted strategy: any network, block by block on the executing images, without asking the host.
+
+The walk and its rooms are in csrc/cuda/compacted.cu; here a network is described and its weights are laid out as it
+reads them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from skipnet_rt import _C
+from skipnet_rt.engines.cuda import CudaEngine
+from skipnet_rt.engines.engine import EnginePass
+from skipnet_rt.packing import PackedConvolution, PackedEmbedding, PackedFeedforwardGate, PackedNetwork
+
+Shape = tuple[int, int, int, int]
+"""A convolution's input channels, output channels, kernel and stride. Its padding is half of the kernel."""
+
+
+def _padded(channels: int) -> int:
+    """Channels are computed in multiples of 8, with zero weights for those that there are not."""
+    return -(-channels // 8) * 8
+
+
+def _shape(layer: PackedConvolution) -> Shape:
+    out_channels, in_channels, kernel, _ = layer.weight.shape
+    assert layer.padding == kernel // 2
+    return _padded(in_channels), _padded(out_channels), kernel, layer.stride
+
+
+def _weight(layer: PackedConvolution) -> Tensor:
+    """``[out, kernel, kernel, in]``, flat."""
+    out_channels, in_channels, _, _ = layer.weight.shape
+    missing = (0, 0, 0, 0, 0, _padded(in_channels) - in_channels, 0, _padded(out_channels) - out_channels)
+    return F.pad(layer.weight, missing).permute(0, 2, 3, 1).flatten()
+
+
+def _filled(values: Tensor) -> Tensor:
+    """Float32, flat, zeros up to a multiple of 8."""
+    return F.pad(values.float().flatten(), (0, -values.numel() % 8))
+
+
+@dataclass(frozen=True)
+class Description:
+    """A network without its weights, as csrc/cuda/compacted.h has it.
+
+    Attributes:
+        in_channels, image_size: of the images.
+        stem_pools, gates_pool: whether a max pool follows the stem, comes first in a gate.
+        stem, head: the first convolution, and the classifier as one.
+        blocks: each one's convolutions, and its projection (one or none).
+        embed, hidden, projection_bias: RNNGate's sizes and last bias; 0 without.
+        gates: feed-forward gates: each one's convolutions and last bias.
+    """
+
+    in_channels: int
+    image_size: tuple[int, int]
+    stem_pools: bool
+    gates_pool: bool
+    stem: Shape
+    blocks: list[tuple[list[Shape], list[Shape]]]
+    head: Shape
+    embed: int
+    hidden: int
+    projection_bias: float
+    gates: list[tuple[list[Shape], float]]
+
+    @classmethod
+    def of(cls, network: PackedNetwork) -> Description:
+        """What a packed network looks like."""
+        arch, lstm = network.arch, network.lstm
+        gates = [gate for gate in network.gates if isinstance(gate, PackedFeedforwardGate)]
+        return cls(
+            arch.in_channels, arch.image_size, arch.stem == "imagenet", any(gate.max_pool for gate in gates),
+            _shape(network.stem),
+            [([*map(_shape, block.convolutions)], [] if block.projection is None else [_shape(block.projection)])
+             for block in network.blocks],
+            (_padded(network.head_weight.shape[1]), _padded(network.head_weight.shape[0]), 1, 1),
+            0 if lstm is None else lstm.input_weight.shape[1], 0 if lstm is None else len(lstm.projection_weight),
+            0.0 if lstm is None else lstm.projection_bias.item(),
+            [([*map(_shape, gate.convolutions)], gate.bias.item()) for gate in gates])
+
+
+@dataclass(frozen=True)
+class CompactedWeights:
+    """A network's weights in the order of ``lay_out`` in csrc/cuda/compacted.cu.
+
+    Attributes:
+        elements: of its convolutions, in the network's dtype, flat.
+        floats: biases, classifier and gates, float32, flat.
+    """
+
+    elements: Tensor
+    floats: Tensor
+
+    @classmethod
+    def of(cls, network: PackedNetwork) -> CompactedWeights:
+        """A packed network's weights."""
+        layers = [network.stem]
+        for block in network.blocks:
+            layers += [*block.convolutions, *([] if block.projection is None else [block.projection])]
+        head = PackedConvolution(network.head_weight[:, :, None, None], network.head_bias, 1, 0)
+        floats = [_filled(layer.bias) for layer in layers] + [_filled(_weight(head)), _filled(head.bias)]
+        for gate in network.gates:
+            if isinstance(gate, PackedEmbedding):
+                channels = gate.weight.shape[1]
+                floats += [_filled(F.pad(gate.weight, (0, _padded(channels) - channels))), _filled(gate.bias)]
+            else:
+                for layer in gate.convolutions:
+                    floats += [_filled(_weight(layer)), _filled(layer.bias)]
+                floats.append(_filled(gate.weight))
+        if lstm := network.lstm:
+            floats += map(_filled, (lstm.input_weight, lstm.hidden_weight, lstm.bias, lstm.projection_weight))
+        return cls(torch.cat([_weight(layer) for layer in layers]), torch.cat(floats))
+
+
+class CompactedCudaEngine(CudaEngine):
+    """Some ten launches a block; a call allocates its results and one workspace."""
+
+    def __init__(self, network: PackedNetwork) -> None:
+        super().__init__(network)
+        self._weights = CompactedWeights.of(network)
+        device = network.device
+        self._native = _C.CudaCompacted(
+            torch.cuda.current_device() if device.index is None else device.index,
+            str(network.dtype).removeprefix("torch."), **vars(Description.of(network)),
+            elements=self._weights.elements.data_ptr(), elements_count=len(self._weights.elements),
+            floats=self._weights.floats.data_ptr(), floats_count=len(self._weights.floats))
+
+    def run(self, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
+        batch, device = len(images), self.network.device
+        decisions = self.begin(batch, steps, routing)
+        workspace = torch.empty(self._native.workspace_bytes(batch), dtype=torch.uint8, device=device)
+        classes = self.network.arch.num_classes
+        logits = torch.empty(batch, _padded(classes), device=device)
+        self._native.run(
+            batch, steps, images.data_ptr(), 0 if decisions.forced is None else decisions.forced.data_ptr(),
+            logits.data_ptr(), decisions.gate_logits.data_ptr(), decisions.probabilities.data_ptr(),
+            decisions.executed.data_ptr(), decisions.hidden.data_ptr(), decisions.cell.data_ptr(),
+            workspace.data_ptr(), torch.cuda.current_stream(device).cuda_stream)
+        return EnginePass(logits[:, :classes].to(self.network.dtype).contiguous(), decisions)
