@@ -77,7 +77,7 @@ def compile_all(jobs: int = 2) -> list[Kernel]:
 
 
 def table(kernels: list[Kernel]) -> str:
-    """Markdown: the budget, which is the most registers on any architecture in the hardware's units of 8; each one's."""
+    """Markdown: the budget, which is the most registers anywhere in the hardware's units of 8, and each count."""
     archs = list(dict.fromkeys(kernel.arch for kernel in kernels))
     lines = ["| kernel | budget | " + " | ".join(f"sm_{arch}" for arch in archs) + " |",
              "|---|---|" + "---|" * len(archs)]

@@ -1,4 +1,4 @@
-"""The CUDA sources compile for every architecture without a warning, and no kernel takes more than docs/cuda.md says."""
+"""The CUDA sources compile for every architecture without a warning; no kernel takes more than docs/cuda.md says."""
 
 import pytest
 from cuda_resources import ROOT, TABLE_ROW, compile_all, find_nvcc
