@@ -62,14 +62,15 @@ def simulate(net, images, dtype, *, routing=None, last_gate=False, seed=0, at_a_
     numbers = np.array([dtype == torch.bfloat16, arch.in_channels, *arch.image_size, arch.num_classes, embed,
                         hidden_dim, len(arch.depths), *arch.depths], np.int32)
     sizes = np.array([2 * len(weights.fragments), len(weights.floats)], np.int32)
-    forced = None if routing is None else resident.array(routing.t().contiguous().numpy())
+    strides = (0, 0) if routing is None else (0, 1) if routing.dim() == 1 else (arch.num_gates, 1)
+    forced = None if routing is None else resident.array(routing.contiguous().numpy())
     logits = resident.empty((batch, arch.num_classes), np.uint16)
     gate_logits, probabilities = resident.empty((steps, batch)), resident.empty((steps, batch))
     executed = resident.empty((steps, batch), np.uint8)
     hidden, cell = resident.empty((batch, hidden_dim)), resident.empty((batch, hidden_dim))
     resident("run", numbers, resident.array(as_array(weights.fragments)), resident.array(as_array(weights.floats)),
-             sizes, shared, at_a_time, batch, steps, resident.array(as_array(images.to(dtype))), forced, logits,
-             gate_logits, probabilities, executed, hidden, cell, resident.array(np.zeros(1, np.int32)))
+             sizes, shared, at_a_time, batch, steps, resident.array(as_array(images.to(dtype))), forced, *strides,
+             logits, gate_logits, probabilities, executed, hidden, cell, resident.array(np.zeros(1, np.int32)))
     assert np.isin(executed, (0, 1)).all()
     return (torch.from_numpy(logits.copy()).view(dtype),
             *(torch.from_numpy(value.copy()).t() for value in (gate_logits, probabilities)),
@@ -161,6 +162,12 @@ def test_a_skipped_block_leaves_no_trace(name):
     nobody = torch.zeros_like(routing)
     assert same_bits(simulate(poisoned, images, torch.bfloat16, routing=nobody),
                      simulate(model(name), images, torch.bfloat16, routing=nobody))
+
+
+def test_one_route_for_all_images():
+    images, route = images_of("narrow", 3), torch.tensor([True, False, False, True, True, False])
+    assert same_bits(simulate(model("narrow"), images, torch.bfloat16, routing=route),
+                     simulate(model("narrow"), images, torch.bfloat16, routing=route.expand(3, 6)))
 
 
 def test_an_image_with_nan_gets_nan_and_spoils_no_other():

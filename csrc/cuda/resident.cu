@@ -499,7 +499,9 @@ __device__ __forceinline__ void Walk<Element>::gate_step() {
                 const std::size_t at = static_cast<std::size_t>(index) * call.batch + first + warp;
                 const float probability = sigmoid(logit);
                 const bool is_forced = call.forced && index < blocks - 1;
-                const bool next = is_forced ? call.forced[at] : executes(probability);
+                const bool next = is_forced ? call.forced[static_cast<std::size_t>(first + warp) * call.forced_image +
+                                                          index * call.forced_gate]
+                                            : executes(probability);
                 call.gate_logits[at] = logit;
                 call.probabilities[at] = probability;
                 call.executed[at] = next;

@@ -43,7 +43,8 @@ struct ResidentNetwork {
 struct ResidentCall {
     int batch, steps;       // gates to evaluate: blocks - 1, or one more; 0 in a dense network
     const void* images;     // [batch, in, height, width]
-    const bool* forced;     // [blocks - 1, batch], or null
+    const bool* forced;     // [batch, blocks - 1], or null
+    int forced_image, forced_gate;  // strides: decisions may be the same for all images
     void* logits;           // [batch, classes]
     float* gate_logits;     // [steps, batch]
     float* probabilities;   // [steps, batch]

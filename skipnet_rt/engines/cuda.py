@@ -1,4 +1,4 @@
-"""The CUDA engine: what it takes, and on which GPUs."""
+"""The CUDA engine: which strategy takes which network, and on which GPUs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from skipnet_rt.packing import PackedNetwork
 
 
 class CudaEngine(Engine):
-    """Resident for CIFAR-scale networks; see the file of this name."""
+    """Resident for CIFAR-scale networks in 16 bits, compacted for the others; see the files of these names."""
 
     name = "cuda"
     devices = ("cuda",)
-    dtypes = (torch.float16, torch.bfloat16)
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
 
     @classmethod
     def availability(cls) -> Availability:
@@ -39,19 +39,19 @@ class CudaEngine(Engine):
     def objection(cls, architecture: SkipNetArch, device: torch.device, dtype: torch.dtype) -> str | None:
         if objection := super().objection(architecture, device, dtype):
             return objection
-        from skipnet_rt.engines.cuda_resident import ResidentCudaEngine
-
         properties = torch.cuda.get_device_properties(device)
         capability = f"{properties.major}.{properties.minor}"
         if not built_for(capability):
             return f"CUDA sources {_C.cuda_build}, {device} has compute capability {capability}"
-        return ResidentCudaEngine.misfit(architecture, device)
+        return None
 
     @classmethod
     def build(cls, network: PackedNetwork) -> Engine:
+        from skipnet_rt.engines.cuda_compacted import CompactedCudaEngine
         from skipnet_rt.engines.cuda_resident import ResidentCudaEngine
 
-        return ResidentCudaEngine(network)
+        resident = ResidentCudaEngine.misfit(network.arch, network.device, network.dtype) is None
+        return (ResidentCudaEngine if resident else CompactedCudaEngine)(network)
 
 
 def built_for(capability: str) -> bool:

@@ -82,6 +82,10 @@ class ResidentWeights:
         return cls(torch.cat(convolutions), torch.cat(floats))
 
 
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 def _native(arch: SkipNetArch, dtype: torch.dtype) -> _C.CudaResident:
     embed, hidden = (arch.embed_dim, arch.hidden_dim) if arch.gate == "rnn" else (0, 0)
     return _C.CudaResident(str(dtype).removeprefix("torch."), arch.in_channels, arch.image_size, arch.num_classes,
@@ -102,33 +106,34 @@ class ResidentCudaEngine(CudaEngine):
         self._weights = ResidentWeights.of(network)
         self._native = _native(network.arch, network.dtype)
         self._images = images
-        place, weights = network.device, self._weights
-        self._native.place(torch.cuda.current_device() if place.index is None else place.index,
-                           weights.fragments.data_ptr(), weights.fragments.nbytes, weights.floats.data_ptr(),
-                           len(weights.floats))
+        weights = self._weights
+        self._native.place(_index(network.device), weights.fragments.data_ptr(), weights.fragments.nbytes,
+                           weights.floats.data_ptr(), len(weights.floats))
+        torch.cuda.current_stream(network.device).synchronize()  # the weights are there for every stream's calls
 
     @property
     def memory(self) -> int:
         return super().memory + self._weights.fragments.nbytes + self._weights.floats.nbytes
 
     @staticmethod
-    def misfit(arch: SkipNetArch, device: torch.device) -> str | None:
+    def misfit(arch: SkipNetArch, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why a network is none for the resident strategy on a GPU, or None."""
-        elsewhere = 'engine="triton" takes it'
-        if arch.stem != "cifar" or arch.block != "basic":
-            return f"it takes CIFAR-scale networks of basic blocks; {elsewhere}"
-        if arch.gate not in ("rnn", "none"):
-            return f"it has no feed-forward gates; {elsewhere}"
+        if dtype not in (torch.float16, torch.bfloat16):
+            return f"it computes in 16 bits, not in {dtype}"
+        if arch.stem != "cifar" or arch.block != "basic" or arch.gate not in ("rnn", "none"):
+            return "it takes CIFAR-scale networks of basic blocks without feed-forward gates"
         if len(arch.widths) > len(WIDTHS) or any(own > most for own, most in zip(arch.widths, WIDTHS, strict=False)):
-            return f"it computes groups of up to {', '.join(map(str, WIDTHS))} channels, not {arch.widths}; {elsewhere}"
+            return f"it computes groups of up to {', '.join(map(str, WIDTHS))} channels, not {arch.widths}"
         if arch.in_channels > 16 or max(arch.embed_dim, arch.hidden_dim) > 32:
             return (f"it takes images of up to 16 channels and gates of up to 32 units, not {arch.in_channels} and "
-                    f"{max(arch.embed_dim, arch.hidden_dim)}; {elsewhere}")
-        needed = _native(arch, torch.float16).shared_memory(1)
-        _, there = _C.cuda_limits(torch.cuda.current_device() if device.index is None else device.index)
-        if needed > there:
-            return f"an image needs {needed} bytes of shared memory, {device} has {there}; {elsewhere}"
-        return None
+                    f"{max(arch.embed_dim, arch.hidden_dim)}")
+        needed = _native(arch, dtype).shared_memory(1)
+        _, there = _C.cuda_limits(_index(device))
+        return f"an image needs {needed} bytes of shared memory, {device} has {there}" if needed > there else None
+
+    def fits(self, images: int) -> bool:
+        """Whether a block of threads can take so many images at a time."""
+        return self._native.shared_memory(images) <= _C.cuda_limits(_index(self.network.device))[1]
 
     def begin(self, batch: int, steps: int, routing: Tensor | None) -> Decisions:
         """Decisions that are not written yet: the kernel fills all of them."""
@@ -141,7 +146,7 @@ class ResidentCudaEngine(CudaEngine):
             executed=torch.empty(steps, batch, dtype=torch.bool, device=device),
             hidden=torch.empty(batch, units, **options),
             cell=torch.empty(batch, units, **options),
-            forced=None if routing is None else routing.t().contiguous(),
+            forced=None if routing is None else routing.t(),
         )
 
     def plan(self, batch: int) -> _C.ResidentPlan:
@@ -149,7 +154,7 @@ class ResidentCudaEngine(CudaEngine):
         plan = self._native.plan(batch)
         if self._images is None:
             return plan
-        blocks = min(_C.cuda_limits(self.network.device.index or 0)[0], -(-batch // self._images))
+        blocks = min(_C.cuda_limits(_index(self.network.device))[0], -(-batch // self._images))
         return _C.ResidentPlan(self._images, blocks, blocks * self._images < batch)
 
     def run(self, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
@@ -158,9 +163,9 @@ class ResidentCudaEngine(CudaEngine):
         decisions = self.begin(batch, steps, routing)
         logits = torch.empty(batch, self.network.arch.num_classes, dtype=self.network.dtype, device=device)
         taken = torch.zeros(1, dtype=torch.int32, device=device) if plan.queues else None
+        forced, strides = (0, (0, 0)) if routing is None else (routing.data_ptr(), routing.stride())
         self._native.run(
-            plan, batch, steps, images.data_ptr(), 0 if decisions.forced is None else decisions.forced.data_ptr(),
-            logits.data_ptr(), decisions.gate_logits.data_ptr(), decisions.probabilities.data_ptr(),
-            decisions.executed.data_ptr(), decisions.hidden.data_ptr(), decisions.cell.data_ptr(),
+            plan, batch, steps, images.data_ptr(), forced, strides, logits.data_ptr(),
+            decisions.gate_logits.data_ptr(), decisions.probabilities.data_ptr(), decisions.executed.data_ptr(), decisions.hidden.data_ptr(), decisions.cell.data_ptr(),
             0 if taken is None else taken.data_ptr(), torch.cuda.current_stream(device).cuda_stream)
         return EnginePass(logits, decisions)

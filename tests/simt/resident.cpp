@@ -29,9 +29,9 @@ extern "C" const char* shared_memory_of(const int* numbers, int images, int* byt
 
 // Runs a network; `images_at_a_time` 0 leaves the plan to the launcher. `sizes` is what the weights have to take.
 extern "C" const char* run(const int* numbers, const void* fragments, const float* floats, const int* sizes /* [2] */,
-                           int shared_memory, int images_at_a_time, int batch, int steps, const void* images, const bool* forced,
-                           void* logits, float* gate_logits, float* probabilities, bool* executed, float* hidden,
-                           float* cell, int* taken) {
+                           int shared_memory, int images_at_a_time, int batch, int steps, const void* images,
+                           const bool* forced, int forced_image, int forced_gate, void* logits, float* gate_logits,
+                           float* probabilities, bool* executed, float* hidden, float* cell, int* taken) {
     return simt::report([=] {
         ResidentNetwork network = network_of(numbers);
         const ResidentWeights needed = lay_out(network, fragments, floats);
@@ -44,7 +44,7 @@ extern "C" const char* run(const int* numbers, const void* fragments, const floa
             plan.blocks = min(multiprocessors(), (batch + plan.images - 1) / plan.images);
             plan.queues = plan.blocks * plan.images < batch;
         }
-        run_resident(network, {batch, steps, images, forced, logits, gate_logits, probabilities, executed, hidden, cell,
+        run_resident(network, {batch, steps, images, forced, forced_image, forced_gate, logits, gate_logits, probabilities, executed, hidden, cell,
                                taken}, plan, nullptr);
     });
 }
