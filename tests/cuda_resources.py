@@ -83,7 +83,7 @@ def table(kernels: list[Kernel]) -> str:
              "|---|---|" + "---|" * len(archs)]
     for name in sorted({kernel.name for kernel in kernels}):
         counts = {kernel.arch: kernel.registers for kernel in kernels if kernel.name == name}
-        lines.append(f"| `{name}` | {-(-max(counts.values()) // 8) * 8} | "
+        lines.append(f"| `{name}` | {min(255, -(-max(counts.values()) // 8) * 8)} | "
                      + " | ".join(str(counts.get(arch, "")) for arch in archs) + " |")
     return "\n".join(lines)
 

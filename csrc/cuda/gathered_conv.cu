@@ -41,6 +41,7 @@ struct Tile {
     static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0, "a warp's part consists of pairs of 16x8 products");
     static_assert(blockM % kPooledPixels == 0 && kPooledPixels % kRowsAtOnce == 0, "pooled tiles are whole");
     static_assert(blockM * kChunks % kThreads == 0 && blockN * kChunks % kThreads == 0, "every thread loads as much");
+    static_assert(kSharedBytes <= 99 * 1024, "what a block can have on every architecture");
     static_assert(kBlockN <= kThreads, "a thread finishes a column's pooled sum");
 };
 
