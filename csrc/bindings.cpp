@@ -566,7 +566,7 @@ PYBIND11_MODULE(_C, module) {
             py::arg("batch"), py::arg("steps"), py::arg("images"), py::arg("forced"), py::arg("logits"),
             py::arg("gate_logits"), py::arg("probabilities"), py::arg("executed"), py::arg("hidden"), py::arg("cell"),
             py::arg("workspace"), py::arg("stream"),
-            "Images to logits and decisions on a stream; `forced` may be 0, `hidden` and `cell` come zero.");
+            "Images to logits and decisions on a stream; `forced` may be 0.");
 
     // The kernels by themselves, for skipnet_rt.kernels.cuda, which checks what comes.
     module.def(

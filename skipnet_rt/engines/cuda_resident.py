@@ -163,9 +163,11 @@ class ResidentCudaEngine(CudaEngine):
         decisions = self.begin(batch, steps, routing)
         logits = torch.empty(batch, self.network.arch.num_classes, dtype=self.network.dtype, device=device)
         taken = torch.zeros(1, dtype=torch.int32, device=device) if plan.queues else None
-        forced, strides = (0, (0, 0)) if routing is None else (routing.data_ptr(), routing.stride())
+        forced, strides = (0, (0, 0)) if routing is None else (
+            routing.data_ptr(), (routing.stride(0), routing.stride(1)))
         self._native.run(
             plan, batch, steps, images.data_ptr(), forced, strides, logits.data_ptr(),
-            decisions.gate_logits.data_ptr(), decisions.probabilities.data_ptr(), decisions.executed.data_ptr(), decisions.hidden.data_ptr(), decisions.cell.data_ptr(),
-            0 if taken is None else taken.data_ptr(), torch.cuda.current_stream(device).cuda_stream)
+            decisions.gate_logits.data_ptr(), decisions.probabilities.data_ptr(), decisions.executed.data_ptr(),
+            decisions.hidden.data_ptr(), decisions.cell.data_ptr(), 0 if taken is None else taken.data_ptr(),
+            torch.cuda.current_stream(device).cuda_stream)
         return EnginePass(logits, decisions)
