@@ -55,7 +55,7 @@ class Compacted:
         logits = empty((batch, self.description.head[1]))
         gate_logits, probabilities, executed = (empty((steps, batch)), empty((steps, batch)),
                                                 empty((steps, batch), np.bool_))
-        state = [place(np.zeros((batch, self.description.hidden), np.float32)) for _ in range(2)]
+        state = [empty((batch, self.description.hidden)) for _ in range(2)]
         native("run", self.numbers, self.biases, place(bits(self.weights.elements)), place(self.weights.floats.numpy()),
                batch, steps, place(bits(images.to(self.network.dtype))),
                None if routing is None else place(np.ascontiguousarray(routing.numpy().T)), logits, gate_logits,

@@ -24,12 +24,14 @@ Grid pointwise_grid(std::int64_t threads) {
     return {static_cast<unsigned>((threads + kPointwiseThreads - 1) / kPointwiseThreads), kPointwiseThreads};
 }
 
-// Images [batch, in, pixels] to channels-last [batch, pixels, padded], zeros for the channels that there are not.
+// What a call begins with: images [batch, in, pixels] to channels-last [batch, pixels, padded], zeros for the channels
+// that there are not; and zeros where the gates need them.
 template <typename Element>
-__global__ void channels_last_kernel(const Element* images, std::int64_t batch, int in, int pixels, int padded,
-                                     Element* y, int* arrivals) {
+__global__ void begin_kernel(const Element* images, std::int64_t batch, int in, int pixels, int padded, Element* y,
+                             float* hidden, float* cell, int units, int* arrivals) {
     const std::int64_t place = global_thread();
-    if (place == 0) *arrivals = 0;  // gate_step's scratch, before its first call
+    if (place == 0) *arrivals = 0;
+    if (place < batch * units) hidden[place] = cell[place] = 0.0f;
     if (place >= batch * pixels) return;
     const Element* from = images + place / pixels * in * pixels + place % pixels;
     for (int channel = 0; channel < padded; ++channel)
@@ -202,9 +204,11 @@ public:
 private:
     void stem() {
         const Image images{network_.height, network_.width, network_.stem.in};
-        launch("channels_last", channels_last_kernel<Element>, pointwise_grid(call_.batch * images.pixels()), stream_,
-               static_cast<const Element*>(call_.images), static_cast<std::int64_t>(call_.batch), network_.in,
-               static_cast<int>(images.pixels()), images.channels, static_cast<Element*>(work_.inner), work_.arrivals);
+        const std::int64_t batch = call_.batch, units = network_.lstm.hidden;
+        launch("begin", begin_kernel<Element>, pointwise_grid(batch * std::max(images.pixels(), units)), stream_,
+               static_cast<const Element*>(call_.images), batch, network_.in, static_cast<int>(images.pixels()),
+               images.channels, static_cast<Element*>(work_.inner), call_.hidden, call_.cell, static_cast<int>(units),
+               work_.arrivals);
         shape_ = convolved(network_.stem, images);
         void* y = network_.stem_pools ? work_.next : work_.x;
         convolve(network_.stem, images, {.relu = true, .x = work_.inner, .y = y});

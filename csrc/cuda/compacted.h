@@ -45,8 +45,8 @@ struct CompactedCall {
     float* gate_logits;     // [steps, batch]
     float* probabilities;   // [steps, batch]
     bool* executed;         // [steps, batch]
-    float* hidden;          // [batch, hidden], zero; RNNGate's last state afterwards
-    float* cell;            // [batch, hidden], zero
+    float* hidden;          // [batch, hidden], RNNGate's last state
+    float* cell;            // [batch, hidden]
     void* workspace;        // workspace_bytes, aligned to 256; its contents do not matter
 };
 
