@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,16 +135,20 @@ def kernels(arguments: argparse.Namespace) -> dict[str, Any]:
     assert isinstance(embedding, PackedEmbedding)
     assert lstm is not None
     gate = RNNGate(embedding, lstm)
+
+    def in_pytorch(pooled: Tensor, state: Tensor) -> object:
+        logit, *_ = gate_step_ref(pooled, embedding, lstm, state[0], state[1])
+        return compact_ref(torch.sigmoid(logit) > 0.5)
+
+    def cudnn(x: Tensor, weight: Tensor, bias: Tensor) -> object:
+        return F.relu_(F.conv2d(x, weight, bias, padding=weight.shape[2] // 2))
+
     work: dict[str, Callable[[], object]] = {}
     for batch in (1, 128, 1024):
         sums, state = torch.randn(batch, 1, 64, device=device), torch.zeros(2, batch, 10, device=device)
-        work[f"gate step, {batch} images"] = lambda sums=sums, state=state: gate(sums, 64, state[0], state[1])
+        work[f"gate step, {batch} images"] = partial(gate, sums, 64, state[0], state[1])
 
-        def in_pytorch(pooled: Tensor = sums[:, 0], state: Tensor = state) -> object:
-            logit, *_ = gate_step_ref(pooled, embedding, lstm, state[0], state[1])
-            return compact_ref(torch.sigmoid(logit) > 0.5)
-
-        work[f"gate step in PyTorch, {batch} images"] = in_pytorch
+        work[f"gate step in PyTorch, {batch} images"] = partial(in_pytorch, sums[:, 0], state)
     batch = 32
     for channels, out, kernel, size in ((64, 64, 3, 56), (128, 128, 3, 28), (256, 256, 3, 14), (512, 512, 3, 7),
                                         (64, 256, 1, 56), (1024, 256, 1, 14)):
@@ -151,13 +156,11 @@ def kernels(arguments: argparse.Namespace) -> dict[str, Any]:
         weight = torch.randn(out, kernel, kernel, channels, device=device, dtype=dtype) / 100
         bias, y = torch.zeros(out, device=device), torch.empty(batch, size, size, out, device=device, dtype=dtype)
         shape = f"{channels} to {out}, {kernel}x{kernel}, {size}x{size}, {batch} images"
-        planar, planar_weight, own_bias = x.permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2), bias.to(dtype)
-        work[f"cuDNN {shape}"] = lambda x=planar, weight=planar_weight, bias=own_bias, kernel=kernel: F.relu_(
-            F.conv2d(x, weight, bias, padding=kernel // 2))
+        work[f"cuDNN {shape}"] = partial(cudnn, x.permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2), bias.to(dtype))
         for share in (0.5, 1.0):
             rows, count = compact(torch.arange(batch, device=device) < share * batch)
-            work[f"{shape}, {share:.0%}"] = lambda x=x, weight=weight, bias=bias, y=y, rows=rows, count=count: (
-                gathered_conv(x, weight, bias, y, rows=rows, count=count, relu=True))
+            work[f"{shape}, {share:.0%}"] = partial(gathered_conv, x, weight, bias, y, rows=rows, count=count,
+                                                    relu=True)
 
     def many(once: Callable[[], object]) -> Callable[[], None]:
         return _graph(lambda: [once() for _ in range(repeats)] and None).replay
