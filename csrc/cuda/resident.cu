@@ -286,8 +286,8 @@ __device__ __forceinline__ void Walk<Element>::convolve(Weights<kIn, kKernel * k
                     }
                     weights.load(next, chunk, tap, refill);
                 }
-                __syncwarp();  // keeps these loads here, among the products
             }
+            __syncwarp();  // keeps these loads here, among the products
         }
 
         unsigned char* to = image(i) + planes.to;
