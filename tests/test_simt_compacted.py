@@ -6,10 +6,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from networks import SMALL, plain_logits, relative_error, small_images, small_model
+from networks import SMALL, plain_logits, relative_error, small_images, small_model, with_seeded_weights
 from simt import library
 
 import skipnet_rt as srt
+from skipnet_rt import _C
 from skipnet_rt.engines.cuda_compacted import CompactedWeights, Description
 from skipnet_rt.packing import pack
 from skipnet_rt.tolerances import TOLERANCES
@@ -35,18 +36,19 @@ def flattened(value):
 class Compacted:
     """A small network on the simulated GPU."""
 
-    def __init__(self, name, dtype):
-        self.network = pack(small_model(name), torch.device("cpu"), dtype)
+    def __init__(self, model, dtype):
+        model = small_model(model) if isinstance(model, str) else model
+        self.network = pack(model, torch.device("cpu"), dtype)
         self.description, self.weights = Description.of(self.network), CompactedWeights.of(self.network)
         fields = flattened(tuple(vars(self.description).values()))
         self.numbers = np.array([DTYPES.index(dtype), *fields], np.int32)
         biases = [self.description.projection_bias, *(bias for _, bias in self.description.gates)]
         self.biases = np.array(biases, np.float32)
 
-    def run(self, images, seed=0, routing=None, steps=None):
+    def run(self, images, seed=0, routing=None, steps=None, multiprocessors=3):
         """(logits, executed, probabilities), each with the images first."""
         native, arch, batch = library("compacted"), self.network.arch, len(images)
-        native.configure(seed)
+        native.configure(seed, multiprocessors)
         steps = arch.num_gates if steps is None else steps
         sizes = np.zeros(3, np.int64)
         native("measure", self.numbers, self.biases, batch, sizes)
@@ -86,6 +88,25 @@ def test_sixteen_bits_stay_within_the_error_bar(name, dtype):
     assert torch.equal(executed, exact.executed)
     plain = plain_logits(copy.deepcopy(model).to(dtype), images.to(dtype), exact.executed)
     assert relative_error(logits, exact.logits) <= 2 * relative_error(plain, exact.logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wide_networks(dtype):
+    """As many channels as the two wider tiles are for; which one is taken makes no difference."""
+    arch = srt.SkipNetArch("imagenet", "bottleneck", (1, 2), (32, 48), "rnn", image_size=(40, 36))
+    model = with_seeded_weights(srt.build(arch), 3, 0.0, 1.0)
+    images = torch.randn(3, 3, 40, 36, generator=torch.Generator().manual_seed(1))
+    routing = torch.tensor([[True, False], [False, True], [True, True]])
+    exact = plain_logits(copy.deepcopy(model).double(), images.double(), routing)
+    network = Compacted(model, dtype)
+    large, *_ = network.run(images, 1, routing, multiprocessors=1)
+    small, *_ = network.run(images, 2, routing, multiprocessors=9)
+    assert torch.equal(large, small)
+    bar = TOLERANCES[dtype].logits
+    if bar is None:
+        plain = plain_logits(copy.deepcopy(model).to(dtype), images.to(dtype), routing)
+        bar = 2 * relative_error(plain, exact)
+    assert relative_error(large, exact) <= bar
 
 
 @pytest.mark.parametrize("name", ["rnn", "feedforward2"])
@@ -129,3 +150,18 @@ def test_an_empty_batch():
     logits, executed, _ = Compacted("rnn", torch.float32).run(small_images("rnn", 1)[:0])
     assert logits.shape == (0, 7)
     assert executed.shape == (0, 6)
+
+
+@pytest.mark.skipif(not hasattr(_C, "CudaCompacted"), reason=f"CUDA sources {_C.cuda_build}")
+@pytest.mark.parametrize("name", ["cifar10_rnn_gate_38", "cifar10_feedforward_38", "cifar10_feedforward_110",
+                                  "imagenet_rnn_gate_18", "imagenet_rnn_gate_50"])
+def test_the_extension_takes_the_published_networks(name):
+    """Descriptions and weights fit one another; a workspace grows with the batch. No device is touched."""
+    network = pack(srt.build(name), torch.device("cpu"), torch.bfloat16)
+    weights, description = CompactedWeights.of(network), Description.of(network)
+    addresses = dict(elements=weights.elements.data_ptr(), floats=weights.floats.data_ptr())
+    native = _C.CudaCompacted(0, "bfloat16", **vars(description), **addresses,
+                              elements_count=len(weights.elements), floats_count=len(weights.floats))
+    assert 0 < 7 * native.workspace_bytes(1) <= native.workspace_bytes(8) <= 8 * native.workspace_bytes(1)
+    with pytest.raises(ValueError, match=r"weights: expected \d+ elements and \d+ floats, got 3 and 4"):
+        _C.CudaCompacted(0, "bfloat16", **vars(description), **addresses, elements_count=3, floats_count=4)

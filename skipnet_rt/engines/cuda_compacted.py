@@ -151,7 +151,7 @@ class _Arrays:
         decided, batch = executed.numel(), len(self.images)
         gate_logits, probabilities = floats[:2 * decided].view(2, *executed.shape)
         hidden, cell = floats[2 * decided:].view(2, batch, (len(floats) - 2 * decided) // (2 * batch))
-        return Decisions(gate_logits, probabilities, executed, hidden, cell, self.forced)
+        return Decisions(gate_logits, probabilities, executed, hidden, cell, forced=None)  # it has been obeyed
 
 
 class CompactedCudaEngine(CudaEngine):
