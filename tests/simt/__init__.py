@@ -68,13 +68,18 @@ def _as_c(argument: object) -> object:
     return ctypes.c_int(int(argument))  # type: ignore[call-overload]
 
 
-@cache
-def library(name: str) -> Library:
-    """The driver ``tests/simt/NAME.cpp``, compiled once a session."""
+def build(name: str, csrc: Path = CSRC) -> Library:
+    """The driver ``tests/simt/NAME.cpp``, compiled with the sources in a folder."""
     folder = Path(tempfile.mkdtemp(prefix="skipnet-simt-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     target = folder / f"{name}.so"
-    done = subprocess.run(["g++", *FLAGS, "-I", FOLDER, "-I", CSRC, FOLDER / f"{name}.cpp", "-o", target],
+    done = subprocess.run(["g++", *FLAGS, "-I", FOLDER, "-I", csrc, FOLDER / f"{name}.cpp", "-o", target],
                           capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return Library(target)
+
+
+@cache
+def library(name: str) -> Library:
+    """A driver with the sources as they are, compiled once a session."""
+    return build(name)
