@@ -181,7 +181,8 @@ struct Walk {
     unsigned executing = 0;             // a bit for each of them: it runs the next block
     int index = 0;                      // of the gate that is next
     int blocks = 0;                     // of the network
-    float hidden = 0.0f, cell = 0.0f;   // warp i has image i's LSTM state, a unit a lane
+    float features[2] = {};             // warp i has image i's pooled activation, channels lane and lane + 32
+    float hidden = 0.0f, cell = 0.0f;   // and its LSTM state, a unit a lane
 
     __device__ unsigned everyone() const { return (1u << count) - 1; }
     __device__ Control& control() const { return *reinterpret_cast<Control*>(shared + kZeros); }
@@ -198,9 +199,9 @@ struct Walk {
     template <int kGroup>
     __device__ void enter_group();
     template <int kGroup>
-    __device__ void gate_step();
+    __device__ void gate_step(bool enters);
     template <int kGroup>
-    __device__ float rnn_gate(int i);
+    __device__ float rnn_gate(int i, bool changed);
     __device__ unsigned compact(int gate) const;
     __device__ void head();
 
@@ -412,7 +413,7 @@ __device__ __forceinline__ void Walk<Element>::run_group() {
         } else if (fragments(end)) {
             weights.load(fragments(end));
         }
-        gate_step<kGroup>();
+        gate_step<kGroup>(kEntry && block == 0);
     }
 }
 
@@ -438,30 +439,34 @@ template <typename Element>
 __device__ __forceinline__ float Walk<Element>::pooled(int group, int i, int channel) const {
     const ResidentGroup& at = network.group[group];
     const int channels = group_channels(group), regions = regions_of(channels, at.height, at.width);
+    const float share = 1.0f / static_cast<float>(at.height * at.width);
     float total = 0.0f;
+#pragma unroll 8
     for (int region = 0; region < regions; ++region) total += sums(i)[region * channels + channel];
-    return total / static_cast<float>(at.height * at.width);
+    return total * share;
 }
 
-// Pool-finish, embed, LSTM step: the execute logit of a warp's image.
+// Pool-finish, embed, LSTM step: the execute logit of a warp's image. Its pooled activation is as it was unless the block
+// has changed it.
 template <typename Element>
 template <int kGroup>
-__device__ __forceinline__ float Walk<Element>::rnn_gate(int i) {
-    constexpr int kChannels = group_channels(kGroup);
+__device__ __forceinline__ float Walk<Element>::rnn_gate(int i, bool changed) {
+    constexpr int kChannels = group_channels(kGroup), kParts = (kChannels + 31) / 32;
     const int embed = network.embed, units = network.hidden;
     const float* weight = embedding_place(index);
-    float features[(kChannels + 31) / 32];
+    if (changed) {
 #pragma unroll
-    for (int part = 0; part < (kChannels + 31) / 32; ++part) {
-        const int channel = part * 32 + lane;
-        features[part] = channel < kChannels ? pooled(kGroup, i, channel) : 0.0f;
+        for (int part = 0; part < kParts; ++part) {
+            const int channel = part * 32 + lane;
+            features[part] = channel < kChannels ? pooled(kGroup, i, channel) : 0.0f;
+        }
     }
     float embedded = 0.0f;  // a lane has one
-#pragma unroll 5
+#pragma unroll 10
     for (int e = 0; e < embed; ++e) {
         float part_sum = 0.0f;
 #pragma unroll
-        for (int part = 0; part < (kChannels + 31) / 32; ++part) {
+        for (int part = 0; part < kParts; ++part) {
             const int channel = part * 32 + lane;
             if (channel < kChannels) part_sum += weight[e * kChannels + channel] * features[part];
         }
@@ -472,7 +477,7 @@ __device__ __forceinline__ float Walk<Element>::rnn_gate(int i) {
     const auto* lstm = reinterpret_cast<const float4*>(shared + map.lstm);  // [embed + hidden + 1, hidden] of i, f, g, o
     const int unit = lane < units ? lane : 0;
     float4 gates = lstm[(embed + units) * units + unit];
-#pragma unroll 5
+#pragma unroll 10
     for (int k = 0; k < embed + units; ++k) {
         const float x = k < embed ? __shfl_sync(kAllLanes, embedded, k) : __shfl_sync(kAllLanes, hidden, k - embed);
         const float4 from = lstm[k * units + unit];
@@ -486,15 +491,16 @@ __device__ __forceinline__ float Walk<Element>::rnn_gate(int i) {
     return warp_sum(lane < units ? projection[lane] * hidden : 0.0f) + projection[units];
 }
 
-// The gate after a block, and who runs the next one. Warp i decides for image i.
+// The gate after a block, and who runs the next one. Warp i decides for image i. A block that `enters` a group changes all
+// images.
 template <typename Element>
 template <int kGroup>
-__device__ __forceinline__ void Walk<Element>::gate_step() {
+__device__ __forceinline__ void Walk<Element>::gate_step(bool enters) {
     cp_async_wait<1>();
     __syncthreads();  // the block's output and sums, and the embedding
     if (index < call.steps) {
         if (warp < count) {
-            const float logit = rnn_gate<kGroup>(warp);
+            const float logit = rnn_gate<kGroup>(warp, enters || (executing >> warp & 1));
             if (lane == 0) {
                 const std::size_t at = static_cast<std::size_t>(index) * call.batch + first + warp;
                 const float probability = sigmoid(logit);
