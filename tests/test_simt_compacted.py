@@ -6,7 +6,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from networks import SMALL, plain_logits, relative_error, small_images, small_model, with_seeded_weights
+from networks import (
+    SMALL,
+    GoldenCase,
+    plain_logits,
+    relative_error,
+    small_images,
+    small_model,
+    with_seeded_weights,
+)
 from simt import library
 
 import skipnet_rt as srt
@@ -88,6 +96,17 @@ def test_sixteen_bits_stay_within_the_error_bar(name, dtype):
     assert torch.equal(executed, exact.executed)
     plain = plain_logits(copy.deepcopy(model).to(dtype), images.to(dtype), exact.executed)
     assert relative_error(logits, exact.logits) <= 2 * relative_error(plain, exact.logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "count"), [("cifar10_feedforward_38-s71", 4), ("imagenet_rnn_gate_18-s111", 1)])
+def test_golden_cases(name, count):
+    """What the published code computed, at full size."""
+    case = GoldenCase(name)
+    logits, executed, probabilities = Compacted(case.model, torch.float32).run(case.images[:count].float(), seed=4)
+    assert relative_error(logits, case.logits[:count]) < TOLERANCES[torch.float32].logits
+    assert torch.equal(executed, case.executed[:count])
+    torch.testing.assert_close(probabilities.double(), case.probabilities[:count], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -49,8 +49,8 @@ def as_array(tensor):
     return tensor.contiguous().view(torch.uint16).numpy() if tensor.element_size() == 2 else tensor.numpy()
 
 
-def simulate(net, images, dtype, *, routing=None, last_gate=False, seed=0, at_a_time=0, multiprocessors=2,
-             shared=EVERYTHING):
+def simulate(net, images, dtype, *, routing=None, last_gate=False, seed=0, at_a_time=0, cluster=1,
+             multiprocessors=2, shared=EVERYTHING):
     """The kernel's logits, gate logits, probabilities and decisions ``[N, ...]`` and the LSTM's state."""
     network = pack(net, torch.device("cpu"), dtype)
     arch, batch = network.arch, len(images)
@@ -69,7 +69,7 @@ def simulate(net, images, dtype, *, routing=None, last_gate=False, seed=0, at_a_
     executed = resident.empty((steps, batch), np.uint8)
     hidden, cell = resident.empty((batch, hidden_dim)), resident.empty((batch, hidden_dim))
     resident("run", numbers, resident.array(as_array(weights.fragments)), resident.array(as_array(weights.floats)),
-             sizes, shared, at_a_time, batch, steps, resident.array(as_array(images.to(dtype))), forced, *strides,
+             sizes, shared, at_a_time, cluster, batch, steps, resident.array(as_array(images.to(dtype))), forced, *strides,
              logits, gate_logits, probabilities, executed, hidden, cell, resident.array(np.zeros(1, np.int32)))
     assert np.isin(executed, (0, 1)).all()
     return (torch.from_numpy(logits.copy()).view(dtype),
@@ -138,6 +138,18 @@ def test_an_image_does_not_depend_on_its_company(name, dtype):
     for row in range(5):
         assert same_bits(simulate(model(name), images[row:row + 1], dtype, seed=row),
                          [part[row:row + 1] for part in expected])
+
+
+@pytest.mark.parametrize("route", ["free", "mixed", "none"])
+@pytest.mark.parametrize("cluster", [2, 4])
+@pytest.mark.parametrize("name", ["8", "odd", "two groups"])
+def test_a_cluster_changes_no_bit(name, cluster, route):
+    """Two or four blocks of threads that share an image give what one gives."""
+    for seed in range(3):
+        images, routing = images_of(name, 2, seed), routings(name, 2)[route]
+        expected = simulate(model(name), images, torch.float16, routing=routing, last_gate=True)
+        assert same_bits(simulate(model(name), images, torch.float16, routing=routing, last_gate=True, seed=seed,
+                                  cluster=cluster), expected)
 
 
 @pytest.mark.parametrize("seed", range(8))

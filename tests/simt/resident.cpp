@@ -27,9 +27,9 @@ extern "C" const char* shared_memory_of(const int* numbers, int images, int* byt
     });
 }
 
-// Runs a network; `images_at_a_time` 0 leaves the plan to the launcher. `sizes` is what the weights have to take.
+// Runs a network; `images_at_a_time` 0 leaves the plan to the launcher, `cluster` blocks of threads share an image. `sizes` is what the weights have to take.
 extern "C" const char* run(const int* numbers, const void* fragments, const float* floats, const int* sizes /* [2] */,
-                           int shared_memory, int images_at_a_time, int batch, int steps, const void* images,
+                           int shared_memory, int images_at_a_time, int cluster, int batch, int steps, const void* images,
                            const bool* forced, int forced_image, int forced_gate, void* logits, float* gate_logits,
                            float* probabilities, bool* executed, float* hidden, float* cell, int* taken) {
     return simt::report([=] {
@@ -38,12 +38,13 @@ extern "C" const char* run(const int* numbers, const void* fragments, const floa
         skipnet::check(static_cast<int>(needed.fragments) == sizes[0] && static_cast<int>(needed.floats) == sizes[1],
                        "weights: expected ", needed.fragments, " bytes and ", needed.floats, " floats, got ", sizes[0],
                        " and ", sizes[1]);
-        ResidentPlan plan = plan_resident(network, batch, multiprocessors(), shared_memory);
+        ResidentPlan plan = plan_resident(network, batch, multiprocessors(), shared_memory, false);
         if (images_at_a_time) {
             plan.images = images_at_a_time;
             plan.blocks = min(multiprocessors(), (batch + plan.images - 1) / plan.images);
             plan.queues = plan.blocks * plan.images < batch;
         }
+        if (cluster > 1) plan = {1, batch * cluster, false, cluster};
         run_resident(network, {batch, steps, images, forced, forced_image, forced_gate, logits, gate_logits, probabilities, executed, hidden, cell,
                                taken}, plan, nullptr);
     });
