@@ -120,11 +120,11 @@ def test_fragments(dtype):
     faults = library("faults")
     faults.configure(3)
     generator = torch.Generator().manual_seed(3)
-    a, b = (torch.randn(shape, generator=generator).to(dtype) for shape in ((16, 16), (16, 8)))
-    d = faults.empty((16, 8))
+    a, b = (torch.randn(16, 16, generator=generator).to(dtype) for _ in range(2))
+    d = faults.empty((16, 16))
     bits = [faults.array(value.view(torch.uint16).numpy()) for value in (a, b)]
     faults("run_multiply", *bits, d, dtype == torch.bfloat16)
-    np.testing.assert_allclose(d, (a.double() @ b.double()).numpy(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(d, (a.double() @ b.double().t()).numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_sixteen_bit_rounding():

@@ -99,32 +99,12 @@ __device__ inline void cp_async_wait() {
 
 // 8x8 matrices of 16-bit values: lane 8 j + r gives the address of row r of matrix j, and gets of each matrix the
 // elements 2 (lane % 4) and + 1 of row lane / 4.
-__device__ inline void ldmatrix_x2(const void* row, unsigned (&matrices)[2]) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(matrices[0]), "=r"(matrices[1])
-                 : "r"(shared_address(row))
-                 : "memory");
-}
 __device__ inline void ldmatrix_x4(const void* row, unsigned (&matrices)[4]) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
                  : "r"(shared_address(row))
                  : "memory");
 }
-// The same of each matrix's transpose.
-__device__ inline void ldmatrix_x2_transposed(const void* row, unsigned (&matrices)[2]) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(matrices[0]), "=r"(matrices[1])
-                 : "r"(shared_address(row))
-                 : "memory");
-}
-__device__ inline void ldmatrix_x4_transposed(const void* row, unsigned (&matrices)[4]) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
-                 : "r"(shared_address(row))
-                 : "memory");
-}
-
 // d[16 x 8] += a[16 x 16] b[16 x 8], summed in float32.
 template <typename Element>
 __device__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]);
@@ -141,26 +121,6 @@ __device__ inline void mma_m16n8k16<Bfloat16>(float (&d)[4], const unsigned (&a)
         "{%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-// ---- barriers for some of a block's threads; 0 is __syncthreads'
-
-__device__ inline void barrier_sync(int id, int threads) {
-    asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-__device__ inline void barrier_arrive(int id, int threads) {
-    asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-// ---- between blocks, through global memory
-
-__device__ inline int load_acquire(const int* address) {
-    int value;
-    asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
-    return value;
-}
-__device__ inline void store_release(int* address, int value) {
-    asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 
 // ---- clusters of blocks (compute capability 9.0 and above; elsewhere a block is alone)
@@ -196,21 +156,6 @@ __device__ T* peer(T* in_shared, int) {
     return in_shared;
 }
 #endif
-
-// ---- overlap with the grid before (compute capability 9.0 and above)
-
-// Until everything that the grids before this one wrote is there to read.
-__device__ inline void wait_for_grids_before() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-// The next grid may start; it must wait before it reads what this one writes.
-__device__ inline void let_next_grid_start() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
 
 }  // namespace skipnet::cuda
 

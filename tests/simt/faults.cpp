@@ -53,25 +53,30 @@ __global__ void pass_on(float* out, int fault) {
 __global__ void chain(int* ticket, int* sums /* [blocks + 1] */, int fault) {
     const int mine = fault == spin ? static_cast<int>(blockIdx.x) : atomicAdd(ticket, 1);
     int before;
-    while ((before = load_acquire(sums + mine)) < 0) {
+    while ((before = simt::load(sums + mine)) < 0) {
     }
-    store_release(sums + mine + 1, before + mine);
+    atomicExch(sums + mine + 1, before + mine);
 }
 
-// d = a b by one warp: a [16, 16] row-major, b [16, 8] row-major, d [16, 8].
+// d = a b^T by one warp; all [16, 16] row-major.
 template <typename Element>
 __global__ void multiply(const Element* a, const Element* b, float* d) {
-    auto* tile = reinterpret_cast<Element*>(shared_memory());
+    auto* tile = reinterpret_cast<Element*>(shared_memory());  // a, then b
     const int lane = threadIdx.x;
-    for (int i = lane; i < 256; i += 32) tile[i] = a[i];
-    for (int i = lane; i < 128; i += 32) tile[256 + i] = b[i];
+    for (int i = lane; i < 256; i += 32) {
+        tile[i] = a[i];
+        tile[256 + i] = b[i];
+    }
     __syncwarp();
-    unsigned lhs[4], rhs[2];
-    float sums[4] = {};
+    unsigned lhs[4], rhs[4];
     ldmatrix_x4(tile + lane % 16 * 16 + lane / 16 * 8, lhs);
-    ldmatrix_x2_transposed(tile + 256 + lane % 16 * 8, rhs);
-    mma_m16n8k16<Element>(sums, lhs, rhs);
-    for (int i = 0; i < 4; ++i) d[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = sums[i];
+    ldmatrix_x4(tile + 256 + (lane / 16 * 8 + lane % 8) * 16 + lane / 8 % 2 * 8, rhs);
+    for (int half = 0; half < 2; ++half) {  // of b's rows
+        const unsigned pair[2] = {rhs[2 * half], rhs[2 * half + 1]};
+        float sums[4] = {};
+        mma_m16n8k16<Element>(sums, lhs, pair);
+        for (int i = 0; i < 4; ++i) d[(lane / 4 + i / 2 * 8) * 16 + 8 * half + lane % 4 * 2 + i % 2] = sums[i];
+    }
 }
 
 }  // namespace
@@ -90,10 +95,10 @@ const char* run_chain(int* ticket, int* sums, int blocks, int fault) {
 const char* run_multiply(const void* a, const void* b, float* d, int bfloat16) {
     return simt::report([=] {
         if (bfloat16)
-            launch("multiply", multiply<Bfloat16>, {1, 32, 768}, nullptr, static_cast<const Bfloat16*>(a),
+            launch("multiply", multiply<Bfloat16>, {1, 32, 1024}, nullptr, static_cast<const Bfloat16*>(a),
                    static_cast<const Bfloat16*>(b), d);
         else
-            launch("multiply", multiply<Half>, {1, 32, 768}, nullptr, static_cast<const Half*>(a),
+            launch("multiply", multiply<Half>, {1, 32, 1024}, nullptr, static_cast<const Half*>(a),
                    static_cast<const Half*>(b), d);
     });
 }

@@ -9,7 +9,6 @@ struct Grid {
     dim3 blocks, threads;
     std::size_t shared = 0;
     int cluster = 1;
-    bool overlaps = false;
 };
 
 template <typename... Parameters, typename... Arguments>
@@ -22,10 +21,16 @@ void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, S
 }
 
 inline int multiprocessors() { return simt::machine.multiprocessors; }
+inline int shared_memory_limit() { return 227 * 1024; }
 
 template <typename... Parameters>
 int resident_blocks(void (*)(Parameters...), int, std::size_t) {
     return 2;
+}
+
+template <typename... Parameters>
+int resident_clusters(void (*)(Parameters...), int, std::size_t, int cluster) {
+    return simt::machine.multiprocessors / cluster;
 }
 
 }  // namespace skipnet::cuda

@@ -75,17 +75,8 @@ void cp_async_wait() {
 
 // ---- tensor cores
 
-inline void ldmatrix_x2(const void* row, unsigned (&matrices)[2], simt::Site site = simt::Site::here()) {
-    simt::ldmatrix(row, matrices, 2, false, site);
-}
 inline void ldmatrix_x4(const void* row, unsigned (&matrices)[4], simt::Site site = simt::Site::here()) {
-    simt::ldmatrix(row, matrices, 4, false, site);
-}
-inline void ldmatrix_x2_transposed(const void* row, unsigned (&matrices)[2], simt::Site site = simt::Site::here()) {
-    simt::ldmatrix(row, matrices, 2, true, site);
-}
-inline void ldmatrix_x4_transposed(const void* row, unsigned (&matrices)[4], simt::Site site = simt::Site::here()) {
-    simt::ldmatrix(row, matrices, 4, true, site);
+    simt::ldmatrix_x4(row, matrices, site);
 }
 // Every 16-bit value as a float: the conversion is most of an mma's time otherwise.
 template <typename Element>
@@ -103,22 +94,6 @@ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
     simt::mma_m16n8k16(d, a, b, [=](std::uint16_t bits) { return table[bits]; }, site);
 }
 
-// ---- barriers
-
-inline void barrier_sync(int id, int threads, simt::Site site = simt::Site::here()) {
-    simt::named_barrier(id, threads, true, site);
-}
-inline void barrier_arrive(int id, int threads, simt::Site site = simt::Site::here()) {
-    simt::named_barrier(id, threads, false, site);
-}
-
-// ---- between blocks
-
-inline int load_acquire(const int* address) { return simt::load(address); }
-inline void store_release(int* address, int value) {
-    simt::atomic(address, [=](int) { return value; });
-}
-
 // ---- clusters
 
 inline int cluster_rank() { return simt::cluster_rank(); }
@@ -129,10 +104,5 @@ template <typename T>
 T* peer(T* in_shared, int rank, simt::Site site = simt::Site::here()) {
     return static_cast<T*>(simt::peer(in_shared, rank, site));
 }
-
-// ---- overlap: here a grid starts when the one before has ended
-
-inline void wait_for_grids_before() {}
-inline void let_next_grid_start() {}
 
 }  // namespace skipnet::cuda

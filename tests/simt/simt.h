@@ -156,7 +156,6 @@ struct Fiber {
 };
 
 struct Barrier {
-    int arrived = 0, expected = 0;
     Site site{};
     std::vector<Fiber*> waiting;
 };
@@ -178,7 +177,7 @@ struct Block {
     Cluster* cluster = nullptr;
     std::unique_ptr<Guarded> shared;
     std::vector<Fiber*> fibers;
-    Barrier barriers[16];
+    Barrier barrier;
     std::vector<std::vector<Collective>> warps;
 };
 
@@ -450,34 +449,19 @@ inline void Machine::run(dim3 grid, dim3 block, std::size_t shared, int cluster,
 
 // ---- barriers
 
-inline void named_barrier(int id, int threads, bool waits, Site site) {
-    Block& block = *machine.current->block;
-    if (id < 0 || id > 15) machine.fail(text("barrier ", id, ": expected 0 to 15"), site);
-    if (threads % warpSize || threads > block.threads)
-        machine.fail(text("barrier ", id, ": for ", threads, " threads in a block of ", block.threads), site);
-    Barrier& barrier = block.barriers[id];
-    if (barrier.arrived == 0) {
-        barrier.expected = threads;
-        barrier.site = site;
-    }
-    if (barrier.expected != threads)
-        machine.fail(text("barrier ", id, ": for ", threads, " threads here, for ", barrier.expected, " elsewhere"), site);
-    if (++barrier.arrived == barrier.expected) {
-        for (Fiber* fiber : barrier.waiting) machine.wake(fiber);
-        barrier.waiting.clear();
-        barrier.arrived = 0;
-        if (waits) machine.yield(false);
-    } else if (waits) {
-        barrier.waiting.push_back(machine.current);
-        machine.wait("a barrier", site);
-    }
-}
-
 inline void syncthreads(Site site) {
     Block& block = *machine.current->block;
-    if (block.barriers[0].arrived > 0 && !(block.barriers[0].site == site))
-        machine.fail(text("divergent barrier: other threads of the block wait at ", block.barriers[0].site.text()), site);
-    named_barrier(0, block.threads, true, site);
+    Barrier& barrier = block.barrier;
+    if (barrier.waiting.empty()) barrier.site = site;
+    if (!(barrier.site == site))
+        machine.fail(text("divergent barrier: other threads of the block wait at ", barrier.site.text()), site);
+    if (static_cast<int>(barrier.waiting.size()) + 1 < block.threads) {
+        barrier.waiting.push_back(machine.current);
+        return machine.wait("a barrier", site);
+    }
+    for (Fiber* fiber : barrier.waiting) machine.wake(fiber);
+    barrier.waiting.clear();
+    machine.yield(false);
 }
 
 inline void cluster_arrive(Site site) {
@@ -600,24 +584,20 @@ inline unsigned ballot(unsigned mask, bool predicate, const char* what, Site sit
     return slot.result;
 }
 
-// ldmatrix: `count` 8x8 matrices of 16-bit values; lane 8 j + r holds the address of row r of matrix j.
-inline void ldmatrix(const void* row, unsigned* result, int count, bool transposed, Site site) {
+// ldmatrix.x4: four 8x8 matrices of 16-bit values; lane 8 j + r holds the address of row r of matrix j.
+inline void ldmatrix_x4(const void* row, unsigned* result, Site site) {
     struct Slot {
         const void* row;
         unsigned* result;
     } slot{row, result};
-    if (machine.current->lane() < 8 * count) check_shared(row, 16, "ldmatrix", site);
-    collective(~0u, transposed ? "ldmatrix.trans" : "ldmatrix", &slot, site, [=](void* const* slots) {
-        for (int matrix = 0; matrix < count; ++matrix) {
-            std::uint16_t values[8][8];
-            for (int r = 0; r < 8; ++r) std::memcpy(values[r], static_cast<Slot*>(slots[8 * matrix + r])->row, 16);
+    check_shared(row, 16, "ldmatrix", site);
+    collective(~0u, "ldmatrix", &slot, site, [](void* const* slots) {
+        for (int matrix = 0; matrix < 4; ++matrix)
             for (int lane = 0; lane < warpSize; ++lane) {
-                const int i = lane / 4, k = lane % 4 * 2;
-                const std::uint16_t low = transposed ? values[k][i] : values[i][k];
-                const std::uint16_t high = transposed ? values[k + 1][i] : values[i][k + 1];
-                static_cast<Slot*>(slots[lane])->result[matrix] = low | static_cast<unsigned>(high) << 16;
+                const Slot& holder = *static_cast<Slot*>(slots[8 * matrix + lane / 4]);
+                std::memcpy(static_cast<Slot*>(slots[lane])->result + matrix,
+                            static_cast<const unsigned char*>(holder.row) + lane % 4 * 4, 4);
             }
-        }
     });
 }
 
