@@ -120,21 +120,21 @@ Sizes sizes_of(const CompactedNetwork& network) {
     sizes.see_activation(x.size() * bytes);
     if (network.stem_pools) x = pooled(kStemWindow, x);
     for (std::size_t index = 0; index < network.blocks.size(); ++index) {
-        Image y = x;
-        for (const Convolution& layer : network.blocks[index].convolutions) {
-            sizes.see_sums(layer, y);
-            y = convolved(layer, y);
-            sizes.see_inner(y.size() * bytes);
+        const std::vector<Convolution>& layers = network.blocks[index].convolutions;
+        for (std::size_t i = 0; i + 1 < layers.size(); ++i) {
+            x = convolved(layers[i], x);
+            sizes.see_inner(x.size() * bytes);
         }
-        sizes.see_activation(y.size() * bytes);
-        x = y;
+        sizes.see_sums(layers.back(), x);
+        x = convolved(layers.back(), x);
+        sizes.see_activation(x.size() * bytes);
         if (network.gates.empty()) continue;
-        if (network.gates_pool) y = pooled(kGateWindow, y);
-        sizes.see_inner(y.size() * 4);
+        Image seen = network.gates_pool ? pooled(kGateWindow, x) : x;
+        sizes.see_inner(seen.size() * 4);
         for (const Convolution& layer : network.gates[index].convolutions) {
-            sizes.see_sums(layer, y);
-            y = convolved(layer, y);
-            sizes.see_inner(y.size() * 4);
+            sizes.see_sums(layer, seen);
+            seen = convolved(layer, seen);
+            sizes.see_inner(seen.size() * 4);
         }
     }
     sizes.features = 4ll * x.channels;
