@@ -30,8 +30,9 @@ __global__ void rotate(const float* x, float* out, int fault) {
     float sum = values[next];
     if (fault == warp && thread == 7) return;
     for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+    const bool even_lanes = __ballot_sync(~0u, thread % 2 == 0) == 0x55555555;
     if (fault == unwritten && thread == 64) return;
-    out[fault == global_bounds ? thread + 1 : thread] = values[next] + 0.0f * sum;
+    out[fault == global_bounds ? thread + 1 : thread] = even_lanes ? values[next] + 0.0f * sum : 0.0f;
 }
 
 // out[block] = the value of the next block of the cluster, by distributed shared memory.

@@ -33,9 +33,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
-#define __noinline__
 #define __launch_bounds__(...)
-#define __restrict__
 
 struct uint3 {
     unsigned x, y, z;
@@ -44,18 +42,11 @@ struct dim3 {
     unsigned x, y, z;
     dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct alignas(8) int2 { int x, y; };
-struct alignas(16) int4 { int x, y, z, w; };
-struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
-inline int2 make_int2(int x, int y) { return {x, y}; }
-inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 // Of the running thread; the scheduler sets them at every switch.
 inline uint3 threadIdx, blockIdx;
@@ -222,7 +213,6 @@ public:
         error_ = what + whose();
         _longjmp(scheduler_, 1);
     }
-    unsigned random() { return random_(); }
 
     Guarded* allocate(std::size_t size) {
         arrays_.push_back(std::make_unique<Guarded>(size, seed % 2 == 0));
@@ -732,45 +722,20 @@ T __shfl_up_sync(unsigned mask, T value, int delta, simt::Site site = simt::Site
     const int lane = simt::machine.current->lane();
     return simt::shuffle(mask, value, lane < delta ? lane : lane - delta, "__shfl_up_sync", site);
 }
-template <typename T>
-T __shfl_down_sync(unsigned mask, T value, int delta, simt::Site site = simt::Site::here()) {
-    const int lane = simt::machine.current->lane();
-    return simt::shuffle(mask, value, lane + delta > 31 ? lane : lane + delta, "__shfl_down_sync", site);
-}
 inline unsigned __ballot_sync(unsigned mask, bool predicate, simt::Site site = simt::Site::here()) {
     return simt::ballot(mask, predicate, "__ballot_sync", site);
-}
-inline bool __any_sync(unsigned mask, bool predicate, simt::Site site = simt::Site::here()) {
-    return simt::ballot(mask, predicate, "__any_sync", site) != 0;
-}
-inline bool __all_sync(unsigned mask, bool predicate, simt::Site site = simt::Site::here()) {
-    return simt::ballot(mask, predicate, "__all_sync", site) == mask;
 }
 template <typename T>
 T atomicAdd(T* address, T value) {
     return simt::atomic(address, [=](T before) { return before + value; });
 }
 template <typename T>
-T atomicMax(T* address, T value) {
-    return simt::atomic(address, [=](T before) { return std::max(before, value); });
-}
-template <typename T>
 T atomicExch(T* address, T value) {
     return simt::atomic(address, [=](T) { return value; });
 }
-template <typename T>
-T atomicCAS(T* address, T expected, T value) {
-    return simt::atomic(address, [=](T before) { return before == expected ? value : before; });
-}
 inline void __threadfence() { simt::machine.perhaps_yield(); }
-inline void __threadfence_block() { simt::machine.perhaps_yield(); }
-template <typename T>
-T __ldg(const T* address) {
-    return *address;
-}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
-inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(static_cast<unsigned>(bits)); }
 inline float __uint_as_float(unsigned bits) {
     float value;
     std::memcpy(&value, &bits, sizeof value);
