@@ -155,7 +155,7 @@ class _Arrays:
 
 
 class CompactedCudaEngine(CudaEngine):
-    """Some ten launches a block, none of which waits for the host.
+    """A few launches a block, none of which waits for the host.
 
     A small batch is over sooner than the host can launch for it. So a call that comes a second time with the same small
     batch size is captured into a CUDA graph, and from then on replayed between a copy of the images and a copy of the
@@ -179,10 +179,11 @@ class CompactedCudaEngine(CudaEngine):
 
     @property
     def memory(self) -> int:
-        held = [self._weights.elements, self._weights.floats, *([] if self._shared is None else [self._shared])]
-        for _, arrays in self._graphs.values():
-            held += [arrays.images, arrays.logits, arrays.floats, arrays.executed]
-        return super().memory + sum(tensor.nbytes for tensor in held)
+        held = [self._weights.elements, self._weights.floats, self._shared]
+        with self._lock:
+            for _, arrays in self._graphs.values():
+                held += [arrays.images, arrays.logits, arrays.floats, arrays.executed, arrays.forced]
+        return super().memory + sum(tensor.nbytes for tensor in held if tensor is not None)
 
     def run(self, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
         if len(images) <= _CAPTURED_BATCH and not torch.cuda.is_current_stream_capturing():
