@@ -76,7 +76,7 @@ def slope(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def waves(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The resident engine by the images that a block of threads takes at a time."""
+    """The resident engine by the images that a block of threads takes at a time, clusters taking one included."""
     from skipnet_rt.engines.cuda_resident import ResidentCudaEngine
 
     model = srt.build(arguments.arch).eval()
@@ -90,6 +90,9 @@ def waves(arguments: argparse.Namespace) -> dict[str, Any]:
     for count in (1, 2, 3):
         if engines["as planned"].fits(count):
             engines[str(count)] = ResidentCudaEngine(network, images=count)
+    for cluster in (2, 4):
+        if torch.cuda.get_device_capability(device)[0] in (9, 10):
+            engines[f"1/{cluster}"] = ResidentCudaEngine(network, cluster=cluster)
     calls = {name: (lambda engine=engine: engine.run(images, route, model.arch.num_gates))
              for name, engine in engines.items()}
     timings = alternate(calls, seconds=arguments.seconds, device=device, device_time=True)

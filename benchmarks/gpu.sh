@@ -14,7 +14,7 @@ out=$(mkdir -p "${1:?usage: benchmarks/gpu.sh OUT [PART...]}" && cd "$1" && pwd)
 shift
 parts=("$@")
 [ ${#parts[@]} -gt 0 ] || parts=(build tests compare-1 compare-128 slope-1 slope-128 gates
-                                  waves-1024 sanitize kernels compare-1024)
+                                  waves-1 waves-1024 sanitize kernels compare-1024)
 deadline=$((SECONDS + 520))
 failed=()
 measure=(python benchmarks/gpu.py --dtype "${DTYPE:-float16}" --arch "${ARCH:-cifar10_rnn_gate_110}" --output "$out")

@@ -343,11 +343,12 @@ public:
         check(needed.fragments == bytes && needed.floats == count, "weights: expected ", needed.fragments, " bytes and ",
               needed.floats, " floats, got ", bytes, " and ", count);
         device_ = device;
-        limits_ = cuda::limits(device);
+        const cuda::CurrentDevice current(device_);
+        there_ = cuda::resident_device(network_);
     }
 
     cuda::ResidentPlan plan(int batch) const {
-        return cuda::plan_resident(network_, batch, limits_.multiprocessors, limits_.shared_memory);
+        return cuda::plan_resident(network_, batch, there_);
     }
 
     void run(const cuda::ResidentPlan& plan, const cuda::ResidentCall& call, Address stream) const {
@@ -359,7 +360,7 @@ public:
 private:
     cuda::ResidentNetwork network_{};
     int device_ = -1;
-    cuda::Limits limits_{};
+    cuda::ResidentDevice there_{};
 };
 
 // A convolution of which only the shape is known yet: (in, out, kernel, stride).
@@ -510,10 +511,12 @@ PYBIND11_MODULE(_C, module) {
         py::arg("device"), "A GPU's multiprocessors, and the bytes of shared memory that a block of threads can have.");
 
     py::class_<cuda::ResidentPlan>(module, "ResidentPlan", "How a batch is spread over a GPU.")
-        .def(py::init<int, int, bool>(), py::arg("images"), py::arg("blocks"), py::arg("queues"))
+        .def(py::init<int, int, bool, int>(), py::arg("images"), py::arg("blocks"), py::arg("queues"),
+             py::arg("cluster"))
         .def_readonly("images", &cuda::ResidentPlan::images, "Images that a block of threads takes at a time.")
         .def_readonly("blocks", &cuda::ResidentPlan::blocks)
-        .def_readonly("queues", &cuda::ResidentPlan::queues, "More images than fit at once: `taken` is needed.");
+        .def_readonly("queues", &cuda::ResidentPlan::queues, "More images than fit at once: `taken` is needed.")
+        .def_readonly("cluster", &cuda::ResidentPlan::cluster, "Blocks of threads that share an image.");
     py::class_<CudaResident>(module, "CudaResident", "A whole CIFAR-scale network in one launch. Weights and arrays "
                              "are addresses of device memory, as csrc/cuda/resident.h describes them.")
         .def(py::init<const std::string&, int, std::pair<int, int>, int, const std::vector<int>&, int, int>(),

@@ -49,7 +49,8 @@ class ResidentPlan:
     images: int
     blocks: int
     queues: bool
-    def __init__(self, images: int, blocks: int, queues: bool) -> None: ...
+    cluster: int
+    def __init__(self, images: int, blocks: int, queues: bool, cluster: int) -> None: ...
 
 class CudaResident:
     def __init__(self, element: str, in_channels: int, image_size: tuple[int, int], classes: int, blocks: list[int],

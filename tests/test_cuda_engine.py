@@ -88,12 +88,16 @@ def test_each_strategy_takes_its_networks(dtype):
 
 @pytest.mark.parametrize("dtype", on_gpu)
 def test_bits_do_not_depend_on_the_plan(dtype):
-    """One image at a time or three, one round or several rounds with a queue."""
+    """One image at a time or several, one round or several with a queue, or a cluster for an image."""
     images = small_images("rnn", 700).cuda().to(dtype)
     routing = random_routing(SMALL["rnn"], 700, 0.5).cuda()
     expected = bits(resident("rnn", dtype, images=1).run(images, routing, 7))
     for engine in (resident("rnn", dtype), resident("rnn", dtype, images=2), resident("rnn", dtype, images=4)):
         assert all(map(torch.equal, bits(engine.run(images, routing, 7)), expected))
+    if torch.cuda.get_device_capability()[0] in (9, 10):
+        for cluster in (2, 4):
+            engine = resident("rnn", dtype, cluster=cluster)
+            assert all(map(torch.equal, bits(engine.run(images, routing, 7)), expected))
 
 
 @pytest.mark.parametrize("dtype", on_gpu)

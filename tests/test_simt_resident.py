@@ -69,8 +69,8 @@ def simulate(net, images, dtype, *, routing=None, last_gate=False, seed=0, at_a_
     executed = resident.empty((steps, batch), np.uint8)
     hidden, cell = resident.empty((batch, hidden_dim)), resident.empty((batch, hidden_dim))
     resident("run", numbers, resident.array(as_array(weights.fragments)), resident.array(as_array(weights.floats)),
-             sizes, shared, at_a_time, cluster, batch, steps, resident.array(as_array(images.to(dtype))), forced, *strides,
-             logits, gate_logits, probabilities, executed, hidden, cell, resident.array(np.zeros(1, np.int32)))
+             sizes, shared, at_a_time, cluster, batch, steps, resident.array(as_array(images.to(dtype))), forced,
+             *strides, logits, gate_logits, probabilities, executed, hidden, cell, resident.array(np.zeros(1, np.int32)))
     assert np.isin(executed, (0, 1)).all()
     return (torch.from_numpy(logits.copy()).view(dtype),
             *(torch.from_numpy(value.copy()).t() for value in (gate_logits, probabilities)),
@@ -206,9 +206,27 @@ def test_fits_the_shared_memory_of_every_architecture():
         assert bytes_of[0] <= kilobytes * 1024 < bytes_of[1]
 
 
+RESNET_110 = np.array([0, 3, 32, 32, 10, 10, 10, 3, 18, 18, 18], np.int32)
+
+
 def resident_bytes(resident, images):
     """Bytes of shared memory for a SkipNet-110."""
-    numbers = np.array([0, 3, 32, 32, 10, 10, 10, 3, 18, 18, 18], np.int32)
     answer = resident.empty(1, np.int32)
-    resident("shared_memory_of", numbers, images, answer)
+    resident("shared_memory_of", RESNET_110, images, answer)
     return int(answer[0])
+
+
+@pytest.mark.parametrize(("device", "batch", "plan"), [
+    ((132, 227, 66, 32), 1, (1, 4, 0, 4)), ((132, 227, 66, 32), 32, (1, 128, 0, 4)),
+    ((132, 227, 66, 32), 33, (1, 66, 0, 2)), ((132, 227, 66, 32), 67, (1, 67, 0, 1)),
+    ((132, 227, 66, 32), 132, (1, 132, 0, 1)), ((132, 227, 66, 32), 133, (2, 67, 0, 1)),
+    ((132, 227, 66, 32), 396, (3, 132, 0, 1)), ((132, 227, 66, 32), 397, (2, 132, 1, 1)),
+    ((132, 227, 66, 32), 4096, (3, 132, 1, 1)), ((108, 163, 0, 0), 1, (1, 1, 0, 1)),
+    ((108, 163, 0, 0), 216, (2, 108, 0, 1)), ((128, 99, 0, 0), 300, (1, 128, 1, 1))])
+def test_plans(device, batch, plan):
+    """Images at a time, blocks of threads, a queue or none, and blocks that share an image."""
+    resident = library("resident")
+    found = resident.empty(4, np.int32)
+    there = np.array([device[0], 1024 * device[1], *device[2:]], np.int32)
+    resident("plan_of", RESNET_110, there, batch, found)
+    assert tuple(found) == plan

@@ -8,6 +8,9 @@
 // weights stream from L2 without a stop, half a convolution or more ahead, past gates and barriers, without taking
 // shared memory; where a block turns out to be skipped, what came for it is dropped. docs/cuda.md has the reasoning.
 //
+// For a small batch a cluster of blocks of threads takes an image (kSpread): each holds all of its planes and computes a
+// part of the regions, whose results it writes to all; gates are computed by each. Not a bit differs.
+//
 // An output is the sum over channels (chunks of 16), columns and rows of the kernel, in this order, whatever the batch.
 //
 // The rooms are those of every engine: stem, gate_step, compact, run_block, head.
@@ -170,13 +173,14 @@ __device__ inline float warp_sum(float value) {
 __device__ inline float relu(float x) { return x < 0.0f ? 0.0f : x; }
 
 // A block of threads on its way through the network.
-template <typename Element>
+template <typename Element, bool kSpread>
 struct Walk {
     const ResidentNetwork& network;
     const ResidentCall& call;
     const Map& map;
     unsigned char* shared;
     int warp, lane;
+    int rank;                           // among the blocks of threads that share an image
     int first = 0, count = 0;           // images first .. first + count - 1
     unsigned executing = 0;             // a bit for each of them: it runs the next block
     int index = 0;                      // of the gate that is next
@@ -184,6 +188,19 @@ struct Walk {
     float features[2] = {};             // warp i has image i's pooled activation, channels lane and lane + 32
     float hidden = 0.0f, cell = 0.0f;   // and its LSTM state, a unit a lane
 
+    __device__ int blocks_of_image() const { return kSpread ? cluster_size() : 1; }
+    // For all who share the image.
+    template <typename T>
+    __device__ void write(T* place, T value) const {
+        if (!kSpread) *place = value;
+        for (int other = 0; kSpread && other < blocks_of_image(); ++other) *peer(place, other) = value;
+    }
+    // Until what has been written is there for all who share the image.
+    __device__ void meet() const {
+        if (!kSpread) return __syncthreads();
+        cluster_arrive();
+        cluster_wait();
+    }
     __device__ unsigned everyone() const { return (1u << count) - 1; }
     __device__ Control& control() const { return *reinterpret_cast<Control*>(shared + kZeros); }
     __device__ unsigned char* image(int i) const { return shared + map.images + i * map.image; }
@@ -214,9 +231,9 @@ struct Walk {
 
 // relu(convolution + bias) for the images of a mask. One that `closes` a block adds what stands in its output's plane;
 // it and a projection, which has no ReLU, leave each region's sums. `next`, if not null, replaces the weights.
-template <typename Element>
+template <typename Element, bool kSpread>
 template <int kIn, int kOut, int kStride, int kKernel>
-__device__ __forceinline__ void Walk<Element>::convolve(Weights<kIn, kKernel * kKernel>& weights, const uint4* next,
+__device__ __forceinline__ void Walk<Element, kSpread>::convolve(Weights<kIn, kKernel * kKernel>& weights, const uint4* next,
                                                         unsigned images, const Planes& planes, const float* bias,
                                                         bool closes) {
     constexpr bool kProjects = kKernel == 1;
@@ -226,7 +243,8 @@ __device__ __forceinline__ void Walk<Element>::convolve(Weights<kIn, kKernel * k
     constexpr int kSources = kProjects ? kRows : kStride * (kRows - 1) + kKernel;
     static_assert(kTiles * kWorkers == kWarps && kRows % 2 == 0 && (kKernel == 1 || kKernel == 3));
 
-    const int tile = warp % kTiles, worker = warp / kTiles;
+    const int tile = warp % kTiles;
+    const int worker = warp / kTiles * blocks_of_image() + rank, workers = kWorkers * blocks_of_image();
     const int strips = quotient_up(planes.width, kStrip);
     const int regions = quotient_up(planes.height, kRows) * strips;
     const int from_pitch = rounded_up(planes.from_width, kStrip), pitch = strips * kStrip;
@@ -237,13 +255,12 @@ __device__ __forceinline__ void Walk<Element>::convolve(Weights<kIn, kKernel * k
 
     unsigned left = images;
     int region = worker;
-    if (region >= regions) left = 0;
-    if (!left && next) weights.load(next);
+    if (region >= regions) left = 0;  // none for this warp, in the whole group: it has no need of the next weights
     while (left) {
         const int i = __ffs(left) - 1;
         const int row0 = region / strips * kRows, column0 = region % strips * kStrip;
         // The regions of an image, then the next image's.
-        const int region_after = region + kWorkers;
+        const int region_after = region + workers;
         const bool image_done = region_after >= regions;
         const unsigned left_after = image_done ? left & (left - 1) : left;
         const bool refill = !left_after && next;
@@ -308,7 +325,7 @@ __device__ __forceinline__ void Walk<Element>::convolve(Weights<kIn, kKernel * k
                     if (closes) low += low_of<Element>(*both), high += high_of<Element>(*both);
                     if (!kProjects) low = relu(low), high = relu(high);
                     const unsigned rounded = pack<Element>(low, high);
-                    *both = rounded;
+                    write(both, rounded);
                     totals[n][0] += low_of<Element>(rounded);
                     totals[n][1] += high_of<Element>(rounded);
                 }
@@ -319,7 +336,7 @@ __device__ __forceinline__ void Walk<Element>::convolve(Weights<kIn, kKernel * k
                 for (int which = 0; which < 2; ++which) {
                     float& total = totals[n][which];
                     for (int lanes = 4; lanes < 32; lanes *= 2) total += __shfl_xor_sync(kAllLanes, total, lanes);
-                    if (lane < 4) sums(i)[region * kOut + tile * kChunk + n * 8 + pair + which] = total;
+                    if (lane < 4) write(sums(i) + region * kOut + tile * kChunk + n * 8 + pair + which, total);
                 }
         }
         left = left_after;
@@ -328,8 +345,8 @@ __device__ __forceinline__ void Walk<Element>::convolve(Weights<kIn, kKernel * k
 }
 
 // The images into planes of 16 channels, and the first convolution.
-template <typename Element>
-__device__ __forceinline__ void Walk<Element>::stem() {
+template <typename Element, bool kSpread>
+__device__ __forceinline__ void Walk<Element, kSpread>::stem() {
     const int height = network.height, width = network.width, pixels = height * width;
     const int pitch = rounded_up(width, kStrip);
     const ResidentGroup& group = network.group[0];
@@ -351,20 +368,21 @@ __device__ __forceinline__ void Walk<Element>::stem() {
                 make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
         }
     }
-    __syncthreads();
+    meet();
     const Planes planes{map.inner[0], height, width, map.x[0], group.height, group.width};
     convolve<16, 16, 1, 3>(weights, nullptr, everyone(), planes, network.stem_bias, false);
-    __syncthreads();
+    meet();
 }
 
 // A group's first block where the activation changes its shape: its first convolution for the images that execute,
 // and the projection for all.
-template <typename Element>
+template <typename Element, bool kSpread>
 template <int kGroup>
-__device__ __forceinline__ void Walk<Element>::enter_group() {
+__device__ __forceinline__ void Walk<Element, kSpread>::enter_group() {
     constexpr int kOut = group_channels(kGroup), kIn = kOut / 2;
     const ResidentGroup &before = network.group[kGroup - 1], &group = network.group[kGroup];
     const int tile = warp % (kOut / kChunk);
+    if (kSpread) meet();  // others may still be reading the sums that the projection writes
     Planes planes{map.x[kGroup - 1], before.height, before.width, map.inner[kGroup], group.height, group.width};
     if (executing) {
         Weights<kIn, 9> weights;
@@ -376,13 +394,13 @@ __device__ __forceinline__ void Walk<Element>::enter_group() {
     weights.load(weights.at(projection, tile, lane));
     planes.to = map.x[kGroup];
     convolve<kIn, kOut, 2, 1>(weights, nullptr, everyone(), planes, group.entry_bias + kOut, false);
-    __syncthreads();
+    meet();
 }
 
 // run_block for all of a group's blocks, each followed by its gate.
-template <typename Element>
+template <typename Element, bool kSpread>
 template <int kGroup>
-__device__ __forceinline__ void Walk<Element>::run_group() {
+__device__ __forceinline__ void Walk<Element, kSpread>::run_group() {
     constexpr int kChannels = group_channels(kGroup);
     constexpr int kEntry = kGroup > 0;  // the first block's first convolution is not among `inner`
     using Inner = Weights<kChannels, 9>;
@@ -408,7 +426,7 @@ __device__ __forceinline__ void Walk<Element>::run_group() {
                                     closes ? map.x[kGroup] : map.inner[kGroup], height, width};
                 convolve<kChannels, kChannels, 1, 3>(weights, fragments(number + 1), executing, planes,
                                                      group.inner_bias + number * kChannels, closes);
-                if (!closes) __syncthreads();
+                if (!closes) meet();
             }
         } else if (fragments(end)) {
             weights.load(fragments(end));
@@ -418,8 +436,8 @@ __device__ __forceinline__ void Walk<Element>::run_group() {
 }
 
 // Brings the next gate's embedding under way; every gate begins one copy, so that they can be counted.
-template <typename Element>
-__device__ __forceinline__ void Walk<Element>::fetch_embedding(int gate) {
+template <typename Element, bool kSpread>
+__device__ __forceinline__ void Walk<Element, kSpread>::fetch_embedding(int gate) {
     int block = gate;
     for (int group = 0; group < network.groups; ++group) {
         const int floats = embedding_floats(network, group);
@@ -435,8 +453,8 @@ __device__ __forceinline__ void Walk<Element>::fetch_embedding(int gate) {
 }
 
 // Average over an image's pixels.
-template <typename Element>
-__device__ __forceinline__ float Walk<Element>::pooled(int group, int i, int channel) const {
+template <typename Element, bool kSpread>
+__device__ __forceinline__ float Walk<Element, kSpread>::pooled(int group, int i, int channel) const {
     const ResidentGroup& at = network.group[group];
     const int channels = group_channels(group), regions = regions_of(channels, at.height, at.width);
     const float share = 1.0f / static_cast<float>(at.height * at.width);
@@ -448,9 +466,9 @@ __device__ __forceinline__ float Walk<Element>::pooled(int group, int i, int cha
 
 // Pool-finish, embed, LSTM step: the execute logit of a warp's image. Its pooled activation is as it was unless the block
 // has changed it.
-template <typename Element>
+template <typename Element, bool kSpread>
 template <int kGroup>
-__device__ __forceinline__ float Walk<Element>::rnn_gate(int i, bool changed) {
+__device__ __forceinline__ float Walk<Element, kSpread>::rnn_gate(int i, bool changed) {
     constexpr int kChannels = group_channels(kGroup), kParts = (kChannels + 31) / 32;
     const int embed = network.embed, units = network.hidden;
     const float* weight = embedding_place(index);
@@ -493,11 +511,11 @@ __device__ __forceinline__ float Walk<Element>::rnn_gate(int i, bool changed) {
 
 // The gate after a block, and who runs the next one. Warp i decides for image i. A block that `enters` a group changes all
 // images.
-template <typename Element>
+template <typename Element, bool kSpread>
 template <int kGroup>
-__device__ __forceinline__ void Walk<Element>::gate_step(bool enters) {
+__device__ __forceinline__ void Walk<Element, kSpread>::gate_step(bool enters) {
     cp_async_wait<1>();
-    __syncthreads();  // the block's output and sums, and the embedding
+    meet();  // for the block's output and sums, and the embedding
     if (index < call.steps) {
         if (warp < count) {
             const float logit = rnn_gate<kGroup>(warp, enters || (executing >> warp & 1));
@@ -508,9 +526,11 @@ __device__ __forceinline__ void Walk<Element>::gate_step(bool enters) {
                 const bool next = is_forced ? call.forced[static_cast<std::size_t>(first + warp) * call.forced_image +
                                                           index * call.forced_gate]
                                             : executes(probability);
-                call.gate_logits[at] = logit;
-                call.probabilities[at] = probability;
-                call.executed[at] = next;
+                if (rank == 0) {
+                    call.gate_logits[at] = logit;
+                    call.probabilities[at] = probability;
+                    call.executed[at] = next;
+                }
                 control().executes[index % 2][warp] = next;
             }
         }
@@ -522,21 +542,22 @@ __device__ __forceinline__ void Walk<Element>::gate_step(bool enters) {
 }
 
 // The images that a gate lets execute, as a mask.
-template <typename Element>
-__device__ __forceinline__ unsigned Walk<Element>::compact(int gate) const {
+template <typename Element, bool kSpread>
+__device__ __forceinline__ unsigned Walk<Element, kSpread>::compact(int gate) const {
     unsigned mask = 0;
     for (int i = 0; i < count; ++i) mask |= static_cast<unsigned>(control().executes[gate % 2][i]) << i;
     return mask;
 }
 
 // Global average pool and classifier.
-template <typename Element>
-__device__ __forceinline__ void Walk<Element>::head() {
+template <typename Element, bool kSpread>
+__device__ __forceinline__ void Walk<Element, kSpread>::head() {
     const int last = network.groups - 1, channels = group_channels(last), classes = network.classes;
     auto* features = reinterpret_cast<float*>(shared + map.pooled);  // [count, channels]
     for (int at = threadIdx.x; at < count * channels; at += kThreads)
         features[at] = pooled(last, at / channels, at % channels);
     __syncthreads();
+    if (rank > 0) return;
     for (int at = threadIdx.x; at < count * classes; at += kThreads) {
         const int i = at / classes, number = at % classes;
         float logit = network.head[channels * classes + number];
@@ -550,14 +571,14 @@ __device__ __forceinline__ void Walk<Element>::head() {
     }
 }
 
-template <typename Element>
-__device__ __forceinline__ void Walk<Element>::run(int images) {
+template <typename Element, bool kSpread>
+__device__ __forceinline__ void Walk<Element, kSpread>::run(int images) {
     if (threadIdx.x == 0) control().zeros = make_uint4(0, 0, 0, 0);
     for (int at = threadIdx.x; at < lstm_floats(network); at += kThreads)
         reinterpret_cast<float*>(shared + map.lstm)[at] = network.lstm[at];
     for (int group = 0; group < network.groups; ++group) blocks += network.group[group].blocks;
-    const int in_flight = static_cast<int>(gridDim.x) * images;
-    first = blockIdx.x * images;
+    const int in_flight = static_cast<int>(gridDim.x) / blocks_of_image() * images;
+    first = static_cast<int>(blockIdx.x) / blocks_of_image() * images;
     while (first < call.batch) {
         count = min(images, call.batch - first);
         executing = everyone();
@@ -570,19 +591,29 @@ __device__ __forceinline__ void Walk<Element>::run(int images) {
         if (network.groups > 1) run_group<1>();
         if (network.groups > 2) run_group<2>();
         head();
-        if (!call.taken) return;
+        if (kSpread || !call.taken) return;
         if (threadIdx.x == 0) control().first = in_flight + atomicAdd(call.taken, images);
         __syncthreads();
         first = control().first;
     }
 }
 
-template <typename Element>
+template <typename Element, bool kSpread>
 __global__ void __launch_bounds__(kThreads, 1)
     resident(const ResidentNetwork network, const ResidentCall call, const Map map, int images) {
-    Walk<Element>{network, call, map, shared_memory(), static_cast<int>(threadIdx.x / 32),
-                  static_cast<int>(threadIdx.x % 32)}
+    Walk<Element, kSpread>{network,
+                           call,
+                           map,
+                           shared_memory(),
+                           static_cast<int>(threadIdx.x / 32),
+                           static_cast<int>(threadIdx.x % 32),
+                           kSpread ? cluster_rank() : 0}
         .run(images);
+}
+
+auto kernel_of(const ResidentNetwork& network, bool spread) {
+    if (network.element == ElementType::float16) return spread ? resident<Half, true> : resident<Half, false>;
+    return spread ? resident<Bfloat16, true> : resident<Bfloat16, false>;
 }
 
 }  // namespace
@@ -622,28 +653,37 @@ ResidentWeights lay_out(ResidentNetwork& network, const void* fragments, const f
 
 int resident_shared_memory(const ResidentNetwork& network, int images) { return map_of(network, images).total; }
 
-ResidentPlan plan_resident(const ResidentNetwork& network, int batch, int multiprocessors, int shared_memory) {
+ResidentDevice resident_device(const ResidentNetwork& network) {
+    const auto clusters = [&](int size) {
+        return resident_clusters(kernel_of(network, true), kThreads, resident_shared_memory(network, 1), size);
+    };
+    return {multiprocessors(), shared_memory_limit(), clusters(2), clusters(4)};
+}
+
+ResidentPlan plan_resident(const ResidentNetwork& network, int batch, const ResidentDevice& device) {
     int most = kMostImages;
-    while (most > 0 && resident_shared_memory(network, most) > shared_memory) --most;
+    while (most > 0 && resident_shared_memory(network, most) > device.shared_memory) --most;
     check(most > 0, "image: ", network.height, " x ", network.width, " needs ", resident_shared_memory(network, 1),
-          " bytes of shared memory, the device has ", shared_memory);
+          " bytes of shared memory, the device has ", device.shared_memory);
+    if (batch <= device.fours) return {1, 4 * batch, false, 4};
+    if (batch <= device.pairs) return {1, 2 * batch, false, 2};
     // As few rounds as can be, then as few images at a time.
-    const int rounds = quotient_up(batch, multiprocessors * most);
-    const int images = quotient_up(batch, multiprocessors * (rounds > 0 ? rounds : 1));
-    const int blocks = min(multiprocessors, quotient_up(batch, images > 0 ? images : 1));
-    return {images, blocks, blocks * images < batch};
+    const int rounds = quotient_up(batch, device.multiprocessors * most);
+    const int images = quotient_up(batch, device.multiprocessors * (rounds > 0 ? rounds : 1));
+    const int blocks = min(device.multiprocessors, quotient_up(batch, images > 0 ? images : 1));
+    return {images, blocks, blocks * images < batch, 1};
 }
 
 void run_resident(const ResidentNetwork& network, const ResidentCall& call, const ResidentPlan& plan, Stream stream) {
     check(plan.images >= 1 && plan.images <= kMostImages, "plan: expected 1 to ", kMostImages, " images, got ",
           plan.images);
+    check(plan.cluster == 1 || !plan.queues, "plan: clusters take one round");
     check(!plan.queues || call.taken, "taken: needed for ", call.batch, " images");
     check(network.element != ElementType::float32, "element: expected 16 bits");
     if (call.batch == 0) return;
     const Map map = map_of(network, plan.images);
-    const Grid grid{dim3(plan.blocks), dim3(kThreads), static_cast<std::size_t>(map.total)};
-    const auto kernel = network.element == ElementType::float16 ? resident<Half> : resident<Bfloat16>;
-    launch("resident", kernel, grid, stream, network, call, map, plan.images);
+    const Grid grid{dim3(plan.blocks), dim3(kThreads), static_cast<std::size_t>(map.total), plan.cluster};
+    launch("resident", kernel_of(network, plan.cluster > 1), grid, stream, network, call, map, plan.images);
 }
 
 }  // namespace skipnet::cuda

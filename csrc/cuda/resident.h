@@ -59,6 +59,7 @@ struct ResidentPlan {
     int images;  // that a block of threads takes at a time
     int blocks;
     bool queues;  // there are more images than fit at once: call.taken is needed
+    int cluster;  // blocks of threads that share an image
 };
 
 // How much a network's weights take.
@@ -74,8 +75,17 @@ ResidentWeights lay_out(ResidentNetwork& network, const void* fragments, const f
 // Bytes of shared memory for so many images in a block of threads.
 int resident_shared_memory(const ResidentNetwork& network, int images);
 
-// For a device with so many multiprocessors and bytes of shared memory a block.
-ResidentPlan plan_resident(const ResidentNetwork& network, int batch, int multiprocessors, int shared_memory);
+// What a plan depends on.
+struct ResidentDevice {
+    int multiprocessors;
+    int shared_memory;  // bytes that a block of threads can have
+    int pairs, fours;   // clusters of so many blocks of threads that run at a time
+};
+
+// The current device.
+ResidentDevice resident_device(const ResidentNetwork& network);
+
+ResidentPlan plan_resident(const ResidentNetwork& network, int batch, const ResidentDevice& device);
 
 // Launches on the current device.
 void run_resident(const ResidentNetwork& network, const ResidentCall& call, const ResidentPlan& plan, Stream stream);

@@ -97,15 +97,15 @@ class ResidentCudaEngine(CudaEngine):
 
     Args:
         network: what :meth:`misfit` has nothing against.
-        images: that a block of threads takes at a time, where the batch does not decide it. Results do not depend on
-            it; for measurements.
+        images: that a block of threads takes at a time, where the batch does not decide it.
+        cluster: or blocks of threads that share an image, 2 or 4. For tests and measurements: results are the same.
     """
 
-    def __init__(self, network: PackedNetwork, images: int | None = None) -> None:
+    def __init__(self, network: PackedNetwork, images: int | None = None, cluster: int | None = None) -> None:
         super().__init__(network)
         self._weights = ResidentWeights.of(network)
         self._native = _native(network.arch, network.dtype)
-        self._images = images
+        self._images, self._cluster = images, cluster
         weights = self._weights
         self._native.place(_index(network.device), weights.fragments.data_ptr(), weights.fragments.nbytes,
                            weights.floats.data_ptr(), len(weights.floats))
@@ -151,11 +151,12 @@ class ResidentCudaEngine(CudaEngine):
 
     def plan(self, batch: int) -> _C.ResidentPlan:
         """How a batch is spread over the device."""
-        plan = self._native.plan(batch)
+        if self._cluster is not None:
+            return _C.ResidentPlan(1, self._cluster * batch, False, self._cluster)
         if self._images is None:
-            return plan
+            return self._native.plan(batch)
         blocks = min(_C.cuda_limits(_index(self.network.device))[0], -(-batch // self._images))
-        return _C.ResidentPlan(self._images, blocks, blocks * self._images < batch)
+        return _C.ResidentPlan(self._images, blocks, blocks * self._images < batch, 1)
 
     def run(self, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
         batch, device = len(images), self.network.device

@@ -27,6 +27,15 @@ extern "C" const char* shared_memory_of(const int* numbers, int images, int* byt
     });
 }
 
+extern "C" const char* plan_of(const int* numbers, const int* device /* [4] */, int batch, int* plan /* [4] */) {
+    return simt::report([=] {
+        ResidentNetwork network = network_of(numbers);
+        lay_out(network, nullptr, nullptr);
+        const ResidentPlan found = plan_resident(network, batch, {device[0], device[1], device[2], device[3]});
+        plan[0] = found.images, plan[1] = found.blocks, plan[2] = found.queues, plan[3] = found.cluster;
+    });
+}
+
 // Runs a network; `images_at_a_time` 0 leaves the plan to the launcher, `cluster` blocks of threads share an image. `sizes` is what the weights have to take.
 extern "C" const char* run(const int* numbers, const void* fragments, const float* floats, const int* sizes /* [2] */,
                            int shared_memory, int images_at_a_time, int cluster, int batch, int steps, const void* images,
@@ -38,7 +47,7 @@ extern "C" const char* run(const int* numbers, const void* fragments, const floa
         skipnet::check(static_cast<int>(needed.fragments) == sizes[0] && static_cast<int>(needed.floats) == sizes[1],
                        "weights: expected ", needed.fragments, " bytes and ", needed.floats, " floats, got ", sizes[0],
                        " and ", sizes[1]);
-        ResidentPlan plan = plan_resident(network, batch, multiprocessors(), shared_memory, false);
+        ResidentPlan plan = plan_resident(network, batch, {multiprocessors(), shared_memory, 0, 0});
         if (images_at_a_time) {
             plan.images = images_at_a_time;
             plan.blocks = min(multiprocessors(), (batch + plan.images - 1) / plan.images);
