@@ -70,7 +70,8 @@ def simulate(net, images, dtype, *, routing=None, last_gate=False, seed=0, at_a_
     hidden, cell = resident.empty((batch, hidden_dim)), resident.empty((batch, hidden_dim))
     resident("run", numbers, resident.array(as_array(weights.fragments)), resident.array(as_array(weights.floats)),
              sizes, shared, at_a_time, cluster, batch, steps, resident.array(as_array(images.to(dtype))), forced,
-             *strides, logits, gate_logits, probabilities, executed, hidden, cell, resident.array(np.zeros(1, np.int32)))
+             *strides, logits, gate_logits, probabilities, executed, hidden, cell,
+             resident.array(np.zeros(1, np.int32)))
     assert np.isin(executed, (0, 1)).all()
     return (torch.from_numpy(logits.copy()).view(dtype),
             *(torch.from_numpy(value.copy()).t() for value in (gate_logits, probabilities)),
