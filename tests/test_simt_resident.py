@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from golden.seeded import seeded_images
-from networks import plain_logits, relative_error, with_seeded_weights
+from networks import GoldenCase, plain_logits, relative_error, with_seeded_weights
 from simt import SimtError, library
 
 import skipnet_rt as srt
@@ -122,6 +122,21 @@ def same_bits(left, right):
     """Of two results; NaN included."""
     return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8))
                for a, b in zip(map(torch.Tensor.contiguous, left), map(torch.Tensor.contiguous, right), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "dtype", "count", "cluster"), [
+    ("cifar10_rnn_gate_38-s15", torch.bfloat16, 2, 1), ("cifar100_rnn_gate_38-s56", torch.float16, 1, 4),
+    ("cifar10_rnn_gate_110-s33", torch.float16, 2, 1), ("cifar10_rnn_gate_152-s44", torch.bfloat16, 1, 2)])
+def test_published_networks_agree_with_the_golden_cases(name, dtype, count, cluster):
+    case = GoldenCase(name)
+    images, route = case.images[:count], case.executed[:count]
+    logits, _, probabilities, executed, *_ = simulate(case.model, images, dtype, routing=route, cluster=cluster)
+    plain = plain_logits(copy.deepcopy(case.model).to(dtype), images.to(dtype), route)
+    assert relative_error(logits, case.logits[:count]) <= 2 * relative_error(plain, case.logits[:count])
+    assert torch.equal(executed, route)
+    clear = (case.probabilities[:count] - 0.5).abs() > TOLERANCES[dtype].decision
+    assert torch.equal((probabilities > 0.5)[clear], route[clear])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
