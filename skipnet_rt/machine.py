@@ -49,7 +49,7 @@ def gpu(device: torch.device) -> dict[str, Any] | None:
         "cuda": torch.version.cuda}
     fields = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "temperature.gpu")
     try:
-        told = subprocess.run(["nvidia-smi", f"--id={properties.uuid}", f"--query-gpu={','.join(fields)}",
+        told = subprocess.run(["nvidia-smi", f"--id=GPU-{properties.uuid}", f"--query-gpu={','.join(fields)}",
                                "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return found
