@@ -14,18 +14,8 @@ from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
 sys.path.insert(0, str(Path(__file__).parent / "csrc"))
+from nvcc import ALL_ARCHS, DEFAULT_ARCHS, FLAGS, find_nvcc
 from variants import MACROS, VARIANT_SOURCES, VARIANTS
-
-# What a wheel holds. 90a and 100a are the architecture-specific variants; the highest one also comes as PTX.
-ALL_ARCHS = ("80", "86", "89", "90a", "100", "120")
-# Where no GPU is seen: one code for each of the two common generations, and PTX for all later ones.
-DEFAULT_ARCHS = ("80", "90")
-
-
-def find_nvcc() -> str | None:
-    """The CUDA compiler: CUDA_HOME's, the PATH's, or the usual place's."""
-    homes = [os.environ.get("CUDA_HOME", ""), "", "/usr/local/cuda"]
-    return next(filter(None, (shutil.which(f"{home}/bin/nvcc" if home else "nvcc") for home in homes)), None)
 
 
 def toolkit_root(nvcc: str) -> Path:
@@ -84,8 +74,7 @@ class BuildExtension(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         for source in sorted(Path("csrc/cuda").glob("*.cu")):
             target = folder / f"{source.stem}.o"
-            subprocess.run([nvcc, "-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0", *codes,
-                            "-c", str(source), "-o", str(target)], check=True)
+            subprocess.run([nvcc, *FLAGS, "--threads=0", *codes, "-c", str(source), "-o", str(target)], check=True)
             ext.extra_objects.append(str(target))
         root = toolkit_root(nvcc)
         ext.library_dirs += [str(path) for path in (root / "lib64", *root.glob("targets/*/lib")) if path.is_dir()]

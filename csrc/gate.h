@@ -26,18 +26,25 @@ SKIPNET_HD inline float dot(const float* weight, const float* x, int size, float
     return sum;
 }
 
+// Row k of the 4 * hidden sums that go into the LSTM's gates.
+SKIPNET_HD inline float lstm_gate(const Lstm& lstm, int k, const float* feature, const float* hidden) {
+    const float from_input = dot(lstm.input_weight + k * lstm.embed, feature, lstm.embed, lstm.bias[k]);
+    return dot(lstm.hidden_weight + k * lstm.hidden, hidden, lstm.hidden, from_input);
+}
+
+// One unit's new state from its four gates' sums.
+SKIPNET_HD inline void lstm_unit(float input, float forget, float candidate, float output, float& hidden, float& cell) {
+    const float kept = sigmoid(forget) * cell;
+    cell = kept + sigmoid(input) * tanhf(candidate);
+    hidden = sigmoid(output) * tanhf(cell);
+}
+
 // One image's LSTM step. `gates` is scratch, [4 * hidden].
 SKIPNET_HD inline void lstm_step(const Lstm& lstm, const float* feature, float* hidden, float* cell, float* gates) {
     const int n = lstm.hidden;
-    for (int k = 0; k < 4 * n; ++k) {
-        const float from_input = dot(lstm.input_weight + k * lstm.embed, feature, lstm.embed, lstm.bias[k]);
-        gates[k] = dot(lstm.hidden_weight + k * n, hidden, n, from_input);
-    }
-    for (int k = 0; k < n; ++k) {
-        const float kept = sigmoid(gates[n + k]) * cell[k];
-        cell[k] = kept + sigmoid(gates[k]) * tanhf(gates[2 * n + k]);
-        hidden[k] = sigmoid(gates[3 * n + k]) * tanhf(cell[k]);
-    }
+    for (int k = 0; k < 4 * n; ++k) gates[k] = lstm_gate(lstm, k, feature, hidden);
+    for (int k = 0; k < n; ++k)
+        lstm_unit(gates[k], gates[n + k], gates[2 * n + k], gates[3 * n + k], hidden[k], cell[k]);
 }
 
 // Writes one image's decision.

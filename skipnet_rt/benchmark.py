@@ -8,7 +8,7 @@ that engine's, too.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -87,11 +87,13 @@ class BatchResult:
         batch: images a batch.
         ours: our engines, each at every fraction.
         peers: the others, by name.
+        wall: on a GPU, where the other timings are the device's own: everyone's by the host's clock, by name.
     """
 
     batch: int
     ours: tuple[Contestant, ...]
     peers: dict[str, Timing]
+    wall: dict[str, Timing] = field(default_factory=dict)
 
     @property
     def best(self) -> str:
@@ -129,7 +131,7 @@ class BatchResult:
                 "share_of_ceiling": 100 * one.share_of_ceiling(self.best_dense),
                 "speedup_over": {name: one.timing.speedup_over(timing) for name, timing in self.peers.items()},
             } for one in self.ours],
-        }
+        } | ({"wall": {name: timing.to_dict() for name, timing in self.wall.items()}} if self.wall else {})
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ class Benchmark:
         versions, cpu, load: of the machine, before the first measurement; see :mod:`skipnet_rt.machine`.
         left_out: peers that could not be measured, and why.
         results: one for each batch size.
+        gpu: that was measured, after the last measurement; None where it was the CPU.
     """
 
     arch: SkipNetArch
@@ -151,6 +154,7 @@ class Benchmark:
     load: float | None
     left_out: dict[str, str]
     results: tuple[BatchResult, ...]
+    gpu: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; the units are those of the results."""
@@ -158,22 +162,24 @@ class Benchmark:
             "architecture": str(self.arch), "dtype": str(self.dtype).removeprefix("torch."), "versions": self.versions,
             "cpu": self.cpu, "load": self.load, "left_out": self.left_out,
             "results": [result.to_dict() for result in self.results],
-        }
+        } | ({"gpu": self.gpu} if self.gpu else {})
 
 
 def benchmark(model: SkipNet, *, engines: Sequence[str] = ("cpu",), batches: Sequence[int] = BATCHES,
               fractions: Sequence[float] = FRACTIONS, dtype: torch.dtype = torch.float32,
-              peers: Sequence[Peer] = PEERS, seconds: float = 10.0,
+              peers: Sequence[Peer] = PEERS, seconds: float = 10.0, device: torch.device | str = "cpu",
               on_progress: Callable[[str, float], None] | None = None) -> Benchmark:
-    """Time our engines and the peers on the CPU, on seeded random images with forced routes.
+    """Time our engines and the peers on seeded random images with forced routes.
 
     Args:
         model: a gated network on the CPU. Its weights hardly matter: images and routes are the same for all.
         engines: ours.
         batches, fractions: what to measure; see :func:`random_routing`.
-        dtype: of the computation; images are float32, and converted by each contestant.
+        dtype: of the computation. On the CPU images are float32, and converted by each contestant; on a GPU they are
+            there, in this dtype.
         peers: to measure against; those that object are left out.
         seconds: for each batch size.
+        device: the CPU, or a GPU: then by its own clock, and once more by the host's.
         on_progress: told what is being done and the share of it that is done, 0 to 1.
 
     Raises:
@@ -181,7 +187,10 @@ def benchmark(model: SkipNet, *, engines: Sequence[str] = ("cpu",), batches: Seq
         skipnet_rt.EngineError: an engine cannot take the network.
     """
     report = on_progress or (lambda what, share: None)
-    left_out = {peer.name: objection for peer in peers if (objection := peer.objection(dtype)) is not None}
+    place = torch.device(device)
+    on_gpu = place.type == "cuda"
+    left_out = {peer.name: objection for peer in peers
+                if (objection := peer.objection(dtype, place.type)) is not None}
     measured = [peer for peer in peers if peer.name not in left_out]
     if not model.arch.gated:
         raise BenchmarkError(f"{model.arch} is a dense network: it has nothing to skip")
@@ -189,11 +198,12 @@ def benchmark(model: SkipNet, *, engines: Sequence[str] = ("cpu",), batches: Seq
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise BenchmarkError("there is no dense engine to measure against" + (f" ({reasons})" if reasons else ""))
     versions, cpu, load = machine.versions(), machine.cpu(), machine.load()
-    runtimes = [compile(model, engine=engine, dtype=dtype) for engine in engines]
+    runtimes = [compile(model, engine=engine, device=place, dtype=dtype) for engine in engines]
     results = []
     for batch in batches:
         shape = (batch, model.arch.in_channels, *model.arch.image_size)
         images = torch.randn(shape, generator=torch.Generator().manual_seed(batch))
+        images = images.to(place, dtype) if on_gpu else images
         calls: dict[str, Callable[[], object]] = {}
         for number, peer in enumerate(measured):
             report(f"batch {batch}: building {peer.name}", number / len(measured))
@@ -203,12 +213,14 @@ def benchmark(model: SkipNet, *, engines: Sequence[str] = ("cpu",), batches: Seq
             routing = random_routing(model.arch, batch, fraction)
             stats = RoutingStats(model.arch)
             stats.update(routing)
+            routing = routing.to(place)
             for runtime in runtimes:
                 name = _name(runtime.engine.name, fraction)
                 calls[name] = partial(runtime.infer, images, routing=routing)
                 ours[name] = runtime.engine.name, fraction, stats.multiply_adds_share
-        timings = alternate(calls, seconds=seconds,
+        timings = alternate(calls, seconds=seconds, device=place, device_time=on_gpu,
                             on_progress=partial(report, f"batch {batch}: {len(calls)} contestants taking turns"))
+        wall = alternate(calls, seconds=seconds, device=place) if on_gpu else {}
         results.append(BatchResult(batch, tuple(Contestant(*ours[name], timings[name]) for name in ours),
-                                   {peer.name: timings[peer.name] for peer in measured}))
-    return Benchmark(model.arch, dtype, versions, cpu, load, left_out, tuple(results))
+                                   {peer.name: timings[peer.name] for peer in measured}, wall))
+    return Benchmark(model.arch, dtype, versions, cpu, load, left_out, tuple(results), machine.gpu(place))

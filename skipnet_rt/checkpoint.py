@@ -31,7 +31,6 @@ from types import NoneType
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -165,6 +164,8 @@ def save(model: SkipNet, path: str | os.PathLike[str], *, card: ModelCard | None
     metadata = _metadata(where, model.arch, card)
     with _replacing(target) as temporary:
         if target.suffix.lower() == ".safetensors":
+            import safetensors.torch
+
             temporary.write_bytes(safetensors.torch.save(state, metadata))
         else:
             published = {f"module.{name}": state[_own_name(name)] for name in skeleton.state_dict()}
@@ -227,6 +228,8 @@ def _file_contents(path: Path) -> _Contents:
 
 
 def _safetensors_contents(path: Path) -> _Contents:
+    import safetensors
+
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,24 @@ def cpu() -> dict[str, Any]:
     return {"processor": _cpuinfo("model name") or platform.processor() or platform.machine(),
             "cores": os.cpu_count(), "threads": torch.get_num_threads(),
             "torch_capability": torch.backends.cpu.get_cpu_capability(), "instructions": _instructions()}
+
+
+def gpu(device: torch.device) -> dict[str, Any] | None:
+    """A CUDA device, its driver, and its clocks (MHz), power (W) and temperature (C) as nvidia-smi tells them."""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    found: dict[str, Any] = {
+        "name": properties.name, "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count, "memory": properties.total_memory,
+        "cuda": torch.version.cuda}
+    fields = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "temperature.gpu")
+    try:
+        told = subprocess.run(["nvidia-smi", f"--id=GPU-{properties.uuid}", f"--query-gpu={','.join(fields)}",
+                               "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return found
+    return found | dict(zip(fields, (value.strip() for value in told.stdout.split(",")), strict=False))
 
 
 def load() -> float | None:

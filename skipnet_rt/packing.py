@@ -6,8 +6,9 @@ and rounded once, so that it costs no accuracy (He et al., CVPR 2016, use the sa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -121,9 +122,26 @@ class PackedNetwork:
         return self.head_weight.device
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(tensor.nbytes for tensor in _tensors(self))
+
+    @property
     def gate_dtype(self) -> torch.dtype:
         """Of all gate arithmetic."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+
+def _tensors(part: Any) -> Iterator[Tensor]:
+    """Of a packed network or a part of it."""
+    if isinstance(part, Tensor):
+        yield part
+    elif isinstance(part, tuple):
+        for one in part:
+            yield from _tensors(one)
+    elif isinstance(part, (PackedConvolution, PackedBlock, PackedEmbedding, PackedFeedforwardGate, PackedLSTM,
+                           PackedNetwork)):
+        yield from _tensors(tuple(vars(part).values()))
 
 
 class _Packer:

@@ -1,4 +1,4 @@
-"""Other engines to measure against: the dense network of the same weights, every block executed, on the CPU.
+"""Other engines to measure against: the dense network of the same weights, every block executed.
 
 They are optional; what is not installed says so. ONNX Runtime and OpenVINO get one and the same ONNX graph. One peer is
 not dense: :data:`PUBLISHED_WAY`.
@@ -30,21 +30,26 @@ class Peer:
     Attributes:
         name: as in tables.
         packages: what has to be installed.
-        dtypes: in which it is worth measuring.
-        build: from a model, a batch of images and a dtype to what runs batches of this size.
+        dtypes: in which it is worth measuring; on a GPU float16, too.
+        build: from a model, a batch of images and a dtype to what runs batches of this size, where the images are.
+        devices: types that it runs on.
     """
 
     name: str
     packages: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     build: Callable[[SkipNet, Tensor, torch.dtype], Call]
+    devices: tuple[str, ...] = ("cpu",)
 
-    def objection(self, dtype: torch.dtype) -> str | None:
+    def objection(self, dtype: torch.dtype, device: str = "cpu") -> str | None:
         """Why it cannot be measured here, or None."""
+        if device not in self.devices:
+            return f"does not run on {device}"
         missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
         if missing:
             return f"not installed: {', '.join(missing)}"
-        return None if dtype in self.dtypes else f"not measured in {dtype}"
+        known = (*self.dtypes, torch.float16) if device == "cuda" else self.dtypes
+        return None if dtype in known else f"not measured in {dtype}"
 
 
 def onnx_graph(network: PackedNetwork, batch: int) -> bytes:
@@ -95,18 +100,38 @@ def _graph_of(model: SkipNet, images: Tensor) -> bytes:
 
 def _pytorch(memory_format: torch.memory_format) -> Callable[[SkipNet, Tensor, torch.dtype], Call]:
     def build(model: SkipNet, images: Tensor, dtype: torch.dtype) -> Call:
-        network = DenseNetwork(model, torch.device("cpu"), dtype, memory_format)
+        network = DenseNetwork(model, images.device, dtype, memory_format)
         return lambda batch: network(batch.to(dtype))
 
     return build
 
 
+def _captured(model: SkipNet, images: Tensor, dtype: torch.dtype) -> Call:
+    """PyTorch channels-last as one CUDA graph."""
+    network = DenseNetwork(model, images.device, dtype, torch.channels_last)
+    own = images.to(dtype).clone()
+    for _ in range(3):  # so that cuDNN has chosen its algorithms
+        network(own)
+    torch.cuda.synchronize(images.device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = network(own)
+
+    def run(batch: Tensor) -> Tensor:
+        own.copy_(batch)
+        graph.replay()
+        return logits
+
+    return run
+
+
 def _compiled(model: SkipNet, images: Tensor, dtype: torch.dtype) -> Call:
     import torch._inductor.config as inductor
 
-    network = DenseNetwork(model, torch.device("cpu"), dtype, torch.channels_last)
+    network = DenseNetwork(model, images.device, dtype, torch.channels_last)
     torch.compiler.reset()  # networks of other batch sizes count towards the limit beyond which it stops compiling
-    compiled = torch.compile(network, dynamic=False)
+    mode = "max-autotune" if images.device.type == "cuda" else None  # with CUDA graphs
+    compiled = torch.compile(network, dynamic=False, mode=mode)
 
     @torch.no_grad()  # as at the first call: in another mode it would compile again, without freezing
     def run(batch: Tensor) -> Tensor:
@@ -142,7 +167,7 @@ def _openvino(model: SkipNet, images: Tensor, dtype: torch.dtype) -> Call:
 
 
 def _published(model: SkipNet, images: Tensor, dtype: torch.dtype) -> Call:
-    weights = {name: value.to(dtype) if value.is_floating_point() else value
+    weights = {name: value.to(images.device, dtype if value.is_floating_point() else None)
                for name, value in model.state_dict().items()}
     with torch.device("meta"):
         gated = SkipNet(model.arch).eval()
@@ -166,16 +191,18 @@ def _published(model: SkipNet, images: Tensor, dtype: torch.dtype) -> Call:
 
 
 _BOTH = (torch.float32, torch.bfloat16)
+_ANYWHERE = ("cpu", "cuda")
 
-PUBLISHED_WAY = Peer("published way", (), (torch.float32,), _published)
+PUBLISHED_WAY = Peer("published way", (), (torch.float32,), _published, _ANYWHERE)
 """What the published code does: every block and every gate computed, the result chosen by multiplying with 0 or 1."""
 
 PEERS: tuple[Peer, ...] = (
     PUBLISHED_WAY,
-    Peer("PyTorch", (), _BOTH, _pytorch(torch.contiguous_format)),
-    Peer("PyTorch channels-last", (), _BOTH, _pytorch(torch.channels_last)),
-    Peer("torch.compile", (), _BOTH, _compiled),
+    Peer("PyTorch", (), _BOTH, _pytorch(torch.contiguous_format), _ANYWHERE),
+    Peer("PyTorch channels-last", (), _BOTH, _pytorch(torch.channels_last), _ANYWHERE),
+    Peer("PyTorch, CUDA graph", (), _BOTH, _captured, ("cuda",)),
+    Peer("torch.compile", (), _BOTH, _compiled, _ANYWHERE),
     Peer("ONNX Runtime", ("onnx", "onnxruntime"), (torch.float32,), _onnxruntime),
     Peer("OpenVINO", ("onnx", "openvino"), _BOTH, _openvino),
 )
-"""All of them."""
+"""All of them. On a GPU ``torch.compile`` means max-autotune with CUDA graphs."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from skipnet_rt import ops
 from skipnet_rt.arch import SkipNetArch
 from skipnet_rt.checkpoint import load
 from skipnet_rt.engines import choose_engine
@@ -40,7 +41,17 @@ class SkipNetRuntime(nn.Module):
         self.dtype: torch.dtype = engine.network.dtype
         self.max_batch = max_batch
         self._model_dtype = model_dtype
+        self._number = ops.register(self)
         self.training = False
+
+    @property
+    def memory(self) -> int:
+        """Bytes of the device's memory that the runtime holds: weights, and workspaces that outlive a call.
+
+        A call allocates its results besides. On the CPU, and with the eager engine, activations and weights in a
+        library's own layout come on top.
+        """
+        return self.engine.memory
 
     def forward(self, images: Tensor) -> Tensor | tuple:
         """What the compiled model returns in evaluation mode; see :meth:`skipnet_rt.SkipNet.forward`.
@@ -80,8 +91,18 @@ class SkipNetRuntime(nn.Module):
     @torch.no_grad()
     def _run(self, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
         self._check_images(images)
-        forced = None if routing is None else self._checked_routing(routing, len(images))
+        forced = None if routing is None else self._checked_routing(routing, images.shape[0])
         images = images.to(self.dtype).contiguous()
+        if torch.compiler.is_compiling():
+            return ops.as_pass(ops.run(images, forced, self._number, steps))
+        return self.execute(images, forced, steps)
+
+    def execute(self, images: Tensor, forced: Tensor | None, steps: int) -> EnginePass:
+        """The engine on checked arguments, part by part where ``max_batch`` says so.
+
+        Args:
+            images, forced, steps: as for :meth:`skipnet_rt.engines.engine.Engine.run`; N may be 0.
+        """
         if len(images) == 0:
             logits = torch.empty(0, self.arch.num_classes, dtype=self.dtype, device=self.device)
             return EnginePass(logits, self.engine.begin(0, steps, forced))

@@ -26,6 +26,8 @@ from skipnet_rt.runtime import compile
 
 MIN_ROUNDS = 3
 
+_CYCLES = 2e9  # a GPU's clock ticks a second, at most
+
 _PAUSE = 0.003  # seconds: the thread pools of PyTorch, ONNX Runtime and OpenVINO spin for less before they sleep
 
 
@@ -59,7 +61,8 @@ class Timing:
 
 
 def alternate(calls: Mapping[str, Callable[[], object]], *, seconds: float, device: torch.device | None = None,
-              per: int = 1, on_progress: Callable[[float], None] | None = None) -> dict[str, Timing]:
+              device_time: bool = False, per: int = 1,
+              on_progress: Callable[[float], None] | None = None) -> dict[str, Timing]:
     """Time some calls against each other.
 
     Args:
@@ -68,6 +71,7 @@ def alternate(calls: Mapping[str, Callable[[], object]], *, seconds: float, devi
             while, nor its data in the caches.
         seconds: how long to go on; there are at least :data:`MIN_ROUNDS` rounds, and with 0 no more.
         device: waited for before the clock is read, unless it is a CPU.
+        device_time: read a CUDA device's own clock before and after a call's work, instead of ours.
         per: a call's time is divided by this: the number of batches it works off, say.
         on_progress: told the share of the time that has passed, after every round.
     """
@@ -81,16 +85,34 @@ def alternate(calls: Mapping[str, Callable[[], object]], *, seconds: float, devi
         shuffled.shuffle(order)
         for name in order:
             time.sleep(_PAUSE)
-            calls[name]()
-            _wait_for(device)
             begun = time.perf_counter()
             calls[name]()
+            launched = time.perf_counter() - begun
             _wait_for(device)
-            samples[name].append((time.perf_counter() - begun) / per)
+            taken = _on_device(calls[name], launched) if device_time else _on_host(calls[name], device)
+            samples[name].append(taken / per)
         rounds, elapsed = rounds + 1, time.perf_counter() - started
         if on_progress:
             on_progress(min(rounds / MIN_ROUNDS, elapsed / seconds, 1.0) if seconds else rounds / MIN_ROUNDS)
     return {name: Timing(tuple(taken)) for name, taken in samples.items()}
+
+
+def _on_host(call: Callable[[], object], device: torch.device | None) -> float:
+    begun = time.perf_counter()
+    call()
+    _wait_for(device)
+    return time.perf_counter() - begun
+
+
+def _on_device(call: Callable[[], object], launching: float) -> float:
+    """The device is kept busy for as long as launching takes: else its clock would show the host's time, too."""
+    begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda._sleep(int(_CYCLES * (2 * launching + 1e-4)))  # type: ignore[no-untyped-call]
+    begun.record()
+    call()
+    ended.record()
+    ended.synchronize()
+    return begun.elapsed_time(ended) / 1e3
 
 
 def _wait_for(device: torch.device | None) -> None:

@@ -108,3 +108,17 @@ def test_masks_keep_the_models_dtype_in_a_16_bit_runtime():
         small_images("rnn", 2))
     assert logits.dtype == torch.bfloat16
     assert masks[0].dtype == probabilities[0].dtype == torch.float32
+
+
+def test_memory_is_stated_in_advance():
+    """The weights once at least, and the same after a call as before; half of it in 16 bits, gates aside."""
+    model = small_model("feedforward1")
+    weights = 4 * sum(value.numel() for name, value in model.named_parameters() if "bn" not in name)
+    for name in ("eager", "cpu"):
+        runtime = srt.compile(model, engine=name)
+        before = runtime.memory
+        runtime(small_images("feedforward1", 2))
+        assert runtime.memory == before
+        assert weights < before < 1.2 * weights
+    dense = small_model("dense")
+    assert srt.compile(dense, dtype=torch.bfloat16).memory * 2 == srt.compile(dense).memory

@@ -26,4 +26,20 @@ std::vector<std::pair<std::string, std::string>> devices() {
     return found;
 }
 
+Limits limits(int device) {
+    Limits found;
+    check(cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, device));
+    check(cudaDeviceGetAttribute(&found.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return found;
+}
+
+CurrentDevice::CurrentDevice(int device) : device_(device) {
+    check(cudaGetDevice(&before_));
+    if (device_ != before_) check(cudaSetDevice(device_));
+}
+
+CurrentDevice::~CurrentDevice() {
+    if (device_ != before_) cudaSetDevice(before_);
+}
+
 }  // namespace skipnet::cuda

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from skipnet_rt import _C
 from skipnet_rt.arch import SkipNetArch
 from skipnet_rt.engines.cpu import CpuEngine
+from skipnet_rt.engines.cuda import CudaEngine
 from skipnet_rt.engines.eager import EagerEngine
 from skipnet_rt.engines.engine import Availability, Engine
 from skipnet_rt.engines.triton import TritonEngine
 
-REGISTRY: dict[str, type[Engine]] = {engine.name: engine for engine in (CpuEngine, TritonEngine, EagerEngine)}
+REGISTRY: dict[str, type[Engine]] = {
+    engine.name: engine for engine in (CudaEngine, CpuEngine, TritonEngine, EagerEngine)}
 """Engines by name, in the order in which ``"auto"`` prefers them."""
-
-# Engines that the design has and this version has not: named, so that asking for one is answered.
-_TO_COME = {
-    "cuda": f"this version has no CUDA engine yet (CUDA sources {_C.cuda_build})",
-}
 
 
 class EngineError(ValueError):
@@ -26,8 +22,7 @@ class EngineError(ValueError):
 
 def engines() -> dict[str, Availability]:
     """Every engine's name, and whether this machine can run it; if not, why not."""
-    found = {name: engine.availability() for name, engine in REGISTRY.items()}
-    return found | {name: Availability(False, reason) for name, reason in _TO_COME.items()}
+    return {name: engine.availability() for name, engine in REGISTRY.items()}
 
 
 def choose_engine(name: str, architecture: SkipNetArch, device: torch.device, dtype: torch.dtype) -> type[Engine]:
@@ -36,8 +31,6 @@ def choose_engine(name: str, architecture: SkipNetArch, device: torch.device, dt
     Raises:
         EngineError: no such engine, or none that takes it; the message says why not, engine by engine.
     """
-    if name in _TO_COME:
-        raise EngineError(f"engine {name!r} is not available: {_TO_COME[name]}")
     if name != "auto" and name not in REGISTRY:
         raise EngineError(f"no engine is called {name!r}; known: auto, {', '.join(REGISTRY)}")
     asked = REGISTRY if name == "auto" else {name: REGISTRY[name]}

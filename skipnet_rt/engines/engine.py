@@ -117,6 +117,11 @@ class Engine(ABC):
             return f"it computes in {' or '.join(str(known) for known in cls.dtypes)}, not in {dtype}"
         return None
 
+    @property
+    def memory(self) -> int:
+        """Bytes of the device's memory that it holds; see :attr:`skipnet_rt.SkipNetRuntime.memory`."""
+        return self.network.nbytes
+
     def begin(self, batch: int, steps: int, routing: Tensor | None) -> Decisions:
         """Empty decisions for a batch; ``routing`` is bool ``[N, G]`` or None."""
         network = self.network

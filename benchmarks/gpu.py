@@ -1,0 +1,247 @@
+"""Our engines beside dense ones on a GPU, without the command line's packages: what ``gpu.sh`` runs.
+
+    python benchmarks/gpu.py compare --batch 128 --output DIR
+    python benchmarks/gpu.py slope --batch 1 --output DIR
+    python benchmarks/gpu.py waves --batch 1024 --output DIR
+    python benchmarks/gpu.py gates --output DIR
+    python benchmarks/gpu.py kernels --output DIR
+    python benchmarks/gpu.py table DIR
+
+Times are the device's own; ``wall`` in the JSON is the host's. docs/cuda.md says which of them are goals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import skipnet_rt as srt
+from skipnet_rt import machine
+from skipnet_rt.benchmark import BenchmarkError, benchmark, random_routing
+from skipnet_rt.engines import REGISTRY, EngineError
+from skipnet_rt.packing import PackedEmbedding, pack
+from skipnet_rt.peers import PEERS
+from skipnet_rt.timing import Timing, alternate
+
+ARCH = "cifar10_rnn_gate_110"
+
+
+def ours(model: srt.SkipNet, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Our engines that take the network there."""
+    return [name for name, engine in REGISTRY.items()
+            if name != "eager" and engine.objection(model.arch, device, dtype) is None]
+
+
+def compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everyone at one batch size, half of the gated blocks executed and all of them."""
+    model = srt.build(arguments.arch).eval()
+    device, dtype = torch.device("cuda"), getattr(torch, arguments.dtype)
+    found = benchmark(model, engines=ours(model, device, dtype), batches=[arguments.batch], fractions=(0.5, 1.0),
+                      dtype=dtype, peers=[peer for peer in PEERS if peer.name not in arguments.without],
+                      seconds=arguments.seconds, device=device,
+                      on_progress=lambda what, share: print(f"{share:6.1%} {what}", flush=True))
+    return found.to_dict()
+
+
+def slope(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Each engine's time against the executed fraction: how straight it is, and how steep beside the ideal."""
+    model = srt.build(arguments.arch).eval()
+    device, dtype = torch.device("cuda"), getattr(torch, arguments.dtype)
+    images = torch.randn(arguments.batch, 3, *model.arch.image_size, device=device, dtype=dtype)
+    fractions = (0.0, 0.25, 0.5, 0.75, 1.0)
+    routes = {fraction: random_routing(model.arch, arguments.batch, fraction).to(device) for fraction in fractions}
+    runtimes = {name: srt.compile(model, engine=name, device=device, dtype=dtype)
+                for name in ours(model, device, dtype)}
+    calls = {f"{name} {fraction}": (lambda runtime=runtime, route=route: runtime.infer(images, routing=route))
+             for name, runtime in runtimes.items() for fraction, route in routes.items()}
+    timings = alternate(calls, seconds=arguments.seconds, device=device, device_time=True)
+    engines = {}
+    for name in runtimes:
+        times = [1e3 * timings[f"{name} {fraction}"].median for fraction in fractions]
+        between = [times[0] + fraction * (times[-1] - times[0]) for fraction in fractions]
+        engines[name] = {
+            "milliseconds": dict(zip(map(str, fractions), times, strict=True)),
+            "most_off_the_line": max(abs(time / line - 1) for time, line in zip(times, between, strict=True)),
+            "share_that_skipping_saves": 1 - times[0] / times[-1],
+        }
+    return {"architecture": str(model.arch), "dtype": arguments.dtype, "batch": arguments.batch, "engines": engines}
+
+
+def waves(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The resident engine by the images that a block of threads takes at a time, clusters taking one included."""
+    from skipnet_rt.engines.cuda_resident import ResidentCudaEngine
+
+    model = srt.build(arguments.arch).eval()
+    device, dtype = torch.device("cuda", torch.cuda.current_device()), getattr(torch, arguments.dtype)
+    if objection := REGISTRY["cuda"].objection(model.arch, device, dtype):
+        raise EngineError(objection)
+    network = pack(model, device, dtype)
+    images = torch.randn(arguments.batch, 3, *model.arch.image_size, device=device, dtype=dtype)
+    route = random_routing(model.arch, arguments.batch, 0.5).to(device)
+    engines = {"as planned": ResidentCudaEngine(network)}
+    for count in (1, 2, 3):
+        if engines["as planned"].fits(count):
+            engines[str(count)] = ResidentCudaEngine(network, images=count)
+    for cluster in (2, 4):
+        if torch.cuda.get_device_capability(device)[0] in (9, 10):
+            engines[f"1/{cluster}"] = ResidentCudaEngine(network, cluster=cluster)
+    calls = {name: (lambda engine=engine: engine.run(images, route, model.arch.num_gates))
+             for name, engine in engines.items()}
+    timings = alternate(calls, seconds=arguments.seconds, device=device, device_time=True)
+    return {"architecture": str(model.arch), "dtype": arguments.dtype, "batch": arguments.batch,
+            "images_of_a_block": {name: timing.to_dict() for name, timing in timings.items()}}
+
+
+def gates(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a gate costs in the resident engine: the network with nothing executed, beside one with fewer blocks."""
+    device, dtype = torch.device("cuda"), getattr(torch, arguments.dtype)
+    times: dict[str, dict[str, Timing]] = {}
+    for batch in (1, 128):
+        calls = {}
+        for name in ("cifar10_rnn_gate_38", "cifar10_rnn_gate_152"):
+            runtime = srt.compile(srt.build(name).eval(), engine="cuda", device=device, dtype=dtype)
+            images = torch.randn(batch, 3, 32, 32, device=device, dtype=dtype)
+            nothing = torch.zeros(batch, runtime.arch.num_gates, dtype=torch.bool, device=device)
+            calls[name] = lambda runtime=runtime, images=images, nothing=nothing: runtime.infer(images, nothing)
+        times[str(batch)] = alternate(calls, seconds=arguments.seconds, device=device, device_time=True)
+    return {"dtype": arguments.dtype, "microseconds_a_skipped_block": {
+        batch: 1e6 * (timed["cifar10_rnn_gate_152"].median - timed["cifar10_rnn_gate_38"].median) / (74 - 17)
+        for batch, timed in times.items()}}
+
+
+def _graph(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """Some work, captured, so that launching it costs next to nothing."""
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph
+
+
+def kernels(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Gate steps (with compaction) and convolutions over a row list, each many times in a graph of its own."""
+    from skipnet_rt.kernels import compact_ref, gate_step_ref
+    from skipnet_rt.kernels.cuda import RNNGate, compact, gathered_conv
+
+    device, dtype, repeats = torch.device("cuda"), getattr(torch, arguments.dtype), 50
+    network = pack(srt.build(ARCH).eval(), device, dtype)
+    embedding, lstm = network.gates[-1], network.lstm
+    assert isinstance(embedding, PackedEmbedding)
+    assert lstm is not None
+    gate = RNNGate(embedding, lstm)
+
+    def in_pytorch(pooled: Tensor, state: Tensor) -> object:
+        logit, *_ = gate_step_ref(pooled, embedding, lstm, state[0], state[1])
+        return compact_ref(torch.sigmoid(logit) > 0.5)
+
+    def cudnn(x: Tensor, weight: Tensor, bias: Tensor) -> object:
+        return F.relu_(F.conv2d(x, weight, bias, padding=weight.shape[2] // 2))
+
+    work: dict[str, Callable[[], object]] = {}
+    for batch in (1, 128, 1024):
+        sums, state = torch.randn(batch, 1, 64, device=device), torch.zeros(2, batch, 10, device=device)
+        work[f"gate step, {batch} images"] = partial(gate, sums, 64, state[0], state[1])
+
+        work[f"gate step in PyTorch, {batch} images"] = partial(in_pytorch, sums[:, 0], state)
+    batch = 32
+    for channels, out, kernel, size in ((64, 64, 3, 56), (128, 128, 3, 28), (256, 256, 3, 14), (512, 512, 3, 7),
+                                        (64, 256, 1, 56), (1024, 256, 1, 14)):
+        x = torch.randn(batch, size, size, channels, device=device, dtype=dtype)
+        weight = torch.randn(out, kernel, kernel, channels, device=device, dtype=dtype) / 100
+        bias, y = torch.zeros(out, device=device), torch.empty(batch, size, size, out, device=device, dtype=dtype)
+        shape = f"{channels} to {out}, {kernel}x{kernel}, {size}x{size}, {batch} images"
+        work[f"cuDNN {shape}"] = partial(cudnn, x.permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2), bias.to(dtype))
+        for share in (0.5, 1.0):
+            rows, count = compact(torch.arange(batch, device=device) < share * batch)
+            work[f"{shape}, {share:.0%}"] = partial(gathered_conv, x, weight, bias, y, rows=rows, count=count,
+                                                    relu=True)
+
+    def many(once: Callable[[], object]) -> Callable[[], None]:
+        return _graph(lambda: [once() for _ in range(repeats)] and None).replay
+
+    calls = {name: many(once) for name, once in work.items()}
+    timings = alternate(calls, seconds=arguments.seconds, device=device, device_time=True, per=repeats)
+    return {"dtype": arguments.dtype, "kernels": {name: timing.to_dict() for name, timing in timings.items()}}
+
+
+def touch(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every kernel of the CUDA engine on small networks, once: for compute-sanitizer, which takes its time."""
+    small = {"resident": srt.SkipNetArch("cifar", "basic", (1, 1, 1), (16, 32, 64), "rnn", image_size=(16, 16)),
+             "compacted": srt.SkipNetArch("imagenet", "bottleneck", (1, 2), (16, 16), "rnn", image_size=(32, 32)),
+             "feed-forward": srt.SkipNetArch("cifar", "basic", (2, 1), (8, 16), "feedforward1", image_size=(8, 8))}
+    executed = {}
+    for name, arch in small.items():
+        runtime = srt.compile(srt.build(arch).eval(), engine="cuda", device="cuda",
+                              dtype=getattr(torch, arguments.dtype))
+        images = torch.randn(arguments.batch, 3, *arch.image_size, device="cuda")
+        routes = (None, *(random_routing(arch, arguments.batch, share).cuda() for share in (0.5, 1.0)))
+        executed[name] = [runtime.infer(images, routing=route).executed.sum().item() for route in routes]
+    return {"executed": executed}
+
+
+def table(folder: Path) -> None:
+    """What the parts wrote, in short."""
+    for path in sorted(folder.glob("*.json")):
+        document = json.loads(path.read_text())
+        print(f"\n{path.stem}")
+        for result in document.get("results", ()):
+            for name, time in result["peers"].items():
+                print(f"  {name:24} {_microseconds(time)}")
+            for one in result["engines"]:
+                best = result["best_dense"]
+                print(f"  {one['engine']}, {one['fraction']:4.0%} executed{'':{8 - len(one['engine'])}} "
+                      f"{_microseconds(one['time'])}  {one['share_of_ceiling']:4.0f}% of the ceiling, "
+                      f"{one['speedup_over'][best]:.2f} x {best}")
+        for name, time in document.get("kernels", {}).items():
+            print(f"  {name:44} {_microseconds(time)}")
+        for key in ("engines", "images_of_a_block", "microseconds_a_skipped_block"):
+            for name, value in document.get(key, {}).items():
+                print(f"  {name:20} {json.dumps(value)}")
+
+
+def _microseconds(time: dict[str, float]) -> str:
+    median, low, high = (1e3 * time[name] for name in ("median", "p20", "p80"))
+    return f"{median:9.1f} us ({low:.1f} - {high:.1f})"
+
+
+def main() -> None:
+    """One part of the measurements."""
+    parts = {part.__name__: part for part in (compare, slope, waves, gates, kernels, touch)}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=[*parts, "table"])
+    parser.add_argument("folder", nargs="?", type=Path, help="of the table")
+    parser.add_argument("--arch", default=ARCH)
+    parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"))
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--without", action="append", default=[], help="a peer to leave out")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    if arguments.part == "table":
+        table(arguments.folder)
+        return
+    torch.manual_seed(0)
+    try:
+        found = parts[arguments.part](arguments)
+    except (BenchmarkError, EngineError) as error:
+        parser.exit(1, f"{error}\n")
+    document = {"part": arguments.part, "versions": machine.versions(), "gpu": machine.gpu(torch.device("cuda")),
+                **found}
+    name = f"{arguments.part}-{arguments.arch}-{arguments.dtype}-{arguments.batch}"
+    if arguments.output:
+        (arguments.output / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")
+    else:
+        print(json.dumps(document, indent=2))
+
+
+if __name__ == "__main__":
+    main()

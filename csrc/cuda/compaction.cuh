@@ -1,0 +1,45 @@
+// Compaction by one block of threads; compaction.cu launches it by itself, gate_step.cu in its last block.
+#pragma once
+
+#include "compaction.h"
+
+namespace skipnet::cuda {
+
+// A prefix sum, no atomics: the order of the images is kept. All threads of the block take part.
+template <int kThreads>
+__device__ void compact_in_block(const bool* executed, int batch, const RowList& list,
+                                 int* warp_counts /* shared, [kThreads / 32] */) {
+    constexpr int kWarps = kThreads / 32, kFlags = 4;  // flags a thread and round: their loads overlap
+    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+    int before = 0;
+    for (int start = 0; start < batch; start += kThreads * kFlags) {
+        const int first = start + thread * kFlags;
+        unsigned flags = 0;
+#pragma unroll
+        for (int i = 0; i < kFlags; ++i)
+            if (first + i < batch && executed[first + i]) flags |= 1u << i;
+        const int mine = __popc(flags);
+        int through = mine;  // this lane's and all lower lanes'
+#pragma unroll
+        for (int lanes = 1; lanes < 32; lanes *= 2) {
+            const int lower = __shfl_up_sync(~0u, through, lanes);
+            if (lane >= lanes) through += lower;
+        }
+        if (lane == 31) warp_counts[warp] = through;
+        __syncthreads();
+        int place = before + through - mine;
+#pragma unroll
+        for (int other = 0; other < kWarps; ++other) {
+            if (other < warp) place += warp_counts[other];
+            before += warp_counts[other];
+        }
+#pragma unroll
+        for (int i = 0; i < kFlags; ++i)
+            if (flags >> i & 1) list.rows[place++] = first + i;
+        __syncthreads();  // before the counts are written again
+    }
+    for (int i = before + thread; i < batch; i += kThreads) list.rows[i] = -1;
+    if (thread == 0) *list.count = before;
+}
+
+}  // namespace skipnet::cuda

@@ -1,0 +1,27 @@
+// The gate step on the GPU: one launch finishes the pool, embeds, advances the LSTM, decides and compacts, for any batch.
+// All pointers are to the device's memory, those inside of the structs of network.h as well.
+#pragma once
+
+#include "../network.h"
+#include "compaction.h"
+#include "stream.h"
+
+namespace skipnet::cuda {
+
+// Global average pool, not finished: what the convolutions' epilogues leave. An image that skips keeps its sums.
+struct PooledSums {
+    const float* sums;  // [batch, tiles, channels], over the pixels of a tile of the image
+    int tiles;
+    int pixels;  // of the whole image
+};
+
+// RNNGate after one block. `arrivals` is scratch that is zero between calls.
+void gate_step(const Embedding& embedding, const Lstm& lstm, int batch, const PooledSums& pooled,
+               float* hidden /* [batch, hidden], in place */, float* cell /* [batch, hidden], in place */,
+               const Decision& decision, const RowList& list, int* arrivals /* [1] */, Stream stream);
+
+// The same for the tail of a feed-forward gate.
+void gate_step(const FeedforwardTail& tail, int batch, const PooledSums& pooled, const Decision& decision,
+               const RowList& list, int* arrivals /* [1] */, Stream stream);
+
+}  // namespace skipnet::cuda

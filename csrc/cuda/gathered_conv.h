@@ -1,0 +1,41 @@
+// A convolution over some images of a batch: reads them through a row list, writes compactly or back to their places.
+// All pointers are to the device's memory, 16-byte aligned; activations are channels-last.
+#pragma once
+
+#include "compaction.h"
+#include "element.h"
+#include "stream.h"
+
+namespace skipnet::cuda {
+
+// Channels are padded to multiples of 8 with zero weights and biases.
+struct Convolution {
+    int in, out;
+    int kernel, stride;  // 1x1, 3x3, ... 7x7; padding is kernel / 2
+    const void* weight;  // [out, kernel, kernel, in]
+    const float* bias;   // [out]
+
+    int out_side(int side) const { return (side - 1) / stride + 1; }
+};
+
+struct GatheredConv {
+    int batch;             // the most images there can be
+    int height, width;     // of x
+    const RowList* list;   // the images to compute; null: all of the batch
+    bool gathers;          // x holds the whole batch; otherwise image i of x is the list's i-th
+    bool scatters;         // the same for y and the residual; places of other images are left alone
+    bool relu;             // of the sum with the residual; NaN stays NaN
+    const void* x;         // [batch, height, width, in]
+    const void* residual;  // as y, or null; may be y itself
+    void* y;               // [batch, out_height, out_width, out]
+    float* sums;           // [batch, pooled_tiles, out], of y over a tile's pixels, at y's places; may be null
+};
+
+// How many tiles' sums an image's pool consists of.
+int pooled_tiles(const Convolution& layer, int height, int width);
+
+// y = relu(convolution(x) + bias + residual). Sums of products are float32 (in float32 networks every product, too, not
+// TF32) and in an order that depends on the layer alone: an image's result does not depend on the batch.
+void gathered_conv(ElementType type, const Convolution& layer, const GatheredConv& call, Stream stream);
+
+}  // namespace skipnet::cuda

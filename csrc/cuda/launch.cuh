@@ -1,0 +1,97 @@
+// How kernels are launched, and what a launcher asks of the device. On the CPU tests/simt runs the grid.
+#pragma once
+
+#include "stream.h"
+
+#ifdef SKIPNET_SIMT
+#include "launch_on_host.h"
+#else
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace skipnet::cuda {
+
+struct Grid {
+    dim3 blocks, threads;
+    std::size_t shared = 0;  // bytes of dynamic shared memory
+    int cluster = 1;         // blocks in a cluster, along x
+};
+
+inline void check_cuda(cudaError_t status, const char* what) {
+    if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+// kernel(arguments...) on the stream of the current device.
+template <typename... Parameters, typename... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, Stream stream, Arguments... arguments) {
+    if (grid.shared > 48 * 1024)
+        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(grid.shared)),
+                   name);
+    cudaLaunchAttribute attribute;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid.blocks;
+    config.blockDim = grid.threads;
+    config.dynamicSmemBytes = grid.shared;
+    config.stream = stream;
+    config.attrs = &attribute;
+    if (grid.cluster > 1) {
+        attribute.id = cudaLaunchAttributeClusterDimension;
+        attribute.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
+        config.numAttrs = 1;
+    }
+    check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), name);
+}
+
+// A number that the current device has.
+inline int device_attribute(cudaDeviceAttr attribute) {
+    int device, value;
+    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+    check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+    return value;
+}
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+// Bytes that a block of threads can have.
+inline int shared_memory_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+
+// How many blocks of a kernel a multiprocessor holds at a time.
+template <typename... Parameters>
+int resident_blocks(void (*kernel)(Parameters...), int threads, std::size_t shared) {
+    if (shared > 48 * 1024)
+        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+                   "cudaFuncSetAttribute");
+    int blocks;
+    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared),
+               "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+    return blocks;
+}
+
+// How many clusters of a kernel's blocks a device holds at a time; none where it, or the code it runs, knows no clusters.
+template <typename... Parameters>
+int resident_clusters(void (*kernel)(Parameters...), int threads, std::size_t shared, int cluster) {
+    cudaFuncAttributes compiled;
+    check_cuda(cudaFuncGetAttributes(&compiled, kernel), "cudaFuncGetAttributes");
+    if (compiled.ptxVersion < 90 || !device_attribute(cudaDevAttrClusterLaunch)) return 0;
+    if (shared > 48 * 1024)
+        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+                   "cudaFuncSetAttribute");
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = static_cast<unsigned>(cluster);
+    config.blockDim = static_cast<unsigned>(threads);
+    config.dynamicSmemBytes = shared;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int clusters;
+    check_cuda(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "cudaOccupancyMaxActiveClusters");
+    return clusters;
+}
+
+}  // namespace skipnet::cuda
+
+#endif

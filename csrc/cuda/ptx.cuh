@@ -1,0 +1,162 @@
+// All PTX of this project, one function an instruction. On the CPU tests/simt gives the same functions a meaning.
+#pragma once
+
+#include <cstdint>
+
+namespace skipnet::cuda {
+
+// 16-bit floating point; only these functions look inside.
+struct Half {
+    std::uint16_t bits;
+};
+struct Bfloat16 {
+    std::uint16_t bits;
+};
+
+}  // namespace skipnet::cuda
+
+#ifdef SKIPNET_SIMT
+#include "ptx_on_host.h"
+#else
+
+namespace skipnet::cuda {
+
+// ---- conversions
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(Half x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+    return y;
+}
+__device__ inline float to_float(Bfloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
+
+// Two floats as two neighbouring 16-bit values, rounded to nearest even; `low` comes first in memory.
+template <typename Element>
+__device__ unsigned pack(float low, float high);
+template <>
+__device__ inline unsigned pack<Half>(float low, float high) {
+    unsigned y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+template <>
+__device__ inline unsigned pack<Bfloat16>(float low, float high) {
+    unsigned y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+
+// Rounds to nearest even.
+template <typename Element>
+__device__ Element from_float(float x) {
+    return {static_cast<std::uint16_t>(pack<Element>(x, 0.0f))};
+}
+template <>
+__device__ inline float from_float<float>(float x) {
+    return x;
+}
+
+// ---- global memory
+
+// value = *address, if `loads`: by a predicate, not a branch. An ordinary load that stays on its side of a __syncwarp();
+// ptxas moves those through the read-only path (ld.global.nc) to the end of a stretch of code, where it is too late.
+__device__ inline void load_global(uint4& value, const uint4* address, bool loads = true) {
+    asm volatile(
+        "{.reg .pred loads; setp.ne.b32 loads, %5, 0; @loads ld.global.v4.u32 {%0, %1, %2, %3}, [%4];}"
+        : "+r"(value.x), "+r"(value.y), "+r"(value.z), "+r"(value.w)
+        : "l"(address), "r"(static_cast<int>(loads)));
+}
+
+// ---- shared memory
+
+// The block's dynamic shared memory, 16-byte aligned; there is no other kind in this project.
+__device__ inline unsigned char* shared_memory() {
+    extern __shared__ __align__(128) unsigned char bytes[];
+    return bytes;
+}
+
+__device__ inline unsigned shared_address(const void* in_shared) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(in_shared));
+}
+
+// ---- cp.async: global to shared memory past the registers, 16 bytes aligned to 16
+
+// Without `filled` nothing is read and zeros land.
+__device__ inline void cp_async16(void* to_shared, const void* from, bool filled = true) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to_shared)), "l"(from),
+                 "r"(filled ? 16 : 0)
+                 : "memory");
+}
+__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits for the calling thread's groups but the `pending` newest; other threads see them after a barrier.
+template <int pending>
+__device__ inline void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// ---- tensor cores; fragment layouts are the PTX ISA's
+
+// 8x8 matrices of 16-bit values: lane 8 j + r gives the address of row r of matrix j, and gets of each matrix the
+// elements 2 (lane % 4) and + 1 of row lane / 4.
+__device__ inline void ldmatrix_x4(const void* row, unsigned (&matrices)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+// d[16 x 8] += a[16 x 16] b[16 x 8], summed in float32.
+template <typename Element>
+__device__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]);
+template <>
+__device__ inline void mma_m16n8k16<Half>(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+template <>
+__device__ inline void mma_m16n8k16<Bfloat16>(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// ---- clusters of blocks (compute capability 9.0 and above; elsewhere a block is alone)
+
+#if __CUDA_ARCH__ >= 900
+__device__ inline int cluster_rank() {
+    int rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+__device__ inline int cluster_size() {
+    int size;
+    asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+    return size;
+}
+// All threads of the cluster; what they wrote to shared memory, their own and others', is seen after it.
+__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// Where an address in this block's shared memory lies in that of another block of the cluster.
+template <typename T>
+__device__ T* peer(T* in_shared, int rank) {
+    std::uint64_t address;
+    asm volatile("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(in_shared), "r"(rank));
+    return reinterpret_cast<T*>(address);
+}
+#else
+__device__ inline int cluster_rank() { return 0; }
+__device__ inline int cluster_size() { return 1; }
+__device__ inline void cluster_arrive() { __syncthreads(); }
+__device__ inline void cluster_wait() {}
+template <typename T>
+__device__ T* peer(T* in_shared, int) {
+    return in_shared;
+}
+#endif
+
+}  // namespace skipnet::cuda
+
+#endif

@@ -1,0 +1,689 @@
+// The resident strategy: a whole CIFAR-scale SkipNet in one launch.
+//
+// A block of threads takes one image, or a few, from stem to head. Activations stay in its shared memory and skipping
+// is a branch. A convolution is an implicit GEMM on tensor cores: 16 pixels (two rows of eight) by 16 input channels
+// times 16 by 8 output channels. A warp owns the same regions of every image's plane, and 16 output channels, for as
+// long as a group of blocks lasts; it holds a convolution's weights for them in registers, uses them for every image
+// that executes, and overwrites each with the next convolution's as soon as the last image is through with it. So
+// weights stream from L2 without a stop, half a convolution or more ahead, past gates and barriers, without taking
+// shared memory; where a block turns out to be skipped, what came for it is dropped. docs/cuda.md has the reasoning.
+//
+// For a small batch a cluster of blocks of threads takes an image (kSpread): each holds all of its planes and computes a
+// part of the regions, whose results it writes to all; gates are computed by each. Not a bit differs.
+//
+// An output is the sum over channels (chunks of 16), columns and rows of the kernel, in this order, whatever the batch.
+//
+// The rooms are those of every engine: stem, gate_step, compact, run_block, head.
+#include "resident.h"
+
+#include <cstdint>
+
+#include "../check.h"
+#include "../gate.h"
+#include "launch.cuh"
+#include "ptx.cuh"
+
+namespace skipnet::cuda {
+namespace {
+
+constexpr int kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kMostImages = 4;   // of a block of threads; the mask of those that execute has a bit for each
+constexpr int kStrip = 8;        // columns of a region
+constexpr int kChunk = 16;       // input channels that a tensor core sums over, and output channels of a warp
+constexpr int kLine = 128;       // bytes: planes begin at multiples
+constexpr int kZeros = 0;        // where in shared memory 16 bytes of zeros lie, for pixels outside of a plane
+constexpr unsigned kAllLanes = ~0u;
+
+template <typename Element>
+__device__ float low_of(unsigned pair) {
+    return to_float(Element{static_cast<std::uint16_t>(pair)});
+}
+template <typename Element>
+__device__ float high_of(unsigned pair) {
+    return to_float(Element{static_cast<std::uint16_t>(pair >> 16)});
+}
+
+constexpr SKIPNET_HD int rounded_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+constexpr SKIPNET_HD int quotient_up(int value, int divisor) { return (value + divisor - 1) / divisor; }
+
+// Rows of a region. Such that the regions and channels of 32x32, 16x16 and 8x8 planes keep all warps busy.
+constexpr SKIPNET_HD int region_rows(int channels) { return channels == 64 ? 4 : 8; }
+constexpr SKIPNET_HD int regions_of(int channels, int height, int width) {
+    return quotient_up(height, region_rows(channels)) * quotient_up(width, kStrip);
+}
+
+// Bytes of a plane, [height, width rounded up to 8, channels].
+constexpr SKIPNET_HD int plane_bytes(int channels, int height, int width) {
+    return height * rounded_up(width, kStrip) * channels * 2;
+}
+
+// Where things lie in shared memory, in bytes.
+struct Map {
+    int lstm;        // a copy of the network's
+    int embeddings;  // two places, for this gate's and the next one's
+    int embedding;   // bytes of a place
+    int sums;        // [images, regions, channels]: of each region's pixels
+    int sums_of;     // bytes of an image's
+    int pooled;      // [images, channels]
+    int images;      // [images, image]: their planes
+    int image;
+    int total;
+    int x[kGroups], inner[kGroups];  // planes of a group, from the start of an image's memory
+};
+
+// At the start of shared memory.
+struct Control {
+    uint4 zeros;
+    int first;                               // image that the block of threads takes next
+    unsigned char executes[2][kMostImages];  // of the images at hand; gates take turns
+};
+
+SKIPNET_HD int lstm_floats(const ResidentNetwork& network) {
+    const int n = network.hidden;
+    return n ? 4 * n * (network.embed + n) + 4 * n + n + 1 : 0;
+}
+SKIPNET_HD int embedding_floats(const ResidentNetwork& network, int group) {
+    return rounded_up(network.embed * group_channels(group) + network.embed, 4);
+}
+
+Map map_of(const ResidentNetwork& network, int images) {
+    int planes[kGroups] = {}, most_sums = 0;
+    for (int group = 0; group < network.groups; ++group) {
+        const ResidentGroup& at = network.group[group];
+        planes[group] = plane_bytes(group_channels(group), at.height, at.width);
+        const int sums = regions_of(group_channels(group), at.height, at.width) * group_channels(group);
+        if (sums > most_sums) most_sums = sums;
+    }
+    Map map{};
+    int end = rounded_up(sizeof(Control), kLine);
+    const auto place = [&](int bytes) {
+        const int at = end;
+        end = rounded_up(at + bytes, kLine);
+        return at;
+    };
+    const int channels = group_channels(network.groups - 1);
+    map.lstm = place(lstm_floats(network) * 4);
+    map.embedding = rounded_up(network.embed ? embedding_floats(network, network.groups - 1) * 4 : 0, kLine);
+    map.embeddings = place(2 * map.embedding);
+    map.sums_of = rounded_up(most_sums * 4, kLine);
+    map.sums = place(images * map.sums_of);
+    map.pooled = place(images * channels * 4);
+    // A group's two planes never lie where the activation of the group before lies. The second group's x is last, so
+    // that the third group's planes, which are no larger, fit before it.
+    const int second = planes[0] + 2 * planes[1], third = planes[1] + 2 * planes[2];
+    map.image = 2 * planes[0] > second ? 2 * planes[0] : second;
+    map.image = map.image > third ? map.image : third;
+    map.x[0] = 0, map.inner[0] = planes[0];
+    map.x[1] = map.image - planes[1], map.inner[1] = planes[0];
+    map.x[2] = planes[2], map.inner[2] = 0;
+    map.images = place(images * map.image);
+    map.total = end;
+    return map;
+}
+
+// Of one tap of a convolution.
+constexpr SKIPNET_HD int fragment_bytes(int in, int out) { return in * out * 2; }
+
+// A warp's weights of a convolution: for each chunk of input channels and each tap of the kernel the fragment of 16
+// input by 16 output channels. In memory, `uint4 fragments[out / 16][in / 16][taps][32 lanes]`: a lane's B operands of
+// two mma, in the PTX ISA's layout.
+template <int kIn, int kTaps>
+struct Weights {
+    static constexpr int kChunks = kIn / kChunk;
+    uint4 of[kChunks][kTaps];
+
+    // Of the 16 output channels `tile`.
+    static __device__ const uint4* at(const void* fragments, int tile, int lane) {
+        return static_cast<const uint4*>(fragments) + tile * kChunks * kTaps * 32 + lane;
+    }
+
+    __device__ void load(const uint4* from, int chunk, int tap, bool loads) {
+        load_global(of[chunk][tap], from + (chunk * kTaps + tap) * 32, loads);
+    }
+    __device__ void load(const uint4* from) {
+#pragma unroll
+        for (int chunk = 0; chunk < kChunks; ++chunk)
+#pragma unroll
+            for (int tap = 0; tap < kTaps; ++tap) load(from, chunk, tap, true);
+    }
+};
+
+// What a convolution reads and writes: planes, from the start of an image's memory.
+struct Planes {
+    int from, from_height, from_width;
+    int to, height, width;
+};
+
+// A byte of a plane: 8 channels, `eighth`, of a pixel. Pixels lie one after another; their eighths are exchanged so that
+// those of eight pixels in a row, at any column, lie in different banks.
+template <int kChannels>
+__device__ inline int byte_of(int row, int column, int pitch, int eighth) {
+    constexpr int kPixelsOfLine = kLine / (2 * kChannels);
+    const int exchanged = eighth ^ (column / kPixelsOfLine & (kChannels / 8 - 1));
+    return (row * pitch + column) * 2 * kChannels + exchanged * 16;
+}
+
+__device__ inline float warp_sum(float value) {
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(kAllLanes, value, lanes);
+    return value;
+}
+
+// NaN stays NaN.
+__device__ inline float relu(float x) { return x < 0.0f ? 0.0f : x; }
+
+// A block of threads on its way through the network.
+template <typename Element, bool kSpread>
+struct Walk {
+    const ResidentNetwork& network;
+    const ResidentCall& call;
+    const Map& map;
+    unsigned char* shared;
+    int warp, lane;
+    int rank;                           // among the blocks of threads that share an image
+    int first = 0, count = 0;           // images first .. first + count - 1
+    unsigned executing = 0;             // a bit for each of them: it runs the next block
+    int index = 0;                      // of the gate that is next
+    int blocks = 0;                     // of the network
+    float features[2] = {};             // warp i has image i's pooled activation, channels lane and lane + 32
+    float hidden = 0.0f, cell = 0.0f;   // and its LSTM state, a unit a lane
+
+    __device__ int blocks_of_image() const { return kSpread ? cluster_size() : 1; }
+    // For all who share the image.
+    template <typename T>
+    __device__ void write(T* place, T value) const {
+        if (!kSpread) *place = value;
+        for (int other = 0; kSpread && other < blocks_of_image(); ++other) *peer(place, other) = value;
+    }
+    // Until what has been written is there for all who share the image.
+    __device__ void meet() const {
+        if (!kSpread) return __syncthreads();
+        cluster_arrive();
+        cluster_wait();
+    }
+    __device__ unsigned everyone() const { return (1u << count) - 1; }
+    __device__ Control& control() const { return *reinterpret_cast<Control*>(shared + kZeros); }
+    __device__ unsigned char* image(int i) const { return shared + map.images + i * map.image; }
+    __device__ float* sums(int i) const { return reinterpret_cast<float*>(shared + map.sums + i * map.sums_of); }
+    __device__ float* embedding_place(int gate) const {
+        return reinterpret_cast<float*>(shared + map.embeddings + gate % 2 * map.embedding);
+    }
+
+    __device__ void run(int images);
+    __device__ void stem();
+    template <int kGroup>
+    __device__ void run_group();
+    template <int kGroup>
+    __device__ void enter_group();
+    template <int kGroup>
+    __device__ void gate_step(bool enters);
+    template <int kGroup>
+    __device__ float rnn_gate(int i, bool changed);
+    __device__ unsigned compact(int gate) const;
+    __device__ void head();
+
+    __device__ void fetch_embedding(int gate);
+    __device__ float pooled(int group, int i, int channel) const;
+    template <int kIn, int kOut, int kStride, int kKernel>
+    __device__ void convolve(Weights<kIn, kKernel * kKernel>& weights, const uint4* next, unsigned images,
+                             const Planes& planes, const float* bias, bool closes);
+};
+
+// relu(convolution + bias) for the images of a mask. One that `closes` a block adds what stands in its output's plane;
+// it and a projection, which has no ReLU, leave each region's sums. `next`, if not null, replaces the weights.
+template <typename Element, bool kSpread>
+template <int kIn, int kOut, int kStride, int kKernel>
+__device__ __forceinline__ void Walk<Element, kSpread>::convolve(Weights<kIn, kKernel * kKernel>& weights, const uint4* next,
+                                                        unsigned images, const Planes& planes, const float* bias,
+                                                        bool closes) {
+    constexpr bool kProjects = kKernel == 1;
+    constexpr int kTiles = kOut / kChunk, kWorkers = kWarps / kTiles;  // warps that share 16 output channels
+    constexpr int kRows = region_rows(kOut), kPairs = kRows / 2;
+    constexpr int kStep = kProjects ? kStride : 1;  // between the input's rows that are read
+    constexpr int kSources = kProjects ? kRows : kStride * (kRows - 1) + kKernel;
+    static_assert(kTiles * kWorkers == kWarps && kRows % 2 == 0 && (kKernel == 1 || kKernel == 3));
+
+    const int tile = warp % kTiles;
+    const int worker = warp / kTiles * blocks_of_image() + rank, workers = kWorkers * blocks_of_image();
+    const int strips = quotient_up(planes.width, kStrip);
+    const int regions = quotient_up(planes.height, kRows) * strips;
+    const int from_pitch = rounded_up(planes.from_width, kStrip), pitch = strips * kStrip;
+    const int pair = lane % 4 * 2;
+    float biases[2][2];
+#pragma unroll
+    for (int n = 0; n < 4; ++n) biases[n / 2][n % 2] = bias[tile * kChunk + n / 2 * 8 + pair + n % 2];
+
+    unsigned left = images;
+    int region = worker;
+    if (region >= regions) left = 0;  // none for this warp, in the whole group: it has no need of the next weights
+    while (left) {
+        const int i = __ffs(left) - 1;
+        const int row0 = region / strips * kRows, column0 = region % strips * kStrip;
+        // The regions of an image, then the next image's.
+        const int region_after = region + workers;
+        const bool image_done = region_after >= regions;
+        const unsigned left_after = image_done ? left & (left - 1) : left;
+        const bool refill = !left_after && next;
+
+        float sum[kPairs][2][4] = {};  // of two rows and 8 output channels, as the tensor core leaves it
+        const int from = map.images + i * map.image + planes.from;
+#pragma unroll
+        for (int chunk = 0; chunk < Weights<kIn, kKernel * kKernel>::kChunks; ++chunk) {
+#pragma unroll
+            for (int dx = 0; dx < kKernel; ++dx) {
+                // ldmatrix: lanes 0-7 and 8-15 give eight pixels of a row and of the next, the others their upper
+                // 8 channels.
+                unsigned rows[kSources][2];
+                const int column = kStride * (column0 + lane % 8) + dx - kKernel / 2;
+                const bool column_inside = static_cast<unsigned>(column) < static_cast<unsigned>(planes.from_width);
+                const int begin = kStride * row0 - kKernel / 2, offset = lane / 8 % 2;
+#pragma unroll
+                for (int s = 0; s < kSources; s += 2) {
+                    const int row = begin + (s + offset) * kStep;
+                    const bool inside =
+                        column_inside & (static_cast<unsigned>(row) < static_cast<unsigned>(planes.from_height));
+                    const int byte = byte_of<kIn>(row, column, from_pitch, lane / 16) ^ chunk * 32;
+                    unsigned four[4];
+                    ldmatrix_x4(shared + (inside ? from + byte : kZeros), four);
+                    rows[s][0] = four[0], rows[s][1] = four[2];
+                    if (s + 1 < kSources) rows[s + 1][0] = four[1], rows[s + 1][1] = four[3];
+                }
+#pragma unroll
+                for (int dy = 0; dy < kKernel; ++dy) {
+                    const int tap = dy * kKernel + dx;
+                    const uint4 weight = weights.of[chunk][tap];
+                    const unsigned b[2][2] = {{weight.x, weight.y}, {weight.z, weight.w}};
+#pragma unroll
+                    for (int p = 0; p < kPairs; ++p) {
+                        constexpr int kFirst = kProjects ? 1 : kStride;
+                        const unsigned(&upper)[2] = rows[kFirst * 2 * p + dy];
+                        const unsigned(&lower)[2] = rows[kFirst * (2 * p + 1) + dy];
+                        const unsigned a[4] = {upper[0], lower[0], upper[1], lower[1]};
+                        mma_m16n8k16<Element>(sum[p][0], a, b[0]);
+                        mma_m16n8k16<Element>(sum[p][1], a, b[1]);
+                    }
+                    weights.load(next, chunk, tap, refill);
+                }
+            }
+            __syncwarp();  // keeps these loads here, among the products
+        }
+
+        unsigned char* to = image(i) + planes.to;
+        const int column = column0 + lane / 4;
+        float totals[2][2] = {};
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+            for (int p = 0; p < kPairs; ++p)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int row = row0 + 2 * p + half;
+                    if (row >= planes.height || column >= planes.width) continue;
+                    auto* both = reinterpret_cast<unsigned*>(to + byte_of<kOut>(row, column, pitch, tile * 2 + n) +
+                                                             lane % 4 * 4);
+                    float low = sum[p][n][2 * half] + biases[n][0], high = sum[p][n][2 * half + 1] + biases[n][1];
+                    if (closes) low += low_of<Element>(*both), high += high_of<Element>(*both);
+                    if (!kProjects) low = relu(low), high = relu(high);
+                    const unsigned rounded = pack<Element>(low, high);
+                    write(both, rounded);
+                    totals[n][0] += low_of<Element>(rounded);
+                    totals[n][1] += high_of<Element>(rounded);
+                }
+        if (kProjects || closes) {
+#pragma unroll
+            for (int n = 0; n < 2; ++n)
+#pragma unroll
+                for (int which = 0; which < 2; ++which) {
+                    float& total = totals[n][which];
+                    for (int lanes = 4; lanes < 32; lanes *= 2) total += __shfl_xor_sync(kAllLanes, total, lanes);
+                    if (lane < 4) write(sums(i) + region * kOut + tile * kChunk + n * 8 + pair + which, total);
+                }
+        }
+        left = left_after;
+        region = image_done ? worker : region_after;
+    }
+}
+
+// The images into planes of 16 channels, and the first convolution.
+template <typename Element, bool kSpread>
+__device__ __forceinline__ void Walk<Element, kSpread>::stem() {
+    const int height = network.height, width = network.width, pixels = height * width;
+    const int pitch = rounded_up(width, kStrip);
+    const ResidentGroup& group = network.group[0];
+    Weights<16, 9> weights;
+    weights.load(weights.at(network.stem, 0, lane));
+    for (int at = threadIdx.x; at < count * pixels; at += kThreads) {
+        const int i = at / pixels, pixel = at % pixels;
+        const auto* from = static_cast<const Element*>(call.images) +
+                           static_cast<std::size_t>(first + i) * network.in * pixels + pixel;
+        unsigned char* to = image(i) + map.inner[0];
+#pragma unroll
+        for (int eighth = 0; eighth < 2; ++eighth) {
+            unsigned pairs[4] = {};
+#pragma unroll
+            for (int c = 0; c < 8; ++c)
+                if (eighth * 8 + c < network.in)
+                    pairs[c / 2] |= static_cast<unsigned>(from[(eighth * 8 + c) * pixels].bits) << c % 2 * 16;
+            *reinterpret_cast<uint4*>(to + byte_of<16>(pixel / width, pixel % width, pitch, eighth)) =
+                make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        }
+    }
+    meet();
+    const Planes planes{map.inner[0], height, width, map.x[0], group.height, group.width};
+    convolve<16, 16, 1, 3>(weights, nullptr, everyone(), planes, network.stem_bias, false);
+    meet();
+}
+
+// A group's first block where the activation changes its shape: its first convolution for the images that execute,
+// and the projection for all.
+template <typename Element, bool kSpread>
+template <int kGroup>
+__device__ __forceinline__ void Walk<Element, kSpread>::enter_group() {
+    constexpr int kOut = group_channels(kGroup), kIn = kOut / 2;
+    const ResidentGroup &before = network.group[kGroup - 1], &group = network.group[kGroup];
+    const int tile = warp % (kOut / kChunk);
+    if (kSpread) meet();  // others may still be reading the sums that the projection writes
+    Planes planes{map.x[kGroup - 1], before.height, before.width, map.inner[kGroup], group.height, group.width};
+    if (executing) {
+        Weights<kIn, 9> weights;
+        weights.load(weights.at(group.entry, tile, lane));
+        convolve<kIn, kOut, 2, 3>(weights, nullptr, executing, planes, group.entry_bias, false);
+    }
+    Weights<kIn, 1> weights;
+    const auto* projection = static_cast<const unsigned char*>(group.entry) + 9 * fragment_bytes(kIn, kOut);
+    weights.load(weights.at(projection, tile, lane));
+    planes.to = map.x[kGroup];
+    convolve<kIn, kOut, 2, 1>(weights, nullptr, everyone(), planes, group.entry_bias + kOut, false);
+    meet();
+}
+
+// run_block for all of a group's blocks, each followed by its gate.
+template <typename Element, bool kSpread>
+template <int kGroup>
+__device__ __forceinline__ void Walk<Element, kSpread>::run_group() {
+    constexpr int kChannels = group_channels(kGroup);
+    constexpr int kEntry = kGroup > 0;  // the first block's first convolution is not among `inner`
+    using Inner = Weights<kChannels, 9>;
+    const ResidentGroup& group = network.group[kGroup];
+    const int convolutions = 2 * group.blocks - kEntry;
+    const auto fragments = [&](int number) {
+        return number < convolutions ? Inner::at(static_cast<const unsigned char*>(group.inner) +
+                                                     number * 9 * fragment_bytes(kChannels, kChannels),
+                                                 warp % (kChannels / kChunk), lane)
+                                     : nullptr;
+    };
+    const int height = group.height, width = group.width;
+
+    Inner weights;
+    if (kEntry) enter_group<kGroup == 0 ? 1 : kGroup>();
+    weights.load(fragments(0));
+    for (int block = 0; block < group.blocks; ++block) {
+        const int end = 2 * (block + 1) - kEntry;  // the next block's first convolution
+        if (executing) {
+            for (int number = block == 0 ? 0 : end - 2; number < end; ++number) {
+                const bool closes = number == end - 1;
+                const Planes planes{closes ? map.inner[kGroup] : map.x[kGroup], height, width,
+                                    closes ? map.x[kGroup] : map.inner[kGroup], height, width};
+                convolve<kChannels, kChannels, 1, 3>(weights, fragments(number + 1), executing, planes,
+                                                     group.inner_bias + number * kChannels, closes);
+                if (!closes) meet();
+            }
+        } else if (fragments(end)) {
+            weights.load(fragments(end));
+        }
+        gate_step<kGroup>(kEntry && block == 0);
+    }
+}
+
+// Brings the next gate's embedding under way; every gate begins one copy, so that they can be counted.
+template <typename Element, bool kSpread>
+__device__ __forceinline__ void Walk<Element, kSpread>::fetch_embedding(int gate) {
+    int block = gate;
+    for (int group = 0; group < network.groups; ++group) {
+        const int floats = embedding_floats(network, group);
+        if (block < network.group[group].blocks) {
+            const float* from = network.group[group].embeddings + static_cast<std::size_t>(block) * floats;
+            for (int at = 4 * threadIdx.x; at < floats; at += 4 * kThreads)
+                cp_async16(embedding_place(gate) + at, from + at);
+            break;
+        }
+        block -= network.group[group].blocks;
+    }
+    cp_async_commit();
+}
+
+// Average over an image's pixels.
+template <typename Element, bool kSpread>
+__device__ __forceinline__ float Walk<Element, kSpread>::pooled(int group, int i, int channel) const {
+    const ResidentGroup& at = network.group[group];
+    const int channels = group_channels(group), regions = regions_of(channels, at.height, at.width);
+    const float share = 1.0f / static_cast<float>(at.height * at.width);
+    float total = 0.0f;
+#pragma unroll 8
+    for (int region = 0; region < regions; ++region) total += sums(i)[region * channels + channel];
+    return total * share;
+}
+
+// Pool-finish, embed, LSTM step: the execute logit of a warp's image. Its pooled activation is as it was unless the block
+// has changed it.
+template <typename Element, bool kSpread>
+template <int kGroup>
+__device__ __forceinline__ float Walk<Element, kSpread>::rnn_gate(int i, bool changed) {
+    constexpr int kChannels = group_channels(kGroup), kParts = (kChannels + 31) / 32;
+    const int embed = network.embed, units = network.hidden;
+    const float* weight = embedding_place(index);
+    if (changed) {
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+            const int channel = part * 32 + lane;
+            features[part] = channel < kChannels ? pooled(kGroup, i, channel) : 0.0f;
+        }
+    }
+    float embedded = 0.0f;  // a lane has one
+#pragma unroll 10
+    for (int e = 0; e < embed; ++e) {
+        float part_sum = 0.0f;
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+            const int channel = part * 32 + lane;
+            if (channel < kChannels) part_sum += weight[e * kChannels + channel] * features[part];
+        }
+        const float whole = warp_sum(part_sum) + weight[embed * kChannels + e];
+        if (lane == e) embedded = whole;
+    }
+
+    const auto* lstm = reinterpret_cast<const float4*>(shared + map.lstm);  // [embed + hidden + 1, hidden] of i, f, g, o
+    const int unit = lane < units ? lane : 0;
+    float4 gates = lstm[(embed + units) * units + unit];
+#pragma unroll 10
+    for (int k = 0; k < embed + units; ++k) {
+        const float x = k < embed ? __shfl_sync(kAllLanes, embedded, k) : __shfl_sync(kAllLanes, hidden, k - embed);
+        const float4 from = lstm[k * units + unit];
+        gates.x += from.x * x;
+        gates.y += from.y * x;
+        gates.z += from.z * x;
+        gates.w += from.w * x;
+    }
+    lstm_unit(gates.x, gates.y, gates.z, gates.w, hidden, cell);
+    const auto* projection = reinterpret_cast<const float*>(lstm + (embed + units + 1) * units);
+    return warp_sum(lane < units ? projection[lane] * hidden : 0.0f) + projection[units];
+}
+
+// The gate after a block, and who runs the next one. Warp i decides for image i. A block that `enters` a group changes all
+// images.
+template <typename Element, bool kSpread>
+template <int kGroup>
+__device__ __forceinline__ void Walk<Element, kSpread>::gate_step(bool enters) {
+    cp_async_wait<1>();
+    meet();  // for the block's output and sums, and the embedding
+    if (index < call.steps) {
+        if (warp < count) {
+            const float logit = rnn_gate<kGroup>(warp, enters || (executing >> warp & 1));
+            if (lane == 0) {
+                const std::size_t at = static_cast<std::size_t>(index) * call.batch + first + warp;
+                const float probability = sigmoid(logit);
+                const bool is_forced = call.forced && index < blocks - 1;
+                const bool next = is_forced ? call.forced[static_cast<std::size_t>(first + warp) * call.forced_image +
+                                                          index * call.forced_gate]
+                                            : executes(probability);
+                if (rank == 0) {
+                    call.gate_logits[at] = logit;
+                    call.probabilities[at] = probability;
+                    call.executed[at] = next;
+                }
+                control().executes[index % 2][warp] = next;
+            }
+        }
+        __syncthreads();
+        executing = compact(index);
+        fetch_embedding(index + 2);
+    }
+    ++index;
+}
+
+// The images that a gate lets execute, as a mask.
+template <typename Element, bool kSpread>
+__device__ __forceinline__ unsigned Walk<Element, kSpread>::compact(int gate) const {
+    unsigned mask = 0;
+    for (int i = 0; i < count; ++i) mask |= static_cast<unsigned>(control().executes[gate % 2][i]) << i;
+    return mask;
+}
+
+// Global average pool and classifier.
+template <typename Element, bool kSpread>
+__device__ __forceinline__ void Walk<Element, kSpread>::head() {
+    const int last = network.groups - 1, channels = group_channels(last), classes = network.classes;
+    auto* features = reinterpret_cast<float*>(shared + map.pooled);  // [count, channels]
+    for (int at = threadIdx.x; at < count * channels; at += kThreads)
+        features[at] = pooled(last, at / channels, at % channels);
+    __syncthreads();
+    if (rank > 0) return;
+    for (int at = threadIdx.x; at < count * classes; at += kThreads) {
+        const int i = at / classes, number = at % classes;
+        float logit = network.head[channels * classes + number];
+        for (int c = 0; c < channels; ++c) logit += network.head[c * classes + number] * features[i * channels + c];
+        static_cast<Element*>(call.logits)[static_cast<std::size_t>(first) * classes + at] = from_float<Element>(logit);
+    }
+    if (warp < count && lane < network.hidden) {
+        const std::size_t at = static_cast<std::size_t>(first + warp) * network.hidden + lane;
+        call.hidden[at] = hidden;
+        call.cell[at] = cell;
+    }
+}
+
+template <typename Element, bool kSpread>
+__device__ __forceinline__ void Walk<Element, kSpread>::run(int images) {
+    if (threadIdx.x == 0) control().zeros = make_uint4(0, 0, 0, 0);
+    for (int at = threadIdx.x; at < lstm_floats(network); at += kThreads)
+        reinterpret_cast<float*>(shared + map.lstm)[at] = network.lstm[at];
+    for (int group = 0; group < network.groups; ++group) blocks += network.group[group].blocks;
+    const int in_flight = static_cast<int>(gridDim.x) / blocks_of_image() * images;
+    first = static_cast<int>(blockIdx.x) / blocks_of_image() * images;
+    while (first < call.batch) {
+        count = min(images, call.batch - first);
+        executing = everyone();
+        index = 0;
+        hidden = cell = 0.0f;
+        fetch_embedding(0);
+        fetch_embedding(1);
+        stem();
+        run_group<0>();
+        if (network.groups > 1) run_group<1>();
+        if (network.groups > 2) run_group<2>();
+        head();
+        if (kSpread || !call.taken) return;
+        if (threadIdx.x == 0) control().first = in_flight + atomicAdd(call.taken, images);
+        __syncthreads();
+        first = control().first;
+    }
+}
+
+template <typename Element, bool kSpread>
+__global__ void __launch_bounds__(kThreads, 1)
+    resident(const ResidentNetwork network, const ResidentCall call, const Map map, int images) {
+    Walk<Element, kSpread>{network,
+                           call,
+                           map,
+                           shared_memory(),
+                           static_cast<int>(threadIdx.x / 32),
+                           static_cast<int>(threadIdx.x % 32),
+                           kSpread ? cluster_rank() : 0}
+        .run(images);
+}
+
+auto kernel_of(const ResidentNetwork& network, bool spread) {
+    if (network.element == ElementType::float16) return spread ? resident<Half, true> : resident<Half, false>;
+    return spread ? resident<Bfloat16, true> : resident<Bfloat16, false>;
+}
+
+}  // namespace
+
+ResidentWeights lay_out(ResidentNetwork& network, const void* fragments, const float* floats) {
+    const auto* bytes = static_cast<const unsigned char*>(fragments);
+    ResidentWeights taken{0, 0};
+    const auto convolutions = [&](std::size_t size) {
+        taken.fragments += size;
+        return bytes + taken.fragments - size;
+    };
+    const auto parameters = [&](std::size_t size) {
+        taken.floats += size;
+        return floats + taken.floats - size;
+    };
+    network.stem = convolutions(9 * fragment_bytes(16, 16));
+    network.stem_bias = parameters(16);
+    int height = network.height, width = network.width;
+    for (int number = 0; number < network.groups; ++number) {
+        ResidentGroup& group = network.group[number];
+        const int channels = group_channels(number), inner = 2 * group.blocks - (number > 0);
+        if (number > 0) {
+            height = quotient_up(height, 2), width = quotient_up(width, 2);
+            group.entry = convolutions(10 * fragment_bytes(channels / 2, channels));
+            group.entry_bias = parameters(2 * channels);
+        }
+        group.height = height, group.width = width;
+        group.inner = convolutions(static_cast<std::size_t>(inner) * 9 * fragment_bytes(channels, channels));
+        group.inner_bias = parameters(static_cast<std::size_t>(inner) * channels);
+        if (network.embed)
+            group.embeddings = parameters(static_cast<std::size_t>(group.blocks) * embedding_floats(network, number));
+    }
+    network.lstm = parameters(lstm_floats(network));
+    network.head = parameters(static_cast<std::size_t>(group_channels(network.groups - 1) + 1) * network.classes);
+    return taken;
+}
+
+int resident_shared_memory(const ResidentNetwork& network, int images) { return map_of(network, images).total; }
+
+ResidentDevice resident_device(const ResidentNetwork& network) {
+    const auto clusters = [&](int size) {
+        return resident_clusters(kernel_of(network, true), kThreads, resident_shared_memory(network, 1), size);
+    };
+    return {multiprocessors(), shared_memory_limit(), clusters(2), clusters(4)};
+}
+
+ResidentPlan plan_resident(const ResidentNetwork& network, int batch, const ResidentDevice& device) {
+    int most = kMostImages;
+    while (most > 0 && resident_shared_memory(network, most) > device.shared_memory) --most;
+    check(most > 0, "image: ", network.height, " x ", network.width, " needs ", resident_shared_memory(network, 1),
+          " bytes of shared memory, the device has ", device.shared_memory);
+    if (batch <= device.fours) return {1, 4 * batch, false, 4};
+    if (batch <= device.pairs) return {1, 2 * batch, false, 2};
+    // As few rounds as can be, then as few images at a time.
+    const int rounds = quotient_up(batch, device.multiprocessors * most);
+    const int images = quotient_up(batch, device.multiprocessors * (rounds > 0 ? rounds : 1));
+    const int blocks = min(device.multiprocessors, quotient_up(batch, images > 0 ? images : 1));
+    return {images, blocks, blocks * images < batch, 1};
+}
+
+void run_resident(const ResidentNetwork& network, const ResidentCall& call, const ResidentPlan& plan, Stream stream) {
+    check(plan.images >= 1 && plan.images <= kMostImages, "plan: expected 1 to ", kMostImages, " images, got ",
+          plan.images);
+    check(plan.cluster == 1 || !plan.queues, "plan: clusters take one round");
+    check(!plan.queues || call.taken, "taken: needed for ", call.batch, " images");
+    check(network.element != ElementType::float32, "element: expected 16 bits");
+    if (call.batch == 0) return;
+    const Map map = map_of(network, plan.images);
+    const Grid grid{dim3(plan.blocks), dim3(kThreads), static_cast<std::size_t>(map.total), plan.cluster};
+    launch("resident", kernel_of(network, plan.cluster > 1), grid, stream, network, call, map, plan.images);
+}
+
+}  // namespace skipnet::cuda

@@ -1,0 +1,108 @@
+// The functions of csrc/cuda/ptx.cuh on the CPU; what they mean is said there.
+#pragma once
+
+#include "simt.h"
+
+namespace skipnet::cuda {
+
+// ---- conversions
+
+inline float to_float(float x) { return x; }
+inline float to_float(Half x) {
+    const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
+    float size;
+    if (exponent == 31)
+        size = fraction ? NAN : INFINITY;
+    else
+        size = exponent ? std::ldexp(static_cast<float>(1024 + fraction), exponent - 25)
+                        : std::ldexp(static_cast<float>(fraction), -24);
+    return x.bits & 0x8000 ? -size : size;
+}
+inline float to_float(Bfloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
+
+template <typename Element>
+Element from_float(float x);
+template <>
+inline float from_float<float>(float x) {
+    return x;
+}
+template <>
+inline Half from_float<Half>(float x) {
+    const std::uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+    const float size = std::fabs(x);
+    if (std::isnan(x)) return {0x7fff};
+    if (size == 0) return {sign};
+    if (size >= 65520.0f) return {static_cast<std::uint16_t>(sign | 0x7c00)};
+    int exponent;
+    std::frexp(size, &exponent);  // size = f 2^exponent with f in [0.5, 1)
+    exponent = std::max(exponent, -13);
+    // In units of the last place; nearbyint rounds to even. A carry moves into the exponent by itself.
+    const int places = static_cast<int>(std::nearbyint(std::ldexp(size, 11 - exponent)));
+    return {static_cast<std::uint16_t>(sign | (((exponent + 13) << 10) + places))};
+}
+template <>
+inline Bfloat16 from_float<Bfloat16>(float x) {
+    if (std::isnan(x)) return {0x7fff};
+    const unsigned bits = __float_as_uint(x);
+    return {static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+template <typename Element>
+unsigned pack(float low, float high) {
+    return from_float<Element>(low).bits | static_cast<unsigned>(from_float<Element>(high).bits) << 16;
+}
+
+// ---- global memory
+
+inline void load_global(uint4& value, const uint4* address, bool loads = true) {
+    if (loads) value = *address;
+}
+
+// ---- shared memory
+
+inline unsigned char* shared_memory() { return simt::shared_memory(); }
+
+// ---- cp.async
+
+inline void cp_async16(void* to_shared, const void* from, bool filled = true, simt::Site site = simt::Site::here()) {
+    simt::cp_async(to_shared, from, 16, filled, site);
+}
+inline void cp_async_commit() { simt::cp_async_commit(); }
+template <int pending>
+void cp_async_wait() {
+    simt::cp_async_wait(pending);
+}
+
+// ---- tensor cores
+
+inline void ldmatrix_x4(const void* row, unsigned (&matrices)[4], simt::Site site = simt::Site::here()) {
+    simt::ldmatrix_x4(row, matrices, site);
+}
+// Every 16-bit value as a float: the conversion is most of an mma's time otherwise.
+template <typename Element>
+const float* floats() {
+    static const std::vector<float> table = [] {
+        std::vector<float> values(1 << 16);
+        for (int bits = 0; bits < 1 << 16; ++bits) values[bits] = to_float(Element{static_cast<std::uint16_t>(bits)});
+        return values;
+    }();
+    return table.data();
+}
+template <typename Element>
+void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], simt::Site site = simt::Site::here()) {
+    const float* table = floats<Element>();
+    simt::mma_m16n8k16(d, a, b, [=](std::uint16_t bits) { return table[bits]; }, site);
+}
+
+// ---- clusters
+
+inline int cluster_rank() { return simt::cluster_rank(); }
+inline int cluster_size() { return simt::cluster_size(); }
+inline void cluster_arrive(simt::Site site = simt::Site::here()) { simt::cluster_arrive(site); }
+inline void cluster_wait(simt::Site site = simt::Site::here()) { simt::cluster_wait(site); }
+template <typename T>
+T* peer(T* in_shared, int rank, simt::Site site = simt::Site::here()) {
+    return static_cast<T*>(simt::peer(in_shared, rank, site));
+}
+
+}  // namespace skipnet::cuda

@@ -1,0 +1,127 @@
+"""The GPU's compacted strategy: what its captured graphs add to the promises of test_engines.py."""
+
+import threading
+
+import pytest
+import torch
+from networks import small_images, small_model
+
+from skipnet_rt.engines.cuda import CudaEngine
+from skipnet_rt.engines.cuda_compacted import CompactedCudaEngine
+from skipnet_rt.packing import pack
+
+pytestmark = [pytest.mark.gpu,
+              pytest.mark.skipif(not CudaEngine.availability(), reason=f"cuda: {CudaEngine.availability()}")]
+
+
+def engine(name, dtype=torch.float16):
+    return CompactedCudaEngine(pack(small_model(name), torch.device("cuda", 0), dtype))
+
+
+def images_of(name, count, dtype=torch.float16, seed=5):
+    return small_images(name, count, seed).to("cuda", dtype)
+
+
+def call(compacted, images, routing=None):
+    """Everything that a call returns."""
+    done = compacted.run(images, routing, compacted.network.arch.num_gates)
+    decisions = done.decisions
+    return (done.logits, decisions.gate_logits, decisions.probabilities, decisions.executed, decisions.hidden,
+            decisions.cell)
+
+
+def assert_same(results, expected):
+    for value, wanted in zip(results, expected, strict=True):
+        assert torch.equal(value, wanted)
+
+
+@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["rnn", "bottleneck", "feedforward1", "dense"])
+def test_replays_equal_the_direct_launches(name, dtype, forced):
+    compacted = engine(name, dtype)
+    gates = compacted.network.arch.num_gates
+    seen = []
+    for seed in (5, 6, 7, 5):
+        images = images_of(name, 6, dtype, seed)
+        routing = torch.rand(6, gates, generator=torch.Generator().manual_seed(seed)) < 0.5 if forced else None
+        routing = None if routing is None else routing.cuda()
+        seen.append([value.clone() for value in call(compacted, images, routing)])
+        assert_same(seen[-1], call(engine(name, dtype), images, routing))
+    assert_same(seen[3], seen[0])
+
+
+def test_results_outlive_the_next_replay():
+    compacted = engine("rnn")
+    first, second = images_of("rnn", 4), images_of("rnn", 4, seed=6)
+    call(compacted, first)
+    results = call(compacted, first)
+    kept = [value.clone() for value in results]
+    call(compacted, second)
+    assert_same(results, kept)
+
+
+def test_more_sizes_than_graphs():
+    compacted = engine("rnn")
+    images = images_of("rnn", 12)
+    whole = call(compacted, images)
+    for _ in range(3):
+        for count in range(1, 13):
+            logits, *_ = call(compacted, images[:count])
+            assert torch.equal(logits, whole[0][:count])
+
+
+def test_streams_and_threads_share_the_graphs():
+    compacted = engine("rnn")
+    batches = [images_of("rnn", 5, seed=seed) for seed in range(4)]
+    expected = [call(engine("rnn"), images) for images in batches]
+    call(compacted, batches[0])
+    torch.cuda.synchronize()
+    wrong = []
+
+    def work(number):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            results = [call(compacted, batches[number]) for _ in range(50)]
+            torch.cuda.current_stream().synchronize()
+        wrong.extend(number for result in results
+                     if not all(map(torch.equal, result, expected[number])))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_nothing_waits_and_memory_is_stated():
+    compacted = engine("rnn")
+    images = images_of("rnn", 8)
+    call(compacted, images)
+    before = compacted.memory
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            call(compacted, images)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    held = compacted.memory
+    assert held > before, "the second call was captured"
+    torch.cuda.synchronize()
+    allocated = torch.cuda.memory_allocated()
+    for _ in range(1000):
+        call(compacted, images)
+    assert compacted.memory == held
+    assert torch.cuda.memory_allocated() == allocated
+
+
+def test_a_capture_of_the_callers():
+    compacted = engine("rnn")
+    images = images_of("rnn", 3)
+    expected = [value.clone() for value in call(compacted, images)]
+    call(compacted, images)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call(compacted, images)
+    graph.replay()
+    assert_same(results, expected)

@@ -1,0 +1,186 @@
+"""The GPU's compacted strategy, stem to logits, run on the CPU (tests/simt), against plain PyTorch."""
+
+import copy
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from networks import (
+    SMALL,
+    GoldenCase,
+    plain_logits,
+    relative_error,
+    small_images,
+    small_model,
+    with_seeded_weights,
+)
+from simt import library
+
+import skipnet_rt as srt
+from skipnet_rt import _C
+from skipnet_rt.engines.cuda_compacted import CompactedWeights, Description
+from skipnet_rt.packing import pack
+from skipnet_rt.tolerances import TOLERANCES
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def bits(tensor):
+    return tensor.numpy() if tensor.dtype == torch.float32 else tensor.view(torch.uint16).numpy()
+
+
+def flattened(value):
+    """A description's numbers in order; lists are preceded by their length, floats are left out."""
+    if isinstance(value, tuple):
+        return [number for part in value for number in flattened(part)]
+    if isinstance(value, list):
+        return [len(value), *(number for part in value for number in flattened(part))]
+    return [] if isinstance(value, float) else [int(value)]
+
+
+class Compacted:
+    """A small network on the simulated GPU."""
+
+    def __init__(self, model, dtype):
+        model = small_model(model) if isinstance(model, str) else model
+        self.network = pack(model, torch.device("cpu"), dtype)
+        self.description, self.weights = Description.of(self.network), CompactedWeights.of(self.network)
+        fields = flattened(tuple(vars(self.description).values()))
+        self.numbers = np.array([DTYPES.index(dtype), *fields], np.int32)
+        biases = [self.description.projection_bias, *(bias for _, bias in self.description.gates)]
+        self.biases = np.array(biases, np.float32)
+
+    def run(self, images, seed=0, routing=None, steps=None, multiprocessors=3):
+        """(logits, executed, probabilities), each with the images first."""
+        native, arch, batch = library("compacted"), self.network.arch, len(images)
+        native.configure(seed, multiprocessors)
+        steps = arch.num_gates if steps is None else steps
+        sizes = np.zeros(3, np.int64)
+        native("measure", self.numbers, self.biases, batch, sizes)
+        assert sizes[:2].tolist() == [len(self.weights.elements), len(self.weights.floats)]
+        place, empty = native.array, native.empty
+        logits = empty((batch, self.description.head[1]))
+        gate_logits, probabilities, executed = (empty((steps, batch)), empty((steps, batch)),
+                                                empty((steps, batch), np.bool_))
+        state = [empty((batch, self.description.hidden)) for _ in range(2)]
+        native("run", self.numbers, self.biases, place(bits(self.weights.elements)), place(self.weights.floats.numpy()),
+               batch, steps, place(bits(images.to(self.network.dtype))),
+               None if routing is None else place(np.ascontiguousarray(routing.numpy().T)), logits, gate_logits,
+               probabilities, executed, *state, empty(int(sizes[2]), np.uint8))
+        return (torch.from_numpy(logits[:, :arch.num_classes].copy()).to(self.network.dtype),
+                torch.from_numpy(executed.T.copy()), torch.from_numpy(probabilities.T.copy()))
+
+
+@pytest.mark.parametrize("name", sorted(SMALL))
+def test_float32_equals_the_eager_engine(name):
+    """Own decisions, over several orders of threads."""
+    images = small_images(name, 5)
+    expected = srt.compile(small_model(name), engine="eager").infer(images)
+    network = Compacted(name, torch.float32)
+    for seed in range(3):
+        logits, executed, probabilities = network.run(images, seed)
+        assert relative_error(logits, expected.logits) < TOLERANCES[torch.float32].logits
+        assert torch.equal(executed, expected.executed)
+        torch.testing.assert_close(probabilities, expected.probabilities, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["rnn", "bottleneck", "feedforward1"])
+def test_sixteen_bits_stay_within_the_error_bar(name, dtype):
+    images, model = small_images(name, 4), small_model(name)
+    exact = srt.compile(model, engine="eager", dtype=torch.float64).infer(images.double())
+    logits, executed, _ = Compacted(name, dtype).run(images, seed=1, routing=exact.executed)
+    assert torch.equal(executed, exact.executed)
+    plain = plain_logits(copy.deepcopy(model).to(dtype), images.to(dtype), exact.executed)
+    assert relative_error(logits, exact.logits) <= 2 * relative_error(plain, exact.logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "count"), [("cifar10_feedforward_38-s71", 4), ("imagenet_rnn_gate_18-s111", 1)])
+def test_golden_cases(name, count):
+    """What the published code computed, at full size."""
+    case = GoldenCase(name)
+    logits, executed, probabilities = Compacted(case.model, torch.float32).run(case.images[:count].float(), seed=4)
+    assert relative_error(logits, case.logits[:count]) < TOLERANCES[torch.float32].logits
+    assert torch.equal(executed, case.executed[:count])
+    torch.testing.assert_close(probabilities.double(), case.probabilities[:count], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wide_networks(dtype):
+    """As many channels as the two wider tiles are for; which one is taken makes no difference."""
+    arch = srt.SkipNetArch("imagenet", "bottleneck", (1, 2), (32, 48), "rnn", image_size=(40, 36))
+    model = with_seeded_weights(srt.build(arch), 3, 0.0, 1.0)
+    images = torch.randn(3, 3, 40, 36, generator=torch.Generator().manual_seed(1))
+    routing = torch.tensor([[True, False], [False, True], [True, True]])
+    exact = plain_logits(copy.deepcopy(model).double(), images.double(), routing)
+    network = Compacted(model, dtype)
+    large, *_ = network.run(images, 1, routing, multiprocessors=1)
+    small, *_ = network.run(images, 2, routing, multiprocessors=9)
+    assert torch.equal(large, small)
+    bar = TOLERANCES[dtype].logits
+    if bar is None:
+        plain = plain_logits(copy.deepcopy(model).to(dtype), images.to(dtype), routing)
+        bar = 2 * relative_error(plain, exact)
+    assert relative_error(large, exact) <= bar
+
+
+@pytest.mark.parametrize("name", ["rnn", "feedforward2"])
+def test_all_and_none(name):
+    """Routes on which nobody or everybody executes; the unused last gate is evaluated, too."""
+    images, arch = small_images(name, 3), SMALL[name]
+    for share in (False, True):
+        routing = torch.full((3, arch.num_gates), share)
+        expected = plain_logits(copy.deepcopy(small_model(name)).double(), images.double(), routing)
+        logits, executed, probabilities = Compacted(name, torch.float32).run(images, 2, routing, arch.num_gates + 1)
+        assert torch.equal(executed[:, :-1], routing)
+        assert not probabilities.isnan().any()
+        assert relative_error(logits, expected) < TOLERANCES[torch.float32].logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batch_invariance(dtype):
+    """Alone, in a batch, at another place: the same bits."""
+    images, network = small_images("rnn", 6), Compacted("rnn", dtype)
+    whole = network.run(images, seed=0)
+    for place in (0, 5):
+        for value, expected in zip(network.run(images[place:place + 1], seed=place + 1), whole, strict=True):
+            assert torch.equal(value[0], expected[place])
+    for value, expected in zip(network.run(images.flip(0), seed=9), whole, strict=True):
+        assert torch.equal(value.flip(0), expected)
+
+
+def test_an_image_with_nan_gets_nan_and_skips():
+    images, network = small_images("rnn", 4), Compacted("rnn", torch.float32)
+    clean, *_ = network.run(images)
+    images[2, 0, 3, 3] = torch.nan
+    logits, executed, probabilities = network.run(images)
+    others = [0, 1, 3]
+    assert logits[2].isnan().all()
+    assert probabilities[2].isnan().all()
+    assert not executed[2].any()
+    assert torch.equal(logits[others], clean[others])
+
+
+def test_an_empty_batch():
+    logits, executed, _ = Compacted("rnn", torch.float32).run(small_images("rnn", 1)[:0])
+    assert logits.shape == (0, 7)
+    assert executed.shape == (0, 6)
+
+
+@pytest.mark.skipif(not hasattr(_C, "CudaCompacted"), reason=f"CUDA sources {_C.cuda_build}")
+@pytest.mark.parametrize("name", ["cifar10_rnn_gate_38", "cifar10_feedforward_38", "cifar10_feedforward_110",
+                                  "imagenet_rnn_gate_18", "imagenet_rnn_gate_50"])
+def test_the_extension_takes_the_published_networks(name):
+    """Descriptions and weights fit one another; a workspace grows with the batch. No device is touched."""
+    network = pack(srt.build(name), torch.device("cpu"), torch.bfloat16)
+    weights, description = CompactedWeights.of(network), Description.of(network)
+    addresses = dict(elements=weights.elements.data_ptr(), floats=weights.floats.data_ptr())
+    native = _C.CudaCompacted(0, "bfloat16", **vars(description), **addresses,
+                              elements_count=len(weights.elements), floats_count=len(weights.floats))
+    assert 0 < 7 * native.workspace_bytes(1) <= native.workspace_bytes(8) <= 8 * native.workspace_bytes(1)
+    with pytest.raises(ValueError, match=r"weights: expected \d+ elements and \d+ floats, got 3 and 4"):
+        _C.CudaCompacted(0, "bfloat16", **vars(description), **addresses, elements_count=3, floats_count=4)
