@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <optional>
+#include <variant>
 #include <vector>
 
 #include "check.h"
@@ -125,11 +126,14 @@ public:
         engine_ = (resident ? cpu::make_resident : cpu::make_compacted)(network, instruction_set);
     }
 
-    void run(const Array<float>& images, Array<float> logits, Array<float> gate_logits, Array<float> probabilities,
-             Array<bool> executed, const std::optional<Array<bool>>& forced, Array<float> hidden, Array<float> cell,
-             int threads) {
-        const py::ssize_t batch = images.shape(0), steps = gate_logits.shape(0);
-        check_shape(images, "images", {batch, in_, height_, width_});
+    // images: float32, or bfloat16 seen as uint16.
+    void run(const std::variant<Array<float>, Array<std::uint16_t>>& images, Array<float> logits,
+             Array<float> gate_logits, Array<float> probabilities, Array<bool> executed,
+             const std::optional<Array<bool>>& forced, Array<float> hidden, Array<float> cell, int threads) {
+        const auto* in_float32 = std::get_if<Array<float>>(&images);
+        const auto* in_bfloat16 = std::get_if<Array<std::uint16_t>>(&images);
+        const py::ssize_t batch = logits.shape(0), steps = gate_logits.shape(0);
+        std::visit([&](const auto& array) { check_shape(array, "images", {batch, in_, height_, width_}); }, images);
         check_shape(logits, "logits", {batch, classes_});
         check(steps == (gated_ ? blocks_ - 1 : 0) || (gated_ && steps == blocks_), "gate_logits: expected ",
               blocks_ - 1, " or ", blocks_, " rows, got ", steps);
@@ -140,7 +144,8 @@ public:
         check_shape(cell, "cell", {batch, hidden_});
         if (forced) check_shape(*forced, "forced", {gated_ ? blocks_ - 1 : 0, batch});
         if (batch == 0) return;
-        const cpu::Call call{static_cast<int>(batch), static_cast<int>(steps), threads, images.data(),
+        const cpu::Call call{static_cast<int>(batch), static_cast<int>(steps), threads,
+                             {in_float32 ? in_float32->data() : nullptr, in_bfloat16 ? in_bfloat16->data() : nullptr},
                              forced ? forced->data() : nullptr, logits.mutable_data(), gate_logits.mutable_data(),
                              probabilities.mutable_data(), executed.mutable_data(), hidden.mutable_data(),
                              cell.mutable_data()};

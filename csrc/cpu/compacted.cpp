@@ -423,12 +423,11 @@ void Network<Operand>::stem(const Worker& worker) const {
     const Share rows(channels * height, team);
     for (int i = 0; i < worker.count; ++i) {
         Guest& guest = space.guests[i];
-        const float* from =
-            worker.call.images + static_cast<std::size_t>(worker.first + i) * channels * height * width;
+        const std::size_t from = static_cast<std::size_t>(worker.first + i) * channels * height * width;
         for (int row = rows.begin; row < rows.end; ++row)
             for (int x = 0; x < width; ++x)
                 space.image.get()[image_.at(row / height, row % height, x)] =
-                    from[static_cast<std::size_t>(row) * width + x];
+                    worker.call.images[from + static_cast<std::size_t>(row) * width + x];
         if (team.rank == 0) {
             guest.executes = true;
             if (cell_) {

@@ -1,6 +1,8 @@
 // What the CPU's two strategies have in common: a packed network comes in, a call goes from images to logits.
 #pragma once
 
+#include <cstdint>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <vector>
@@ -45,11 +47,25 @@ struct NetworkWeights {
     const float* head_bias;                   // [classes]
 };
 
+// A call's images, [batch, in, height, width], as they come: float32, or bfloat16 where that is null.
+struct Images {
+    const float* float32;
+    const std::uint16_t* bfloat16;
+
+    float operator[](std::size_t i) const {
+        if (float32) return float32[i];
+        const std::uint32_t bits = static_cast<std::uint32_t>(bfloat16[i]) << 16;
+        float value;
+        std::memcpy(&value, &bits, sizeof value);
+        return value;
+    }
+};
+
 // One call. Everything belongs to the caller.
 struct Call {
     int batch, steps;       // gates to evaluate: blocks - 1, or one more; 0 in a dense network
     int threads;            // at most
-    const float* images;    // [batch, in, height, width]
+    Images images;
     const bool* forced;     // [blocks - 1, batch], or null
     float* logits;          // [batch, classes]
     float* gate_logits;     // [steps, batch]

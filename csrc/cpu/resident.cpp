@@ -350,11 +350,12 @@ void Network<Operand>::stem(const Worker& worker) const {
     const Share rows(image_.height, worker.team);
     for (int i = 0; i < guests.count; ++i) {
         Guest& guest = *guests.of[i];
-        const float* from = visit.call.images + static_cast<std::size_t>(visit.first + i) * channels * pixels;
+        const std::size_t from = static_cast<std::size_t>(visit.first + i) * channels * pixels;
         for (int y = rows.begin; y < rows.end; ++y)
             for (int x = 0; x < image_.width; ++x)
                 for (int c = 0; c < channels; ++c)
-                    guest.image.get()[image_.at(y, x) + c] = from[c * pixels + y * image_.width + x];
+                    guest.image.get()[image_.at(y, x) + c] =
+                        visit.call.images[from + c * pixels + y * image_.width + x];
         if (worker.team.rank == 0) {
             guest.executes = true;
             if (cell_) {

@@ -65,8 +65,10 @@ class NativeCpuEngine(CpuEngine):
     def run(self, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
         decisions = self.begin(len(images), steps, routing)
         logits = torch.empty(len(images), self.network.arch.num_classes)
+        # Images as they are: PyTorch would convert them on threads that go on spinning, in the way of ours.
+        pixels = images.view(torch.uint16) if images.dtype == torch.bfloat16 else images
         self._native.run(
-            _array(images), logits.numpy(), decisions.gate_logits.numpy(), decisions.probabilities.numpy(),
+            pixels.numpy(), logits.numpy(), decisions.gate_logits.numpy(), decisions.probabilities.numpy(),
             decisions.executed.numpy(), None if decisions.forced is None else decisions.forced.numpy(),
             decisions.hidden.numpy(), decisions.cell.numpy(), torch.get_num_threads())
         return EnginePass(logits.to(self.network.dtype), decisions)
