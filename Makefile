@@ -26,9 +26,10 @@ $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
-$(VENV)/developing: $(VENV)/installed
+# Not after `installed`: what is there to test is built once.
+$(VENV)/developing: $(VENV)/torch $(SOURCES)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	touch $@
+	touch $(VENV)/installed $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info skipnet_rt/*.so

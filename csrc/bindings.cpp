@@ -73,7 +73,7 @@ public:
         const bool resident = !is_compacted(strategy);
         check(!blocks.empty(), "blocks: expected at least one");
         cpu::NetworkWeights network{};
-        network.bfloat16 = bfloat16;
+        network.bfloat16 = bfloat16_ = bfloat16;
         network.height = height_;
         network.width = width_;
         network.classes = classes_;
@@ -145,7 +145,8 @@ public:
         if (forced) check_shape(*forced, "forced", {gated_ ? blocks_ - 1 : 0, batch});
         if (batch == 0) return;
         const cpu::Call call{static_cast<int>(batch), static_cast<int>(steps), threads,
-                             {in_float32 ? in_float32->data() : nullptr, in_bfloat16 ? in_bfloat16->data() : nullptr},
+                             {in_float32 ? in_float32->data() : nullptr, in_bfloat16 ? in_bfloat16->data() : nullptr,
+                              bfloat16_},
                              forced ? forced->data() : nullptr, logits.mutable_data(), gate_logits.mutable_data(),
                              probabilities.mutable_data(), executed.mutable_data(), hidden.mutable_data(),
                              cell.mutable_data()};
@@ -183,6 +184,7 @@ private:
     }
 
     int in_, height_, width_, blocks_, classes_, hidden_ = 0;
+    bool bfloat16_;
     bool gated_;
     std::unique_ptr<cpu::Engine> engine_;
 };

@@ -18,7 +18,8 @@ class Network:
                  lstm: LSTM | None, gates: list[tuple[bool, list[Layer], _Floats, float]], head_weight: _Floats,
                  head_bias: _Floats, bfloat16: bool, instruction_set: str) -> None: ...
     def run(self, images: _Floats | NDArray[np.uint16], logits: _Floats, gate_logits: _Floats,
-            probabilities: _Floats, executed: _Bools, forced: _Bools | None, hidden: _Floats, cell: _Floats, threads: int) -> None: ...
+            probabilities: _Floats, executed: _Bools, forced: _Bools | None, hidden: _Floats,
+            cell: _Floats, threads: int) -> None: ...
 
 class Convolution:
     def __init__(self, strategy: str, layer: Layer, bfloat16: bool, batch: int, image_size: tuple[int, int],

@@ -92,7 +92,7 @@ class SkipNetRuntime(nn.Module):
     def _run(self, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
         self._check_images(images)
         forced = None if routing is None else self._checked_routing(routing, images.shape[0])
-        images = images.to(self.dtype).contiguous()
+        images = (images if images.dtype in self.engine.image_dtypes else images.to(self.dtype)).contiguous()
         if torch.compiler.is_compiling():
             return ops.as_pass(ops.run(images, forced, self._number, steps))
         return self.execute(images, forced, steps)

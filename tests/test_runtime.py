@@ -122,3 +122,20 @@ def test_memory_is_stated_in_advance():
         assert weights < before < 1.2 * weights
     dense = small_model("dense")
     assert srt.compile(dense, dtype=torch.bfloat16).memory * 2 == srt.compile(dense).memory
+
+
+def test_a_bfloat16_runtime_rounds_float32_images_as_pytorch_does():
+    """Engines that take images as they come round them themselves."""
+    model, images = small_model("rnn"), small_images("rnn", 5)
+    images[0, 0, 0, :4] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1e-40, 3.4e38])  # ties, a subnormal, to infinity
+    images[1, 0, 0, 0] = torch.nan
+    for engine in ("cpu", "eager"):
+        runtime = srt.compile(model, engine=engine, dtype=torch.bfloat16)
+        rounded = runtime.infer(images.bfloat16()).logits
+        torch.testing.assert_close(runtime.infer(images).logits, rounded, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_float32_runtime_takes_bfloat16_images():
+    model, images = small_model("rnn"), small_images("rnn", 5).bfloat16()
+    runtime = srt.compile(model, engine="cpu")
+    assert torch.equal(runtime.infer(images).logits, runtime.infer(images.float()).logits)

@@ -51,10 +51,17 @@ struct NetworkWeights {
 struct Images {
     const float* float32;
     const std::uint16_t* bfloat16;
+    bool rounds;  // float32 to bfloat16, to nearest even, as a bfloat16 network would have got it
 
     float operator[](std::size_t i) const {
-        if (float32) return float32[i];
-        const std::uint32_t bits = static_cast<std::uint32_t>(bfloat16[i]) << 16;
+        std::uint32_t bits;
+        if (float32) {
+            if (!rounds || float32[i] != float32[i]) return float32[i];
+            std::memcpy(&bits, float32 + i, sizeof bits);
+            bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
+        } else {
+            bits = static_cast<std::uint32_t>(bfloat16[i]) << 16;
+        }
         float value;
         std::memcpy(&value, &bits, sizeof value);
         return value;

@@ -40,6 +40,8 @@ class NativeCpuEngine(CpuEngine):
     """
 
     strategy: ClassVar[str]
+    # PyTorch would convert large batches on threads that go on spinning afterwards, in the way of ours.
+    image_dtypes = (torch.float32, torch.bfloat16)
 
     def __init__(self, network: PackedNetwork, instruction_set: str | None = None) -> None:
         super().__init__(network)
@@ -65,7 +67,6 @@ class NativeCpuEngine(CpuEngine):
     def run(self, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
         decisions = self.begin(len(images), steps, routing)
         logits = torch.empty(len(images), self.network.arch.num_classes)
-        # Images as they are: PyTorch would convert them on threads that go on spinning, in the way of ours.
         pixels = images.view(torch.uint16) if images.dtype == torch.bfloat16 else images
         self._native.run(
             pixels.numpy(), logits.numpy(), decisions.gate_logits.numpy(), decisions.probabilities.numpy(),

@@ -90,12 +90,14 @@ class Engine(ABC):
         name: as in ``srt.compile(model, engine=name)``.
         devices: device types it runs on; None: any that torch has.
         dtypes: of networks it runs.
+        image_dtypes: that ``run`` takes whatever the network's own, and rounds to it itself.
         waits_for: device types on which a call waits for the device (promise 4 does not hold there).
     """
 
     name: ClassVar[str]
     devices: ClassVar[tuple[str, ...] | None]
     dtypes: ClassVar[tuple[torch.dtype, ...]]
+    image_dtypes: ClassVar[tuple[torch.dtype, ...]] = ()
     waits_for: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, network: PackedNetwork) -> None:
@@ -146,7 +148,8 @@ class Engine(ABC):
         """From images to logits.
 
         Args:
-            images: ``[N, in_channels, H, W]``, N >= 1, in the network's dtype, on its device, contiguous.
+            images: ``[N, in_channels, H, W]``, N >= 1, in the network's dtype or one of :attr:`image_dtypes`, on its
+                device, contiguous.
             routing: bool ``[N, G]``, decisions that replace the gates' own; None lets the gates decide.
             steps: gates to evaluate: G, or G + 1 where the last one's probabilities are wanted too.
         """

@@ -235,7 +235,7 @@ struct Results {
           executed(new bool[steps * batch + 1]()) {}
 
     Call call(int batch, int steps, int threads, const float* images, const bool* forced) {
-        return {batch, steps, threads, {images, nullptr}, forced, logits.data(), gate_logits.data(), probabilities.data(),
+        return {batch, steps, threads, {images, nullptr, false}, forced, logits.data(), gate_logits.data(), probabilities.data(),
                 executed.get(), hidden.data(), cell.data()};
     }
 };
