@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, on a machine without a network: builds, tests, measures; within nine minutes.
 #
-#   benchmarks/gpu.sh OUT [PART...]     parts: build tests sanitize kernels compare-N slope-N waves-N gates
+#   benchmarks/gpu.sh OUT [PART...]     parts: build tests sanitize kernels compare-N slope-N waves-N gates triton
 #
 # N is a batch size. Without parts: all of them, compare and slope at 1 and 128, compare-1024 and waves-1024. Logs and
 # JSON go to OUT, a short table comes last. A part that runs out of time keeps what it has written.
@@ -14,7 +14,7 @@ out=$(mkdir -p "${1:?usage: benchmarks/gpu.sh OUT [PART...]}" && cd "$1" && pwd)
 shift
 parts=("$@")
 [ ${#parts[@]} -gt 0 ] || parts=(build tests compare-1 compare-128 slope-1 slope-128 gates
-                                  waves-1 waves-1024 sanitize kernels compare-1024)
+                                  waves-1 waves-1024 sanitize kernels compare-1024 triton)
 deadline=$((SECONDS + 520))
 failed=()
 measure=(python benchmarks/gpu.py --dtype "${DTYPE:-float16}" --arch "${ARCH:-cifar10_rnn_gate_110}" --output "$out")
@@ -35,6 +35,10 @@ tests() {
     files=$(grep -lE 'mark\.gpu|engine_devices' tests/test_*.py)
     # shellcheck disable=SC2086
     limited 150 tests pytest -q -k "(cuda or gpu) and not eager-cuda" --junitxml="$out/tests.xml" $files
+}
+
+triton() {
+    limited 100 triton pytest -q benchmarks/bench_triton.py --benchmark-enable --benchmark-json="$out/triton.json"
 }
 
 sanitize() {
@@ -64,7 +68,7 @@ PYTHON
 for part in "${parts[@]}"; do
     started=$SECONDS
     case $part in
-        build | tests | sanitize) "$part" ;;
+        build | tests | triton | sanitize) "$part" ;;
         compare-*) limited 110 "$part" "${measure[@]}" compare --batch "${part#*-}" --seconds 3 ;;
         slope-* | waves-*) limited 40 "$part" "${measure[@]}" "${part%-*}" --batch "${part#*-}" --seconds 3 ;;
         gates | kernels) limited 40 "$part" "${measure[@]}" "$part" --seconds 2 ;;

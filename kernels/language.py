@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 try:
@@ -95,15 +95,17 @@ def compilation_shown() -> Iterator[None]:
     """While kernels compile, count them on standard error, if that is a terminal: a network has dozens."""
     hooks, compiled = triton.knobs.runtime, 0
     before = hooks.jit_post_compile_hook
-    with Console(stderr=True).status("Compiling Triton kernels") as status:
 
-        def count(**_: Any) -> None:
-            nonlocal compiled
-            compiled += 1
-            status.update(f"Compiling Triton kernels: {compiled} done")
+    def count(**_: Any) -> None:
+        nonlocal compiled
+        compiled += 1
+        if sys.stderr.isatty():
+            print(f"\rCompiling Triton kernels: {compiled} done", end="", file=sys.stderr, flush=True)
 
-        hooks.jit_post_compile_hook = count
-        try:
-            yield
-        finally:
-            hooks.jit_post_compile_hook = before
+    hooks.jit_post_compile_hook = count
+    try:
+        yield
+    finally:
+        hooks.jit_post_compile_hook = before
+        if compiled and sys.stderr.isatty():
+            print(file=sys.stderr)
