@@ -1,8 +1,5 @@
 """What only the CPU's compacted strategy has: bottlenecks on threads of its own, channel-blocked convolutions."""
 
-import os
-import threading
-
 import pytest
 import torch
 from networks import GoldenCase, relative_error, small_images, small_model
@@ -18,14 +15,6 @@ NETWORKS = ["rnn", "feedforward1", "feedforward2", "bottleneck", "imagenet-reinf
 
 def engine_for(model, instruction_set=None, dtype=torch.float32):
     return CompactedCpuEngine(pack(model, torch.device("cpu"), dtype), instruction_set)
-
-
-@pytest.fixture
-def torch_threads():
-    """Sets PyTorch's number of threads for a test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("instruction_set", _C.instruction_sets())
@@ -78,56 +67,6 @@ def test_a_batch_that_nobody_executes_and_one_that_all_do(name, torch_threads):
         for row in range(3):
             alone = engine.run(images[row:row + 1].contiguous(), routes[row:row + 1], gates).logits
             assert torch.equal(alone[0], together[row])
-
-
-def test_runtimes_called_at_once_get_right_answers(torch_threads):
-    """More callers than cores, each asking for two threads: who finds them busy computes alone."""
-    torch_threads(2)
-    names = ("bottleneck", "imagenet-reinforced")
-    engines = [engine_for(small_model(name)) for name in names]
-    images = [small_images(name, 6) for name in names]
-    expected = [engine.run(x, None, engine.network.arch.num_gates).logits
-                for engine, x in zip(engines, images, strict=True)]
-    wrong = []
-
-    def work(which):
-        torch.set_num_threads(2)
-        engine = engines[which % 2]
-        for _ in range(30):
-            logits = engine.run(images[which % 2], None, engine.network.arch.num_gates).logits
-            if not torch.equal(logits, expected[which % 2]):
-                wrong.append(which)
-
-    callers = [threading.Thread(target=work, args=(which,)) for which in range(4)]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join()
-    assert wrong == []
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_forked_child_may_call(torch_threads):
-    torch_threads(2)
-    engine, images = engine_for(small_model("bottleneck")), small_images("bottleneck", 5)
-    expected = engine.run(images, None, 4).logits
-    child = os.fork()
-    if child == 0:
-        same = torch.equal(engine.run(images, None, 4).logits, expected)
-        os._exit(0 if same else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
-def test_a_workspace_keeps_nothing_of_the_last_call():
-    """The same call before and after others of other batch sizes, routes and NaN gives the same bits."""
-    engine, images = engine_for(small_model("bottleneck")), small_images("bottleneck", 9)
-    expected = engine.run(images, None, 4)
-    engine.run(torch.full_like(images, float("nan")), torch.ones(9, 4, dtype=torch.bool), 4)
-    engine.run(images[:1].contiguous() * 1e30, None, 4)
-    again = engine.run(images, None, 4)
-    assert torch.equal(again.logits, expected.logits)
-    assert torch.equal(again.decisions.gate_logits, expected.decisions.gate_logits)
 
 
 @pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])

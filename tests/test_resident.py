@@ -1,7 +1,4 @@
-"""What only the CPU's resident strategy has: instruction sets, threads of its own, workspaces that are reused."""
-
-import os
-import threading
+"""What only the CPU's resident strategy has: its instruction sets, its sharing of images by threads, its convolutions."""
 
 import pytest
 import torch
@@ -17,14 +14,6 @@ RESIDENT = ["rnn", "rnn-reinforced", "feedforward1", "feedforward2", "dense"]
 
 def engine_for(model, instruction_set=None, dtype=torch.float32):
     return ResidentCpuEngine(pack(model, torch.device("cpu"), dtype), instruction_set)
-
-
-@pytest.fixture
-def torch_threads():
-    """Sets PyTorch's number of threads for a test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("instruction_set", _C.instruction_sets())
@@ -87,56 +76,6 @@ def test_results_do_not_depend_on_the_threads(name, dtype, torch_threads):
             got = engine.run(images[start:stop].contiguous(), None, gates)
             assert torch.equal(got.logits, expected.logits[start:stop])
             assert torch.equal(got.decisions.gate_logits, expected.decisions.gate_logits[:, start:stop])
-
-
-def test_runtimes_called_at_once_get_right_answers(torch_threads):
-    """More callers than cores, each asking for two threads: who finds them busy computes alone."""
-    torch_threads(2)
-    engines = [engine_for(small_model(name)) for name in ("rnn", "feedforward1")]
-    images = [small_images(name, 6) for name in ("rnn", "feedforward1")]
-    expected = [engine.run(x, None, engine.network.arch.num_gates).logits
-                for engine, x in zip(engines, images, strict=True)]
-    wrong = []
-
-    def work(which):
-        torch.set_num_threads(2)
-        engine = engines[which % 2]
-        for _ in range(30):
-            logits = engine.run(images[which % 2], None, engine.network.arch.num_gates).logits
-            if not torch.equal(logits, expected[which % 2]):
-                wrong.append(which)
-
-    callers = [threading.Thread(target=work, args=(which,)) for which in range(4)]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join()
-    assert wrong == []
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_forked_child_may_call(torch_threads):
-    torch_threads(2)
-    engine, images = engine_for(small_model("rnn")), small_images("rnn", 5)
-    expected = engine.run(images, None, 6).logits
-    child = os.fork()
-    if child == 0:
-        same = torch.equal(engine.run(images, None, 6).logits, expected)
-        os._exit(0 if same else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
-def test_a_workspace_keeps_nothing_of_the_last_call():
-    """The same call before and after others of other batch sizes, routes and NaN gives the same bits."""
-    engine, images = engine_for(small_model("rnn")), small_images("rnn", 9)
-    expected = engine.run(images, None, 6)
-    poisoned = torch.full_like(images, float("nan"))
-    engine.run(poisoned, torch.ones(9, 6, dtype=torch.bool), 6)
-    engine.run(images[:1].contiguous() * 1e30, None, 6)
-    again = engine.run(images, None, 6)
-    assert torch.equal(again.logits, expected.logits)
-    assert torch.equal(again.decisions.gate_logits, expected.decisions.gate_logits)
 
 
 @pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])

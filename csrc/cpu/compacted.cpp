@@ -451,17 +451,12 @@ template <typename Operand>
 void Network<Operand>::gate_step(const Worker& worker, int index) const {
     if (!gates_.empty()) feedforward_features(worker, index);
     const Call& call = worker.call;
-    const bool decides = index + 1 < static_cast<int>(blocks_.size());
+    const bool forced = call.forced && index + 1 < static_cast<int>(blocks_.size());
     const Share mine(worker.count, worker.team);
     for (int i = mine.begin; i < mine.end; ++i) {
         Guest& guest = worker.space.guests[i];
         const std::size_t to = static_cast<std::size_t>(index) * call.batch + worker.first + i;
-        const float logit = gate_logit(index, guest);
-        const float probability = sigmoid(broadcast(logit))[0];
-        guest.executes = call.forced && decides ? call.forced[to] : probability > 0.5f;  // half and NaN skip
-        call.gate_logits[to] = logit;
-        call.probabilities[to] = probability;
-        call.executed[to] = guest.executes;
+        guest.executes = decide(call, to, forced, gate_logit(index, guest));
     }
     worker.team.meet();
 }

@@ -89,5 +89,15 @@ private:
     Buffer bias_;    // [lanes]
 };
 
+// Writes one image's decision to place `to` of the call's; returns whether the image executes the next block.
+inline bool decide(const Call& call, std::size_t to, bool forced, float logit) {
+    const float probability = sigmoid(broadcast(logit))[0];
+    const bool executes = forced ? call.forced[to] : probability > 0.5f;  // half and NaN skip
+    call.gate_logits[to] = logit;
+    call.probabilities[to] = probability;
+    call.executed[to] = executes;
+    return executes;
+}
+
 }  // namespace
 }  // namespace skipnet::cpu

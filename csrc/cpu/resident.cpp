@@ -378,16 +378,11 @@ void Network<Operand>::gate_step(const Worker& worker, int index) const {
     if (worker.team.rank == 0) {
         const Visit& visit = worker.visit;
         const Call& call = visit.call;
-        const bool decides = index + 1 < static_cast<int>(blocks_.size());
+        const bool forced = call.forced && index + 1 < static_cast<int>(blocks_.size());
         for (int i = 0; i < visit.count; ++i) {
             Guest& guest = visit.guests[i];
             const std::size_t to = static_cast<std::size_t>(index) * call.batch + visit.first + i;
-            const float logit = gate_logit(index, guest);
-            const float probability = sigmoid(broadcast(logit))[0];
-            guest.executes = call.forced && decides ? call.forced[to] : probability > 0.5f;  // half and NaN skip
-            call.gate_logits[to] = logit;
-            call.probabilities[to] = probability;
-            call.executed[to] = guest.executes;
+            guest.executes = decide(call, to, forced, gate_logit(index, guest));
         }
     }
     worker.team.meet();
