@@ -1,4 +1,4 @@
-"""What only the CPU's resident strategy has: its instruction sets, its sharing of images by threads, its convolutions."""
+"""What only the CPU's resident strategy has: instruction sets, its way of sharing images, its convolutions."""
 
 import pytest
 import torch
