@@ -46,7 +46,17 @@ def source(tmp_path_factory):
     return folder / "skipnet-rt"
 
 
-def installed(source, folder, *options):
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    """The wheel of it, without CUDA: that takes longer, and test_cuda_build.py builds it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
+                    "--wheel-dir", str(folder), str(source)], check=True, env={**os.environ, "SKIPNET_CUDA": "0"},
+                   capture_output=True)
+    return next(folder.glob("*.whl"))
+
+
+def installed(folder, *what):
     """The check's answer from a new virtual environment that sees our dependencies but not our package."""
     venv.create(folder / "venv", with_pip=False)
     python = folder / "venv" / "bin" / "python"
@@ -58,7 +68,7 @@ def installed(source, folder, *options):
         if entry.name not in ours and not entry.name.endswith(".pth"):
             (site / entry.name).symlink_to(entry)
     subprocess.run([sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps",
-                    "--no-build-isolation", *options, str(source)], check=True,
+                    "--no-build-isolation", *map(str, what)], check=True,
                    env={**os.environ, "SKIPNET_CUDA": "0"}, capture_output=True, text=True)
     done = subprocess.run([python, "-c", CHECK], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -67,8 +77,8 @@ def installed(source, folder, *options):
 
 
 @pytest.mark.slow
-def test_a_wheel_is_complete(source, tmp_path):
-    answer = installed(source, tmp_path)
+def test_a_wheel_is_complete(wheel, tmp_path):
+    answer = installed(tmp_path, wheel)
     assert str(tmp_path / "venv") in answer["package"]
     assert str(tmp_path / "venv") in answer["native"]
     assert "SKIPNET_CUDA=0" in answer["cuda"]
@@ -76,17 +86,14 @@ def test_a_wheel_is_complete(source, tmp_path):
 
 @pytest.mark.slow
 def test_an_editable_install_is_complete(source, tmp_path):
-    answer = installed(source, tmp_path, "--editable")
+    answer = installed(tmp_path, "--editable", source)
     assert answer["package"].startswith(str(source))
 
 
 @pytest.mark.slow
-def test_a_wheels_contents(source, tmp_path):
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
-                    "--wheel-dir", str(tmp_path), str(source)], check=True, env={**os.environ, "SKIPNET_CUDA": "0"},
-                   capture_output=True)
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
-        names = set(wheel.namelist())
+def test_a_wheels_contents(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
     assert {"skipnet_rt/kernels/compaction.py", "skipnet_rt/py.typed", "skipnet_rt/_C.pyi",
             "skipnet_rt/assets/skipnet38-digits.safetensors", "skipnet_rt/assets/digits.npz"} <= names
     top = {name.split("/")[0] for name in names}
