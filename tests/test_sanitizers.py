@@ -55,9 +55,9 @@ def instruction_sets():
 
 
 def fuzz(program, *arguments):
-    """Runs the fuzz; what it printed where it failed, or an empty string."""
+    """Runs the fuzz; how it failed, or an empty string."""
     done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False, timeout=600)
-    return done.stderr[-4000:] if done.returncode else ""
+    return f"exit status {done.returncode}: {done.stderr[-4000:]}" if done.returncode else ""
 
 
 def test_fuzz_with_address_and_undefined_behaviour_sanitizers(tmp_path):
