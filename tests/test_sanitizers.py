@@ -63,7 +63,7 @@ def fuzz(program, *arguments):
 def test_fuzz_with_address_and_undefined_behaviour_sanitizers(tmp_path):
     program = build(tmp_path, "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     for instruction_set in instruction_sets():
-        assert fuzz(program, "7", "16", instruction_set) == ""
+        assert fuzz(program, "7", "12", instruction_set) == ""
 
 
 def test_fuzz_with_thread_sanitizer(tmp_path):
