@@ -27,3 +27,13 @@ TOLERANCES: dict[torch.dtype, Tolerance] = {
     torch.float16: Tolerance(logits=None, decision=0.01),
     torch.bfloat16: Tolerance(logits=None, decision=0.03),
 }
+
+
+def tf32_asked() -> bool:
+    """Whether a GPU may round the operands of float32 convolutions to TF32 (10 bits of fraction).
+
+    Asked as PyTorch is: ``torch.set_float32_matmul_precision("high")`` before :func:`skipnet_rt.compile`. PyTorch's
+    other setting, for its own convolutions, is on by default and therefore asks for nothing. The bounds of float32
+    above do not hold then; gates and classifier stay float32.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
