@@ -489,19 +489,20 @@ PYBIND11_MODULE(_C, module) {
         .def("workspace_bytes", &CudaCompacted::workspace_bytes, py::arg("batch"))
         .def(
             "run",
-            [](const CudaCompacted& compacted, int batch, int steps, Address images, Address forced, Address logits,
-               Address gate_logits, Address probabilities, Address executed, Address hidden, Address cell,
-               Address workspace, Address stream) {
-                compacted.run({batch, steps, pointer<const void>(images), pointer<const bool>(forced),
-                               pointer<float>(logits), pointer<float>(gate_logits), pointer<float>(probabilities),
-                               pointer<bool>(executed), pointer<float>(hidden), pointer<float>(cell),
-                               pointer<void>(workspace)},
+            [](const CudaCompacted& compacted, int batch, int steps, Address present, Address images, Address forced,
+               Address logits, Address gate_logits, Address probabilities, Address executed, Address hidden,
+               Address cell, Address workspace, Address stream) {
+                compacted.run({batch, steps, pointer<int>(present), pointer<const void>(images),
+                               pointer<const bool>(forced), pointer<float>(logits), pointer<float>(gate_logits),
+                               pointer<float>(probabilities), pointer<bool>(executed), pointer<float>(hidden),
+                               pointer<float>(cell), pointer<void>(workspace)},
                               stream);
             },
-            py::arg("batch"), py::arg("steps"), py::arg("images"), py::arg("forced"), py::arg("logits"),
+            py::arg("batch"), py::arg("steps"), py::arg("present"), py::arg("images"), py::arg("forced"), py::arg("logits"),
             py::arg("gate_logits"), py::arg("probabilities"), py::arg("executed"), py::arg("hidden"), py::arg("cell"),
             py::arg("workspace"), py::arg("stream"),
-            "Images to logits and decisions on a stream; `forced` may be 0.");
+            "Images to logits and decisions on a stream; `present` (how many of the batch's places hold an image) and "
+            "`forced` may be 0.");
 
     // The kernels by themselves, for skipnet_rt.kernels.cuda, which checks what comes.
     module.def(
@@ -524,7 +525,7 @@ PYBIND11_MODULE(_C, module) {
                             {embed, hidden_size, pointer<const float>(input_weight),
                              pointer<const float>(hidden_weight), pointer<const float>(bias),
                              pointer<const float>(projection_weight), projection_bias},
-                            batch, {pointer<const float>(sums), tiles, pixels}, pointer<float>(hidden),
+                            batch, nullptr, {pointer<const float>(sums), tiles, pixels}, pointer<float>(hidden),
                             pointer<float>(cell),
                             {pointer<float>(logit), pointer<float>(probability), pointer<bool>(executed),
                              pointer<const bool>(forced)},

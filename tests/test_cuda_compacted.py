@@ -24,7 +24,15 @@ def images_of(name, count, dtype=torch.float16, seed=5):
 
 def call(compacted, images, routing=None):
     """Everything that a call returns."""
-    done = compacted.run(images, routing, compacted.network.arch.num_gates)
+    return parts(compacted.run(images, routing, compacted.network.arch.num_gates))
+
+
+def call_directly(compacted, images, routing=None):
+    """The same without a graph."""
+    return parts(compacted._walk(images, routing, None, compacted.network.arch.num_gates))
+
+
+def parts(done):
     decisions = done.decisions
     return (done.logits, decisions.gate_logits, decisions.probabilities, decisions.executed, decisions.hidden,
             decisions.cell)
@@ -39,16 +47,16 @@ def assert_same(results, expected):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["rnn", "bottleneck", "feedforward1", "dense"])
 def test_replays_equal_the_direct_launches(name, dtype, forced):
+    """Six images in a graph of eight, after eight that have left something in its places."""
     compacted = engine(name, dtype)
     gates = compacted.network.arch.num_gates
-    seen = []
+    everything = torch.ones(8, gates, dtype=torch.bool, device="cuda") if forced else None
+    call(compacted, images_of(name, 8, dtype, seed=1), everything)
     for seed in (5, 6, 7, 5):
         images = images_of(name, 6, dtype, seed)
         routing = torch.rand(6, gates, generator=torch.Generator().manual_seed(seed)) < 0.5 if forced else None
         routing = None if routing is None else routing.cuda()
-        seen.append([value.clone() for value in call(compacted, images, routing)])
-        assert_same(seen[-1], call(engine(name, dtype), images, routing))
-    assert_same(seen[3], seen[0])
+        assert_same(call(compacted, images, routing), call_directly(compacted, images, routing))
 
 
 def test_results_outlive_the_next_replay():
@@ -61,14 +69,27 @@ def test_results_outlive_the_next_replay():
     assert_same(results, kept)
 
 
-def test_more_sizes_than_graphs():
+def test_a_bucket_takes_every_batch_up_to_its_size():
     compacted = engine("rnn")
-    images = images_of("rnn", 12)
+    images = images_of("rnn", 13)
     whole = call(compacted, images)
-    for _ in range(3):
-        for count in range(1, 13):
-            logits, *_ = call(compacted, images[:count])
-            assert torch.equal(logits, whole[0][:count])
+    call(compacted, images[:8])
+    held = compacted.memory
+    for count in (8, 5, 6, 7, 9, 13):
+        logits, *_ = call(compacted, images[:count])
+        assert torch.equal(logits, whole[0][:count])
+        assert compacted.memory == held, "no further graph"
+
+
+def test_a_large_batch_is_not_captured():
+    compacted = engine("rnn")
+    before = compacted.memory
+    images = torch.randn(4100, 3, 16, 16, dtype=torch.float16, device="cuda")  # 8,192 places: too many pixels
+    whole = call(compacted, images)
+    assert compacted.memory == before
+    for value, wanted in zip(call(compacted, images[:3]), whole, strict=True):
+        axis = 0 if len(value) == 3 else 1
+        assert torch.equal(value, wanted.narrow(axis, 0, 3))
 
 
 def test_streams_and_threads_share_the_graphs():
@@ -97,16 +118,16 @@ def test_streams_and_threads_share_the_graphs():
 def test_nothing_waits_and_memory_is_stated():
     compacted = engine("rnn")
     images = images_of("rnn", 8)
-    call(compacted, images)
     before = compacted.memory
+    call(compacted, images)
+    held = compacted.memory
+    assert held - before > compacted._native.workspace_bytes(8), "the graph holds a workspace, its images and results"
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
             call(compacted, images)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    held = compacted.memory
-    assert held > before, "the second call was captured"
     torch.cuda.synchronize()
     allocated = torch.cuda.memory_allocated()
     for _ in range(1000):

@@ -121,6 +121,17 @@ def test_a_result_outlives_the_next_call(engine):
         assert torch.equal(value, before)
 
 
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("name", ["rnn", "bottleneck"])
+def test_calls_inside_and_outside_of_inference_mode(engine, name, first):
+    """What the first call makes to stay, later calls write to."""
+    runtime, images = compiled(name, engine), images_for(name, 3)
+    with torch.inference_mode(first):
+        before = runtime.infer(images).logits.clone()
+    with torch.inference_mode(not first):
+        assert torch.equal(runtime.infer(images).logits, before)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_memory_stays_what_it_was(engine, dtype):
     runtime = compiled("bottleneck", engine, dtype)

@@ -53,25 +53,34 @@ class Compacted:
         biases = [self.description.projection_bias, *(bias for _, bias in self.description.gates)]
         self.biases = np.array(biases, np.float32)
 
-    def run(self, images, seed=0, routing=None, steps=None, multiprocessors=3):
-        """(logits, executed, probabilities), each with the images first."""
-        native, arch, batch = library("compacted"), self.network.arch, len(images)
+    def run(self, images, seed=0, routing=None, steps=None, multiprocessors=3, empty=None):
+        """(logits, executed, probabilities), each with the images first.
+
+        `empty` places follow the batch's: there is no memory for their images and states (whoever reads or writes any
+        faults), and whatever else they have is poison.
+        """
+        native, arch, count = library("compacted"), self.network.arch, len(images)
+        batch = count + (empty or 0)
         native.configure(seed, multiprocessors)
         steps = arch.num_gates if steps is None else steps
         sizes = np.zeros(3, np.int64)
         native("measure", self.numbers, self.biases, batch, sizes)
         assert sizes[:2].tolist() == [len(self.weights.elements), len(self.weights.floats)]
-        place, empty = native.array, native.empty
-        logits = empty((batch, self.description.head[1]))
-        gate_logits, probabilities, executed = (empty((steps, batch)), empty((steps, batch)),
-                                                empty((steps, batch), np.bool_))
-        state = [empty((batch, self.description.hidden)) for _ in range(2)]
+        place, memory = native.array, native.empty
+        logits = memory((batch, self.description.head[1]))
+        gate_logits, probabilities, executed = (memory((steps, batch)), memory((steps, batch)),
+                                                memory((steps, batch), np.bool_))
+        state = [memory((count, self.description.hidden)) for _ in range(2)]
+        forced = None
+        if routing is not None:
+            forced = memory((arch.num_gates, batch), np.bool_)
+            forced[:, :count] = routing.numpy().T
         native("run", self.numbers, self.biases, place(bits(self.weights.elements)), place(self.weights.floats.numpy()),
-               batch, steps, place(bits(images.to(self.network.dtype))),
-               None if routing is None else place(np.ascontiguousarray(routing.numpy().T)), logits, gate_logits,
-               probabilities, executed, *state, empty(int(sizes[2]), np.uint8))
-        return (torch.from_numpy(logits[:, :arch.num_classes].copy()).to(self.network.dtype),
-                torch.from_numpy(executed.T.copy()), torch.from_numpy(probabilities.T.copy()))
+               batch, steps, None if empty is None else place(np.array([count], np.int32)),
+               place(bits(images.to(self.network.dtype))), forced, logits, gate_logits, probabilities, executed, *state,
+               memory(int(sizes[2]), np.uint8))
+        return (torch.from_numpy(logits[:count, :arch.num_classes].copy()).to(self.network.dtype),
+                torch.from_numpy(executed[:, :count].T.copy()), torch.from_numpy(probabilities[:, :count].T.copy()))
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))
@@ -151,6 +160,26 @@ def test_batch_invariance(dtype):
             assert torch.equal(value[0], expected[place])
     for value, expected in zip(network.run(images.flip(0), seed=9), whole, strict=True):
         assert torch.equal(value.flip(0), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", sorted(SMALL))
+def test_empty_places_do_not_change_a_bit(name, dtype):
+    """As when a captured graph of a larger batch is replayed; poison, NaN everywhere, would show."""
+    network, gates = Compacted(name, dtype), SMALL[name].num_gates
+    for count, empty, forced in ((5, 3, False), (3, 1, True), (1, 0, False)):
+        images = small_images(name, count)
+        routing = torch.rand(count, gates, generator=torch.Generator().manual_seed(count)) < 0.5 if forced else None
+        expected = network.run(images, 1, routing)
+        assert not expected[0].isnan().any()
+        for value, wanted in zip(network.run(images, 2, routing, empty=empty), expected, strict=True):
+            assert torch.equal(value, wanted)
+
+
+def test_all_places_may_be_empty():
+    """The walk that comes before a capture has no images."""
+    logits, executed, probabilities = Compacted("rnn", torch.float32).run(small_images("rnn", 1)[:0], empty=4)
+    assert len(logits) == len(executed) == len(probabilities) == 0
 
 
 def test_an_image_with_nan_gets_nan_and_skips():

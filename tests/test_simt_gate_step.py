@@ -51,15 +51,16 @@ class GateStep:
         self.state = [normal(batch, hidden), normal(batch, hidden)] if rnn else []
         self.forced = random.random(batch) < 0.5 if forced else None
 
-    def run(self, seed, times=1):
-        """The kernel's (logit, probability, executed, rows, count, *state)."""
+    def run(self, seed, times=1, empty=None):
+        """The kernel's (logit, probability, executed, rows, count, *state). `empty` places follow the batch's."""
         gate, n = library("gate_step"), self.batch
         gate.configure(seed)
         place = gate.array
         logit, probability, executed = gate.empty(n), gate.empty(n), gate.empty(n, np.bool_)
         rows, count, arrivals = gate.empty(n, np.int32), gate.empty(1, np.int32), place(np.zeros(1, np.int32))
         state = [place(value) for value in self.state]
-        sizes = (n, self.channels, self.embed, self.hidden_size) if self.rnn else (n, self.channels)
+        places = (n, None) if empty is None else (n + empty, place(np.array([n], np.int32)))
+        sizes = (*places, self.channels, *((self.embed, self.hidden_size) if self.rnn else ()))
         forced = None if self.forced is None else place(self.forced)
         arguments = (*sizes, *map(place, self.weights), self.bias, place(self.sums), self.tiles, self.pixels, *state,
                      logit, probability, executed, forced, rows, count, arrivals)
@@ -105,6 +106,15 @@ def test_gate_step(batch, channels, tiles, rnn):
 @pytest.mark.parametrize(("embed", "hidden"), [(6, 9), (1, 1), (40, 33)])
 def test_other_sizes_of_the_lstm(embed, hidden):
     assert_equals_oracle(GateStep(1, 9, 24, 3, embed=embed, hidden=hidden), seed=5)
+
+
+@pytest.mark.parametrize("rnn", [True, False])
+@pytest.mark.parametrize(("batch", "empty"), [(0, 1), (0, 9), (1, 3), (5, 11), (4, 0), (600, 1500)])
+def test_empty_places_are_left_alone(batch, empty, rnn):
+    """There is no memory for them: whoever reads or writes any faults. The others' bits are as without them."""
+    step = GateStep(8, batch, 24, 2, rnn=rnn)
+    for value, expected in zip(step.run(seed=2, empty=empty), step.run(seed=1), strict=True):
+        np.testing.assert_array_equal(value, expected)
 
 
 def test_state_advances_call_after_call():

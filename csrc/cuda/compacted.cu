@@ -4,6 +4,7 @@
 
 #include "../check.h"
 #include "../gate.h"
+#include "compaction.cuh"
 #include "gate_step.h"
 #include "launch.cuh"
 #include "ptx.cuh"
@@ -27,13 +28,13 @@ Grid pointwise_grid(std::int64_t threads) {
 // What a call begins with: images [batch, in, pixels] to channels-last [batch, pixels, padded], zeros for the channels
 // that there are not; and zeros where the gates need them.
 template <typename Element>
-__global__ void begin_kernel(const Element* images, std::int64_t batch, int in, int pixels, int padded, Element* y,
-                             float* hidden, float* cell, int units, int* arrivals) {
-    const std::int64_t place = global_thread();
+__global__ void begin_kernel(const Element* x, int batch, const int* present, int in, int pixels, int padded,
+                             Element* y, float* hidden, float* cell, int units, int* arrivals) {
+    const std::int64_t place = global_thread(), images = images_of(present, batch);
     if (place == 0) *arrivals = 0;
-    if (place < batch * units) hidden[place] = cell[place] = 0.0f;
-    if (place >= batch * pixels) return;
-    const Element* from = images + place / pixels * in * pixels + place % pixels;
+    if (place < images * units) hidden[place] = cell[place] = 0.0f;
+    if (place >= images * pixels) return;
+    const Element* from = x + place / pixels * in * pixels + place % pixels;
     for (int channel = 0; channel < padded; ++channel)
         y[place * padded + channel] = channel < in ? from[static_cast<std::int64_t>(channel) * pixels]
                                                    : from_float<Element>(0.0f);
@@ -55,10 +56,11 @@ struct Image {
 
 // Max pool, channels-last; NaN wins. With a window of one pixel it only converts.
 template <typename From, typename To>
-__global__ void max_pool_kernel(const From* x, std::int64_t batch, Image from, Window window, Image to, To* y) {
+__global__ void max_pool_kernel(const From* x, int batch, const int* present, Image from, Window window, Image to,
+                                To* y) {
     const std::int64_t place = global_thread();
     const int groups = to.channels / kGroup;
-    if (place >= batch * to.pixels() * groups) return;
+    if (place >= images_of(present, batch) * to.pixels() * groups) return;
     const int channel = static_cast<int>(place % groups) * kGroup;
     const std::int64_t pixel = place / groups;
     const int top = static_cast<int>(pixel % to.pixels()) / to.width * window.stride - window.padding;
@@ -80,13 +82,15 @@ __global__ void max_pool_kernel(const From* x, std::int64_t batch, Image from, W
     for (int i = 0; i < kGroup; ++i) y[place * kGroup + i] = from_float<To>(most[i]);
 }
 
-// pooled[batch, channels] = the sums [batch, tiles, channels] over an image's tiles, divided by its pixels.
-__global__ void finish_pool_kernel(PooledSums pooled, std::int64_t batch, int channels, float* features) {
-    const std::int64_t place = global_thread();
-    if (place >= batch * channels) return;
-    const float* sums = pooled.sums + place / channels * pooled.tiles * channels + place % channels;
+// pooled[batch, channels] = the sums [batch, tiles, channels] over an image's tiles, divided by its pixels. Zeros where
+// there is no image: the classifier takes all places, as the pixels of one.
+__global__ void finish_pool_kernel(PooledSums pooled, int batch, const int* present, int channels, float* features) {
+    const std::int64_t place = global_thread(), image = place / channels;
+    if (image >= batch) return;
+    const float* sums = pooled.sums + image * pooled.tiles * channels + place % channels;
     float sum = 0.0f;
-    for (int tile = 0; tile < pooled.tiles; ++tile) sum += sums[static_cast<std::int64_t>(tile) * channels];
+    if (image < images_of(present, batch))
+        for (int tile = 0; tile < pooled.tiles; ++tile) sum += sums[static_cast<std::int64_t>(tile) * channels];
     features[place] = sum / static_cast<float>(pooled.pixels);
 }
 
@@ -206,9 +210,9 @@ private:
         const Image images{network_.height, network_.width, network_.stem.in};
         const std::int64_t batch = call_.batch, units = network_.lstm.hidden;
         launch("begin", begin_kernel<Element>, pointwise_grid(batch * std::max(images.pixels(), units)), stream_,
-               static_cast<const Element*>(call_.images), batch, network_.in, static_cast<int>(images.pixels()),
-               images.channels, static_cast<Element*>(work_.inner), call_.hidden, call_.cell, static_cast<int>(units),
-               work_.arrivals);
+               static_cast<const Element*>(call_.images), call_.batch, call_.present, network_.in,
+               static_cast<int>(images.pixels()), images.channels, static_cast<Element*>(work_.inner), call_.hidden,
+               call_.cell, static_cast<int>(units), work_.arrivals);
         shape_ = convolved(network_.stem, images);
         void* y = network_.stem_pools ? work_.next : work_.x;
         convolve(network_.stem, images, {.relu = true, .x = work_.inner, .y = y});
@@ -221,8 +225,8 @@ private:
         const Decision decision{call_.gate_logits + row, call_.probabilities + row, call_.executed + row,
                                 call_.forced && decides ? call_.forced + row : nullptr};
         if (!network_.embeddings.empty())
-            return cuda::gate_step(network_.embeddings[index], network_.lstm, call_.batch, sums_, call_.hidden,
-                                   call_.cell, decision, work_.list, work_.arrivals, stream_);
+            return cuda::gate_step(network_.embeddings[index], network_.lstm, call_.batch, call_.present, sums_,
+                                   call_.hidden, call_.cell, decision, work_.list, work_.arrivals, stream_);
         const CompactedGate& gate = network_.gates[index];
         Image seen = max_pool<Element, float>(network_.gates_pool ? kGateWindow : kNoWindow, shape_, work_.x, work_.inner);
         PooledSums sums{};
@@ -232,10 +236,11 @@ private:
             seen = convolved(layer, seen);
             std::swap(from, to);
         }
-        cuda::gate_step(gate.tail, call_.batch, sums, decision, work_.list, work_.arrivals, stream_);
+        cuda::gate_step(gate.tail, call_.batch, call_.present, sums, decision, work_.list, work_.arrivals, stream_);
     }
 
-    // For the images of the list, in place; without one for all. Where the block projects, the others take its shortcut.
+    // For the images of the list, in place; without one for all that are present. Where the block projects, the others
+    // take its shortcut.
     void run_block(int index, const RowList* list) {
         const CompactedBlock& block = network_.blocks[index];
         void *from = work_.x, *to = work_.inner;
@@ -260,8 +265,8 @@ private:
 
     void head() {
         launch("finish_pool", finish_pool_kernel,
-               pointwise_grid(static_cast<std::int64_t>(call_.batch) * shape_.channels), stream_, sums_,
-               static_cast<std::int64_t>(call_.batch), shape_.channels, work_.features);
+               pointwise_grid(static_cast<std::int64_t>(call_.batch) * shape_.channels), stream_, sums_, call_.batch,
+               call_.present, shape_.channels, work_.features);
         // The batch is the pixels of one image: a matrix product.
         GatheredConv classify{};
         classify.batch = 1;
@@ -282,9 +287,11 @@ private:
     };
 
     PooledSums convolve(const Convolution& layer, const Image& from, const Asked& asked, ElementType type) {
+        const RowList present{nullptr, call_.present};
+        const RowList* all = call_.present ? &present : nullptr;
         gathered_conv(type, layer,
-                      {call_.batch, from.height, from.width, asked.list, asked.gathers, asked.scatters, asked.relu,
-                       asked.x, asked.residual, asked.y, asked.sums},
+                      {call_.batch, from.height, from.width, asked.list ? asked.list : all, asked.gathers,
+                       asked.scatters, asked.relu, asked.x, asked.residual, asked.y, asked.sums},
                       stream_);
         return {asked.sums, pooled_tiles(layer, from.height, from.width),
                 static_cast<int>(convolved(layer, from).pixels())};
@@ -297,8 +304,7 @@ private:
     Image max_pool(const Window& window, const Image& from, const void* x, void* y) {
         const Image to = pooled(window, from);
         launch("max_pool", max_pool_kernel<From, To>, pointwise_grid(call_.batch * to.size() / kGroup), stream_,
-               static_cast<const From*>(x), static_cast<std::int64_t>(call_.batch), from, window, to,
-               static_cast<To*>(y));
+               static_cast<const From*>(x), call_.batch, call_.present, from, window, to, static_cast<To*>(y));
         return to;
     }
 

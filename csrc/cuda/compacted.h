@@ -39,6 +39,8 @@ struct CompactedNetwork {
 // One call. Everything belongs to the caller, on the device.
 struct CompactedCall {
     int batch, steps;       // gates to evaluate: blocks - 1, or one more; 0 in a dense network
+    int* present;           // [1], how many of the batch's places hold an image, the first ones; null: all of them.
+                            // What comes out of the others is undefined.
     const void* images;     // [batch, in, height, width]
     const bool* forced;     // [blocks - 1, batch], or null
     float* logits;          // [batch, head.out]

@@ -5,6 +5,9 @@
 
 namespace skipnet::cuda {
 
+// How many of a batch's places hold an image: the first `present`, or all where that is null.
+__device__ inline int images_of(const int* present, int batch) { return present ? *present : batch; }
+
 // A prefix sum, no atomics: the order of the images is kept. All threads of the block take part.
 template <int kThreads>
 __device__ void compact_in_block(const bool* executed, int batch, const RowList& list,

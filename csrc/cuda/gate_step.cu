@@ -84,12 +84,13 @@ struct Feedforward {
 // A warp an image; the block that finishes last compacts for all.
 template <typename Gate>
 __global__ void __launch_bounds__(kThreads)
-    gate_step_kernel(Gate gate, int batch, PooledSums pooled, Decision decision, RowList list, int* arrivals) {
+    gate_step_kernel(Gate gate, int batch, const int* present, PooledSums pooled, Decision decision, RowList list,
+                     int* arrivals) {
     float* floats = reinterpret_cast<float*>(shared_memory());  // [kWarps, channels + scratch]
     int* warp_counts = reinterpret_cast<int*>(floats + kWarps * (gate.channels() + gate.scratch()));  // [kWarps]
     int* is_last = warp_counts + kWarps;
-    const int warp = threadIdx.x / 32, image = blockIdx.x * kWarps + warp;
-    if (image < batch) {
+    const int warp = threadIdx.x / 32, image = blockIdx.x * kWarps + warp, images = images_of(present, batch);
+    if (image < images) {
         float* feature = floats + warp * (gate.channels() + gate.scratch());
         finish_pool(pooled, gate.channels(), image, feature);
         const float logit = gate.logit(image, feature, feature + gate.channels());
@@ -104,31 +105,32 @@ __global__ void __launch_bounds__(kThreads)
     if (!*is_last) return;
     __threadfence();  // all arrivals before the others' decisions
     if (threadIdx.x == 0) *arrivals = 0;
-    compact_in_block<kThreads>(decision.executed, batch, list, warp_counts);
+    compact_in_block<kThreads>(decision.executed, images, list, warp_counts);
 }
 
 template <typename Gate>
-void launch_gate_step(const Gate& gate, int batch, const PooledSums& pooled, const Decision& decision,
-                      const RowList& list, int* arrivals, Stream stream) {
+void launch_gate_step(const Gate& gate, int batch, const int* present, const PooledSums& pooled,
+                      const Decision& decision, const RowList& list, int* arrivals, Stream stream) {
     check(batch >= 0, "batch: expected 0 or more, got ", batch);
     check(pooled.tiles >= 1 && pooled.pixels >= 1, "pooled: expected tiles and pixels, got ", pooled.tiles, " and ",
           pooled.pixels);
     if (batch == 0) return compact(decision.executed, 0, list, stream);
     const std::size_t shared = (kWarps * (gate.channels() + gate.scratch()) + kWarps + 1) * sizeof(float);
     launch("gate_step", gate_step_kernel<Gate>, {(batch + kWarps - 1u) / kWarps, kThreads, shared}, stream, gate,
-           batch, pooled, decision, list, arrivals);
+           batch, present, pooled, decision, list, arrivals);
 }
 
 }  // namespace
 
-void gate_step(const Embedding& embedding, const Lstm& lstm, int batch, const PooledSums& pooled, float* hidden,
-               float* cell, const Decision& decision, const RowList& list, int* arrivals, Stream stream) {
-    launch_gate_step(Rnn{embedding, lstm, hidden, cell}, batch, pooled, decision, list, arrivals, stream);
+void gate_step(const Embedding& embedding, const Lstm& lstm, int batch, const int* present, const PooledSums& pooled,
+               float* hidden, float* cell, const Decision& decision, const RowList& list, int* arrivals,
+               Stream stream) {
+    launch_gate_step(Rnn{embedding, lstm, hidden, cell}, batch, present, pooled, decision, list, arrivals, stream);
 }
 
-void gate_step(const FeedforwardTail& tail, int batch, const PooledSums& pooled, const Decision& decision,
-               const RowList& list, int* arrivals, Stream stream) {
-    launch_gate_step(Feedforward{tail}, batch, pooled, decision, list, arrivals, stream);
+void gate_step(const FeedforwardTail& tail, int batch, const int* present, const PooledSums& pooled,
+               const Decision& decision, const RowList& list, int* arrivals, Stream stream) {
+    launch_gate_step(Feedforward{tail}, batch, present, pooled, decision, list, arrivals, stream);
 }
 
 }  // namespace skipnet::cuda

@@ -15,13 +15,15 @@ struct PooledSums {
     int pixels;  // of the whole image
 };
 
-// RNNGate after one block. `arrivals` is scratch that is zero between calls.
-void gate_step(const Embedding& embedding, const Lstm& lstm, int batch, const PooledSums& pooled,
-               float* hidden /* [batch, hidden], in place */, float* cell /* [batch, hidden], in place */,
-               const Decision& decision, const RowList& list, int* arrivals /* [1] */, Stream stream);
+// RNNGate after one block, for the first `present` places of the batch, or all where that is null: nothing of the others
+// is read, written or listed. `arrivals` is scratch that is zero between calls.
+void gate_step(const Embedding& embedding, const Lstm& lstm, int batch, const int* present /* [1] */,
+               const PooledSums& pooled, float* hidden /* [batch, hidden], in place */,
+               float* cell /* [batch, hidden], in place */, const Decision& decision, const RowList& list,
+               int* arrivals /* [1] */, Stream stream);
 
 // The same for the tail of a feed-forward gate.
-void gate_step(const FeedforwardTail& tail, int batch, const PooledSums& pooled, const Decision& decision,
-               const RowList& list, int* arrivals /* [1] */, Stream stream);
+void gate_step(const FeedforwardTail& tail, int batch, const int* present /* [1] */, const PooledSums& pooled,
+               const Decision& decision, const RowList& list, int* arrivals /* [1] */, Stream stream);
 
 }  // namespace skipnet::cuda

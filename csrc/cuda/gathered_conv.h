@@ -21,7 +21,7 @@ struct Convolution {
 struct GatheredConv {
     int batch;             // the most images there can be
     int height, width;     // of x
-    const RowList* list;   // the images to compute; null: all of the batch
+    const RowList* list;   // the images to compute, without rows the first *count; null: all of the batch
     bool gathers;          // x holds the whole batch; otherwise image i of x is the list's i-th
     bool scatters;         // the same for y and the residual; places of other images are left alone
     bool relu;             // of the sum with the residual; NaN stays NaN

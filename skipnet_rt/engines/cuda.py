@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from skipnet_rt import _C
 from skipnet_rt.arch import SkipNetArch
-from skipnet_rt.engines.engine import Availability, Engine
+from skipnet_rt.engines.engine import Availability, Decisions, Engine
 from skipnet_rt.packing import PackedNetwork
 
 
@@ -52,6 +55,20 @@ class CudaEngine(Engine):
 
         resident = ResidentCudaEngine.misfit(network.arch, network.device, network.dtype) is None
         return (ResidentCudaEngine if resident else CompactedCudaEngine)(network)
+
+    def begin(self, batch: int, steps: int, routing: Tensor | None) -> Decisions:
+        """Decisions that are not written yet: the kernels fill all of them."""
+        arch, device = self.network.arch, self.network.device
+        units = arch.hidden_dim if arch.gate == "rnn" else 0
+        options: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        return Decisions(
+            gate_logits=torch.empty(steps, batch, **options),
+            probabilities=torch.empty(steps, batch, **options),
+            executed=torch.empty(steps, batch, dtype=torch.bool, device=device),
+            hidden=torch.empty(batch, units, **options),
+            cell=torch.empty(batch, units, **options),
+            forced=None if routing is None else routing.t(),
+        )
 
 
 def built_for(capability: str) -> bool:

@@ -6,7 +6,6 @@ reads them.
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,8 @@ from torch.nn import functional as F
 
 from skipnet_rt import _C
 from skipnet_rt.engines.cuda import CudaEngine
-from skipnet_rt.engines.engine import Decisions, EnginePass
+from skipnet_rt.engines.engine import EnginePass
+from skipnet_rt.engines.graphs import Graphs
 from skipnet_rt.packing import PackedConvolution, PackedEmbedding, PackedFeedforwardGate, PackedNetwork
 
 Shape = tuple[int, int, int, int]
@@ -119,48 +119,8 @@ class CompactedWeights:
         return cls(torch.cat([_weight(layer) for layer in layers]), torch.cat(floats))
 
 
-_CAPTURED_BATCH = 32
-"""Larger batches keep the GPU busy for longer than the host needs for the next launch: a graph would bring nothing."""
-
-_CAPTURED_SIZES = 8
-"""Kinds of calls that are captured, those that come twice first."""
-
-
-@dataclass(frozen=True)
-class _Arrays:
-    """What one call reads and writes.
-
-    Attributes:
-        images: ``[N, C, H, W]``.
-        logits: float32 ``[N, classes]``, the classes padded.
-        floats: float32, flat: gate logits and probabilities ``[S, N]`` each, hidden state and cell ``[N, hidden_dim]``.
-        executed: bool ``[S, N]``.
-        forced: bool ``[G, N]`` or None.
-        workspace: bytes.
-    """
-
-    images: Tensor
-    logits: Tensor
-    floats: Tensor
-    executed: Tensor
-    forced: Tensor | None
-    workspace: Tensor
-
-    def decisions(self, floats: Tensor, executed: Tensor) -> Decisions:
-        """Views of these floats, which are ours or a copy."""
-        decided, batch = executed.numel(), len(self.images)
-        gate_logits, probabilities = floats[:2 * decided].view(2, *executed.shape)
-        hidden, cell = floats[2 * decided:].view(2, batch, (len(floats) - 2 * decided) // (2 * batch))
-        return Decisions(gate_logits, probabilities, executed, hidden, cell, forced=None)  # it has been obeyed
-
-
 class CompactedCudaEngine(CudaEngine):
-    """A few launches a block, none of which waits for the host.
-
-    A small batch is over sooner than the host can launch for it. So a call that comes a second time with the same small
-    batch size is captured into a CUDA graph, and from then on replayed between a copy of the images and a copy of the
-    results. Larger batches, other sizes, and calls that somebody else captures are launched directly.
-    """
+    """A few launches a block, none of which waits for the host; for most batches a CUDA graph of :class:`Graphs`."""
 
     def __init__(self, network: PackedNetwork) -> None:
         super().__init__(network)
@@ -171,85 +131,26 @@ class CompactedCudaEngine(CudaEngine):
             str(network.dtype).removeprefix("torch."), **vars(Description.of(network)),
             elements=self._weights.elements.data_ptr(), elements_count=len(self._weights.elements),
             floats=self._weights.floats.data_ptr(), floats_count=len(self._weights.floats))
-        self._lock = threading.Lock()
-        self._seen: set[tuple[int, int, bool]] = set()
-        self._graphs: dict[tuple[int, int, bool], tuple[torch.cuda.CUDAGraph, _Arrays]] = {}
-        self._shared: Tensor | None = None  # the graphs' workspace: they run one after the other
-        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]  # the last replay, on whatever stream it was
+        self._graphs = Graphs(network.arch, device, network.dtype)
+        torch.cuda.current_stream(device).synchronize()  # the weights are there for every stream's calls
 
     @property
     def memory(self) -> int:
-        held = [self._weights.elements, self._weights.floats, self._shared]
-        with self._lock:
-            for _, arrays in self._graphs.values():
-                held += [arrays.images, arrays.logits, arrays.floats, arrays.executed, arrays.forced]
-        return super().memory + sum(tensor.nbytes for tensor in held if tensor is not None)
+        return super().memory + self._weights.elements.nbytes + self._weights.floats.nbytes + self._graphs.memory
 
     def run(self, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
-        if len(images) <= _CAPTURED_BATCH and not torch.cuda.is_current_stream_capturing():
-            kind = (len(images), steps, routing is not None)
-            with self._lock, torch.cuda.device(self.network.device):
-                if kind not in self._graphs and kind in self._seen and len(self._graphs) < _CAPTURED_SIZES:
-                    self._graphs[kind] = self._capture(*kind)
-                if kind in self._graphs:
-                    return self._replay(*self._graphs[kind], images, routing)
-                self._seen.add(kind)
-        workspace = self._bytes(self._native.workspace_bytes(len(images)))
-        arrays = self._arrays(images, steps, None if routing is None else routing.t().contiguous(), workspace)
-        self._launch(arrays)
-        return EnginePass(self._classes(arrays), arrays.decisions(arrays.floats, arrays.executed))
+        return self._graphs.run(self._walk, images, routing, steps)
 
-    def _bytes(self, count: int) -> Tensor:
-        return torch.empty(count, dtype=torch.uint8, device=self.network.device)
-
-    def _arrays(self, images: Tensor, steps: int, forced: Tensor | None, workspace: Tensor) -> _Arrays:
-        """A call's arrays; the kernels fill all that is empty here."""
-        batch, device, arch = len(images), images.device, self.network.arch
-        units = arch.hidden_dim if arch.gate == "rnn" else 0
-        return _Arrays(images, torch.empty(batch, _padded(arch.num_classes), device=device),
-                       torch.empty(2 * batch * (steps + units), device=device),
-                       torch.empty(steps, batch, dtype=torch.bool, device=device), forced, workspace)
-
-    def _launch(self, arrays: _Arrays) -> None:
-        """The whole walk, on the current stream."""
-        decisions = arrays.decisions(arrays.floats, arrays.executed)
+    def _walk(self, images: Tensor, routing: Tensor | None, present: Tensor | None, steps: int) -> EnginePass:
+        """All launches, on the current stream."""
+        batch, device, classes = len(images), self.network.device, self.network.arch.num_classes
+        decisions = self.begin(batch, steps, routing)
+        forced = None if decisions.forced is None else decisions.forced.contiguous()
+        logits = torch.empty(batch, _padded(classes), device=device)
+        workspace = torch.empty(self._native.workspace_bytes(batch), dtype=torch.uint8, device=device)
         self._native.run(
-            len(arrays.images), len(arrays.executed), arrays.images.data_ptr(),
-            0 if arrays.forced is None else arrays.forced.data_ptr(), arrays.logits.data_ptr(),
-            decisions.gate_logits.data_ptr(), decisions.probabilities.data_ptr(), decisions.executed.data_ptr(),
-            decisions.hidden.data_ptr(), decisions.cell.data_ptr(), arrays.workspace.data_ptr(),
-            torch.cuda.current_stream(self.network.device).cuda_stream)
-
-    def _classes(self, arrays: _Arrays) -> Tensor:
-        """A copy of the logits without the padding, in the network's dtype."""
-        return arrays.logits[:, :self.network.arch.num_classes].to(
-            self.network.dtype, copy=True, memory_format=torch.contiguous_format)
-
-    def _capture(self, batch: int, steps: int, forced: bool) -> tuple[torch.cuda.CUDAGraph, _Arrays]:
-        """A graph of the walk over arrays of its own. The kernels have all run before: nothing has to be loaded now."""
-        arch, device = self.network.arch, self.network.device
-        with torch.inference_mode(False):  # calls inside and outside of it will write to them
-            if self._shared is None:
-                self._shared = self._bytes(self._native.workspace_bytes(_CAPTURED_BATCH))
-            images = torch.empty(batch, arch.in_channels, *arch.image_size, dtype=self.network.dtype, device=device)
-            routing = torch.empty(arch.num_gates, batch, dtype=torch.bool, device=device) if forced else None
-            arrays = self._arrays(images, steps, routing, self._shared)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
-            graph.capture_begin(capture_error_mode="thread_local")
-            self._launch(arrays)
-            graph.capture_end()
-        return graph, arrays
-
-    def _replay(self, graph: torch.cuda.CUDAGraph, arrays: _Arrays, images: Tensor,
-                routing: Tensor | None) -> EnginePass:
-        """The graph on the current stream, after all other replays: they share memory."""
-        stream = torch.cuda.current_stream()
-        stream.wait_event(self._done)
-        arrays.images.copy_(images)
-        if routing is not None and arrays.forced is not None:
-            arrays.forced.copy_(routing.t())
-        graph.replay()
-        result = EnginePass(self._classes(arrays), arrays.decisions(arrays.floats.clone(), arrays.executed.clone()))
-        stream.record_event(self._done)
-        return result
+            batch, steps, 0 if present is None else present.data_ptr(), images.data_ptr(),
+            0 if forced is None else forced.data_ptr(), logits.data_ptr(), decisions.gate_logits.data_ptr(),
+            decisions.probabilities.data_ptr(), decisions.executed.data_ptr(), decisions.hidden.data_ptr(),
+            decisions.cell.data_ptr(), workspace.data_ptr(), torch.cuda.current_stream(device).cuda_stream)
+        return EnginePass(logits[:, :classes].to(self.network.dtype).contiguous(), decisions)

@@ -6,7 +6,6 @@ The walk and its rooms are in csrc/cuda/resident.cu; here weights are laid out a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 from skipnet_rt import _C
 from skipnet_rt.arch import SkipNetArch
 from skipnet_rt.engines.cuda import CudaEngine
-from skipnet_rt.engines.engine import Decisions, EnginePass
+from skipnet_rt.engines.engine import EnginePass
 from skipnet_rt.packing import PackedConvolution, PackedEmbedding, PackedNetwork
 
 WIDTHS = (16, 32, 64)
@@ -134,20 +133,6 @@ class ResidentCudaEngine(CudaEngine):
     def fits(self, images: int) -> bool:
         """Whether a block of threads can take so many images at a time."""
         return self._native.shared_memory(images) <= _C.cuda_limits(_index(self.network.device))[1]
-
-    def begin(self, batch: int, steps: int, routing: Tensor | None) -> Decisions:
-        """Decisions that are not written yet: the kernel fills all of them."""
-        arch, device = self.network.arch, self.network.device
-        units = arch.hidden_dim if arch.gate == "rnn" else 0
-        options: dict[str, Any] = {"dtype": torch.float32, "device": device}
-        return Decisions(
-            gate_logits=torch.empty(steps, batch, **options),
-            probabilities=torch.empty(steps, batch, **options),
-            executed=torch.empty(steps, batch, dtype=torch.bool, device=device),
-            hidden=torch.empty(batch, units, **options),
-            cell=torch.empty(batch, units, **options),
-            forced=None if routing is None else routing.t(),
-        )
 
     def plan(self, batch: int) -> _C.ResidentPlan:
         """How a batch is spread over the device."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +17,14 @@ from torch import Tensor
 
 from skipnet_rt.arch import SkipNetArch
 from skipnet_rt.engines.engine import Decisions, EnginePass
-from skipnet_rt.kernels.language import compilation_shown
 
-Walk = Callable[[Tensor, "Tensor | None", Tensor, int], EnginePass]
-"""From images ``[B, ...]``, routing bool ``[B, G]`` or None, present int32 ``[1]`` and steps to a result of B rows."""
+Walk = Callable[[Tensor, "Tensor | None", "Tensor | None", int], EnginePass]
+"""From images ``[B, ...]``, routing bool ``[B, G]`` or None, present int32 ``[1]`` (None: B) and steps to a result of B
+rows, of which those that are not present are undefined."""
 
+_MOST_PIXELS = 32 * 224 * 224
+"""Of a bucket's images. More keep a GPU busy for longer than the host needs for the launches: a graph would bring
+nothing, and would hold the memory of all activations."""
 
 _CAPTURING = threading.Lock()  # PyTorch allows one capture at a time in a process
 
@@ -49,12 +53,14 @@ class Graphs:
 
     Args:
         architecture: of the network, for the shapes of images and routing.
-        device: a CUDA device, the current one in every call.
+        device: a CUDA device.
         dtype: of images.
+        loading: around a bucket's first walk, which compiles or loads what is new; shows that, for instance.
     """
 
-    def __init__(self, architecture: SkipNetArch, device: torch.device, dtype: torch.dtype) -> None:
-        self._architecture, self._device, self._dtype = architecture, device, dtype
+    def __init__(self, architecture: SkipNetArch, device: torch.device, dtype: torch.dtype,
+                 loading: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        self._architecture, self._device, self._dtype, self._loading = architecture, device, dtype, loading
         self._buckets: dict[tuple[int, int, bool], _Bucket] = {}
         self._pool = torch.cuda.graph_pool_handle()
         # Of this device (PyTorch's own choice is of the device that captured first), and one for all that share a pool.
@@ -62,11 +68,41 @@ class Graphs:
         self._lock = threading.Lock()
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
+    @property
+    def memory(self) -> int:
+        """Bytes of the device's memory that the buckets hold, with what belongs to their pool."""
+        with self._lock:
+            if not self._buckets:
+                return 0
+            inputs = [tensor for bucket in self._buckets.values()
+                      for tensor in (bucket.images, bucket.routing, bucket.present) if tensor is not None]
+            segments = torch.cuda.memory_snapshot(self._pool, include_traces=False)  # type: ignore[no-untyped-call]
+        return sum(tensor.nbytes for tensor in inputs) + sum(segment["total_size"] for segment in segments)
+
     def run(self, walk: Walk, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
-        """Replay the batch's bucket on the current stream; a bucket's first batch captures it, and waits for that."""
+        """A batch on the current stream: its bucket replayed, which the first such batch captures, and waits for that.
+
+        Launched directly where a graph would bring nothing, and where the caller captures one that shall hold it.
+        """
+        with torch.cuda.device(self._device):
+            if not self._fits(bucket_size(len(images))) or torch.cuda.is_current_stream_capturing():
+                return walk(images, routing, None, steps)
+            return self._replayed(walk, images, routing, steps)
+
+    def capture(self, walk: Walk, batches: Iterable[int], steps: int, forced: bool) -> None:
+        """Capture ahead, the largest first: the smaller ones then find room in its memory."""
+        with self._lock, torch.cuda.device(self._device):
+            for size in sorted(filter(self._fits, {bucket_size(batch) for batch in batches}), reverse=True):
+                self._bucket(walk, size, steps, forced)
+
+    def _fits(self, size: int) -> bool:
+        height, width = self._architecture.image_size
+        return size * height * width <= _MOST_PIXELS
+
+    def _replayed(self, walk: Walk, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
         with self._lock:
             bucket = self._bucket(walk, bucket_size(len(images)), steps, routing is not None)
-            stream = torch.cuda.current_stream(self._device)
+            stream = torch.cuda.current_stream()
             stream.wait_event(self._done)
             bucket.images[:len(images)].copy_(images)
             bucket.present.fill_(len(images))
@@ -78,25 +114,20 @@ class Graphs:
             self._done.record(stream)
         return result
 
-    def capture(self, walk: Walk, batches: Iterable[int], steps: int, forced: bool) -> None:
-        """Capture ahead, the largest first: the smaller ones then find room in its memory."""
-        with self._lock:
-            for size in sorted({bucket_size(batch) for batch in batches}, reverse=True):
-                self._bucket(walk, size, steps, forced)
-
     def _bucket(self, walk: Walk, size: int, steps: int, forced: bool) -> _Bucket:
         key = size, steps, forced
         if key not in self._buckets:
             self._buckets[key] = self._captured(walk, *key)
         return self._buckets[key]
 
+    @torch.inference_mode(False)  # calls inside and outside of it will write to these tensors
     def _captured(self, walk: Walk, size: int, steps: int, forced: bool) -> _Bucket:
         architecture, device = self._architecture, self._device
         images = torch.zeros(size, architecture.in_channels, *architecture.image_size, dtype=self._dtype, device=device)
         routing = torch.zeros(size, architecture.num_gates, dtype=torch.bool, device=device) if forced else None
         present = torch.zeros(1, dtype=torch.int32, device=device)
-        with compilation_shown():
-            walk(images, routing, present, steps)  # compiles what is new: a capture cannot
+        with self._loading():
+            walk(images, routing, present, steps)  # a capture cannot compile or load
         graph = torch.cuda.CUDAGraph()
         # Only this thread's calls are restricted while it captures: others may be allocating.
         with _CAPTURING, torch.cuda.graph(graph, pool=self._pool, stream=self._stream,

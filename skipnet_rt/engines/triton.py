@@ -22,7 +22,7 @@ from skipnet_rt.engines.engine import Availability, Decisions, EnginePass, Walki
 from skipnet_rt.engines.graphs import Graphs
 from skipnet_rt.kernels import GateStep, tuning
 from skipnet_rt.kernels.gathered_conv import DTYPES, Configuration, Layer, configurations
-from skipnet_rt.kernels.language import INTERPRETED, missing
+from skipnet_rt.kernels.language import INTERPRETED, compilation_shown, missing
 from skipnet_rt.packing import PackedBlock, PackedConvolution, PackedFeedforwardGate, PackedNetwork
 
 
@@ -143,13 +143,17 @@ class TritonEngine(WalkingEngine[Activation, Rows]):
         weight = network.head_weight
         self._head = _Convolution(PackedConvolution(weight.view(*weight.shape, 1, 1), network.head_bias, 1, 0), (1, 1),
                                   measured)
-        self._graphs = None if INTERPRETED else Graphs(architecture, network.device, network.dtype)
+        self._graphs = None if INTERPRETED else Graphs(architecture, network.device, network.dtype, compilation_shown)
         self._interpreter = threading.Lock()  # it runs one program at a time
 
     @classmethod
     def availability(cls) -> Availability:
         reason = missing()
         return Availability(reason is None, reason or "")
+
+    @property
+    def memory(self) -> int:
+        return super().memory + (0 if self._graphs is None else self._graphs.memory)
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -164,11 +168,8 @@ class TritonEngine(WalkingEngine[Activation, Rows]):
     def run(self, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
         if self._graphs is None:
             with self._interpreter:
-                return self._walk_all(images, routing, steps)
-        with torch.cuda.device(self.network.device):
-            if torch.cuda.is_current_stream_capturing():  # the caller's graph, which will hold our launches
-                return self._walk_all(images, routing, steps)
-            return self._graphs.run(self._walk_present, images, routing, steps)
+                return self._walk(images, routing, None, steps)
+        return self._graphs.run(self._walk, images, routing, steps)
 
     def prepare(self, batches: Iterable[int], *, steps: int | None = None, forced: bool = False) -> None:
         """Compile and capture ahead for these sizes of batch, so that no call has to.
@@ -179,16 +180,12 @@ class TritonEngine(WalkingEngine[Activation, Rows]):
             forced: for calls with a routing.
         """
         if self._graphs is not None:
-            with torch.cuda.device(self.network.device):
-                self._graphs.capture(self._walk_present, batches,
-                                     self.network.arch.num_gates if steps is None else steps, forced)
+            self._graphs.capture(self._walk, batches, self.network.arch.num_gates if steps is None else steps, forced)
 
-    def _walk_all(self, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
-        present = torch.full((1,), len(images), dtype=torch.int32, device=images.device)
-        return self._walk_present(images, routing, present, steps)
-
-    def _walk_present(self, images: Tensor, routing: Tensor | None, present: Tensor, steps: int) -> EnginePass:
-        """The walk for the first ``present`` images; the others' results are undefined."""
+    def _walk(self, images: Tensor, routing: Tensor | None, present: Tensor | None, steps: int) -> EnginePass:
+        """The walk for the first ``present`` images, or all; the others' results are undefined."""
+        if present is None:
+            present = torch.full((1,), len(images), dtype=torch.int32, device=images.device)
         return self.walk(images, self._decisions(len(images), routing, present, steps))
 
     def _decisions(self, batch: int, routing: Tensor | None, present: Tensor, steps: int) -> _TritonDecisions:

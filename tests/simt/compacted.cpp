@@ -80,15 +80,15 @@ const char* measure(const int* numbers, const float* biases, int batch, std::int
     });
 }
 
-const char* run(const int* numbers, const float* biases, const void* elements, const float* floats, int batch, int steps,
-                const void* images, const bool* forced, float* logits, float* gate_logits, float* probabilities,
-                bool* executed, float* hidden, float* cell, void* workspace) {
+const char* run(const int* numbers, const float* biases, const void* elements, const float* floats, int batch,
+                int steps, int* present, const void* images, const bool* forced, float* logits, float* gate_logits,
+                float* probabilities, bool* executed, float* hidden, float* cell, void* workspace) {
     return simt::report([=] {
         CompactedNetwork network = Reader(numbers, biases).network();
         lay_out(network, elements, floats);
         run_compacted(network,
-                      {batch, steps, images, forced, logits, gate_logits, probabilities, executed, hidden, cell,
-                       workspace},
+                      {batch, steps, present, images, forced, logits, gate_logits, probabilities, executed, hidden,
+                       cell, workspace},
                       nullptr);
     });
 }
