@@ -63,13 +63,14 @@ class Compacted:
         batch = count + (empty or 0)
         native.configure(seed, multiprocessors)
         steps = arch.num_gates if steps is None else steps
-        sizes = np.zeros(3, np.int64)
+        sizes = np.zeros(4, np.int64)
         native("measure", self.numbers, self.biases, batch, sizes)
         assert sizes[:2].tolist() == [len(self.weights.elements), len(self.weights.floats)]
         place, memory = native.array, native.empty
         logits = memory((batch, self.description.head[1]))
         gate_logits, probabilities, executed = (memory((steps, batch)), memory((steps, batch)),
                                                 memory((steps, batch), np.bool_))
+        workspace = memory(int(sizes[2]), np.uint8)
         state = [memory((count, self.description.hidden)) for _ in range(2)]
         forced = None
         if routing is not None:
@@ -78,7 +79,9 @@ class Compacted:
         native("run", self.numbers, self.biases, place(bits(self.weights.elements)), place(self.weights.floats.numpy()),
                batch, steps, None if empty is None else place(np.array([count], np.int32)),
                place(bits(images.to(self.network.dtype))), forced, logits, gate_logits, probabilities, executed, *state,
-               memory(int(sizes[2]), np.uint8))
+               workspace)
+        self.written = np.count_nonzero(workspace[:sizes[3]] != 0xff)
+        assert not empty or not np.isnan(logits[count:]).any(), "nothing that nobody wrote reaches the classifier"
         return (torch.from_numpy(logits[:count, :arch.num_classes].copy()).to(self.network.dtype),
                 torch.from_numpy(executed[:, :count].T.copy()), torch.from_numpy(probabilities[:, :count].T.copy()))
 
@@ -165,15 +168,17 @@ def test_batch_invariance(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_empty_places_do_not_change_a_bit(name, dtype):
-    """As when a captured graph of a larger batch is replayed; poison, NaN everywhere, would show."""
+    """As when a captured graph of a larger batch is replayed. Poison, NaN everywhere, would show; so would any work."""
     network, gates = Compacted(name, dtype), SMALL[name].num_gates
     for count, empty, forced in ((5, 3, False), (3, 1, True), (1, 0, False)):
         images = small_images(name, count)
         routing = torch.rand(count, gates, generator=torch.Generator().manual_seed(count)) < 0.5 if forced else None
         expected = network.run(images, 1, routing)
         assert not expected[0].isnan().any()
+        written = network.written
         for value, wanted in zip(network.run(images, 2, routing, empty=empty), expected, strict=True):
             assert torch.equal(value, wanted)
+        assert network.written == written, "no activation, no sum of an empty place is written"
 
 
 def test_all_places_may_be_empty():

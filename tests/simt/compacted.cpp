@@ -69,7 +69,7 @@ private:
 
 extern "C" {
 
-// sizes: [elements, floats] of the weights and the workspace's bytes.
+// sizes: [elements, floats] of the weights, the workspace's bytes, and how many of them come first and are images' own.
 const char* measure(const int* numbers, const float* biases, int batch, std::int64_t* sizes) {
     return simt::report([=] {
         CompactedNetwork network = Reader(numbers, biases).network();
@@ -77,6 +77,9 @@ const char* measure(const int* numbers, const float* biases, int batch, std::int
         sizes[0] = static_cast<std::int64_t>(weights.elements);
         sizes[1] = static_cast<std::int64_t>(weights.floats);
         sizes[2] = static_cast<std::int64_t>(workspace_bytes(network, batch));
+        unsigned char memory[1];
+        Pieces pieces(memory);
+        sizes[3] = reinterpret_cast<unsigned char*>(Workspace(network, batch, pieces).features) - memory;
     });
 }
 
