@@ -111,6 +111,29 @@ def test_two_threads_with_streams_of_their_own(engine):
     assert wrong == []
 
 
+def test_first_calls_of_several_runtimes_at_once(engine):
+    """Each captures a graph while the others launch, allocate and want to capture."""
+    runtimes, images = [compiled("rnn", engine) for _ in range(4)], images_for("rnn", 3)
+    expected = runtimes[0].infer(images).logits
+    torch.cuda.synchronize()
+    wrong, start = [], threading.Barrier(3)
+
+    def work(runtime):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            start.wait()
+            results = [runtime.infer(images[:count]).logits for count in (1, 2, 3)]
+        stream.synchronize()
+        wrong.extend(result for result in results if not torch.equal(result, expected[:len(result)]))
+
+    threads = [threading.Thread(target=work, args=(runtime,)) for runtime in runtimes[1:]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
 def test_a_result_outlives_the_next_call(engine):
     runtime = compiled("rnn", engine)
     first, second = images_for("rnn", 4, seed=5), images_for("rnn", 4, seed=6)

@@ -126,7 +126,7 @@ class _FeedforwardGate:
 
 
 class TritonEngine(WalkingEngine[Activation, Rows]):
-    """Row lists and counts stay on the device; on a GPU every size of batch is a CUDA graph of ours."""
+    """Row lists and counts stay on the device; on a GPU most batches are a CUDA graph of :class:`Graphs`."""
 
     name = "triton"
     devices = ("cpu",) if INTERPRETED else ("cuda",)
@@ -175,7 +175,7 @@ class TritonEngine(WalkingEngine[Activation, Rows]):
         """Compile and capture ahead for these sizes of batch, so that no call has to.
 
         Args:
-            batches: how many images; each is rounded up to a power of two.
+            batches: how many images; each is rounded up to a power of two. Those too large to be captured are left out.
             steps: gates to evaluate, as for :meth:`run`; by default G, which is what ``infer`` asks for.
             forced: for calls with a routing.
         """
