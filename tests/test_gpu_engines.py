@@ -116,22 +116,16 @@ def test_first_calls_of_several_runtimes_at_once(engine):
     runtimes, images = [compiled("rnn", engine) for _ in range(4)], images_for("rnn", 3)
     expected = runtimes[0].infer(images).logits
     torch.cuda.synchronize()
-    wrong, start = [], threading.Barrier(3)
 
-    def work(runtime):
+    def wrong(runtime):
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            start.wait()
             results = [runtime.infer(images[:count]).logits for count in (1, 2, 3)]
         stream.synchronize()
-        wrong.extend(result for result in results if not torch.equal(result, expected[:len(result)]))
+        return sum(not torch.equal(result, expected[:len(result)]) for result in results)
 
-    threads = [threading.Thread(target=work, args=(runtime,)) for runtime in runtimes[1:]]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    with ThreadPoolExecutor() as threads:
+        assert list(threads.map(wrong, runtimes[1:])) == [0, 0, 0]
 
 
 def test_a_result_outlives_the_next_call(engine):
