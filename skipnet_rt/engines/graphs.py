@@ -7,6 +7,7 @@ run one after the other: a lock orders the threads that enqueue, an event the st
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -25,6 +26,9 @@ rows, of which those that are not present are undefined."""
 _MOST_PIXELS = 32 * 224 * 224
 """Of a bucket's images. More keep a GPU busy for longer than the host needs for the launches: a graph would bring
 nothing, and would hold the memory of all activations."""
+
+# PyTorch's switch for debugging: memory that is allocated piece by piece cannot be had during a capture.
+_CAPTURES = "PYTORCH_NO_CUDA_MEMORY_CACHING" not in os.environ
 
 _CAPTURING = threading.Lock()  # PyTorch allows one capture at a time in a process
 
@@ -82,7 +86,8 @@ class Graphs:
     def run(self, walk: Walk, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
         """A batch on the current stream: its bucket replayed, which the first such batch captures, and waits for that.
 
-        Launched directly where a graph would bring nothing, and where the caller captures one that shall hold it.
+        Launched directly where a graph would bring nothing, where the caller captures one that shall hold it, and where
+        PyTorch's allocator does not cache.
         """
         with torch.cuda.device(self._device):
             if not self._fits(bucket_size(len(images))) or torch.cuda.is_current_stream_capturing():
@@ -97,7 +102,7 @@ class Graphs:
 
     def _fits(self, size: int) -> bool:
         height, width = self._architecture.image_size
-        return size * height * width <= _MOST_PIXELS
+        return _CAPTURES and size * height * width <= _MOST_PIXELS
 
     def _replayed(self, walk: Walk, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
         with self._lock:
