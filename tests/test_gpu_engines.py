@@ -144,6 +144,17 @@ def test_calls_inside_and_outside_of_inference_mode(engine, name, first):
         assert torch.equal(runtime.infer(images).logits, before)
 
 
+def test_inside_torch_compile_with_its_cuda_graphs(engine):
+    """Whose memory and ours stay apart, also where a bucket's first call comes from within."""
+    runtime, images, others = compiled("rnn", engine), images_for("rnn", 3), images_for("rnn", 3, seed=8)
+    fast = torch.compile(lambda images: runtime.infer(images - 1).logits + 1, mode="reduce-overhead")
+    expected = compiled("rnn", engine).infer(images - 1).logits + 1
+    direct = compiled("rnn", engine).infer(others).logits
+    for _ in range(5):
+        assert torch.equal(fast(images), expected)
+        assert torch.equal(runtime.infer(others).logits, direct)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_memory_stays_what_it_was(engine, dtype):
     runtime = compiled("bottleneck", engine, dtype)

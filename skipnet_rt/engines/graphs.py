@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -122,10 +123,12 @@ class Graphs:
     def _bucket(self, walk: Walk, size: int, steps: int, forced: bool) -> _Bucket:
         key = size, steps, forced
         if key not in self._buckets:
-            self._buckets[key] = self._captured(walk, *key)
+            # In a thread of its own: what stays must not belong to what this call is made in, like inference mode, or
+            # the warm-up of torch.compile's CUDA graphs, in which all that a thread allocates comes from their pool.
+            with ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(self._device,)) as thread:
+                self._buckets[key] = thread.submit(self._captured, walk, *key).result()
         return self._buckets[key]
 
-    @torch.inference_mode(False)  # calls inside and outside of it will write to these tensors
     def _captured(self, walk: Walk, size: int, steps: int, forced: bool) -> _Bucket:
         architecture, device = self._architecture, self._device
         images = torch.zeros(size, architecture.in_channels, *architecture.image_size, dtype=self._dtype, device=device)
