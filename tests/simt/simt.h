@@ -4,6 +4,7 @@
 // in which order blocks start, comes from a seed. What hardware leaves undefined is made to show:
 //   - shared memory starts out as NaN and lies against a page that may not be touched, and so do arrays of `allocate`;
 //   - cp.async fills its destination with NaN and copies only when its group is waited for;
+//   - what a block leaves to others with __stcg is NaN to them, read by __ldcg, until a fence on each side;
 //   - a barrier that not all threads reach, or reach at different lines, a warp operation that lanes of its mask do not
 //     take part in, and threads that wait for ever are errors that say who waits where.
 #pragma once
@@ -26,6 +27,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #define SKIPNET_SIMT
@@ -143,12 +145,23 @@ struct Fiber {
     Site site{};
     std::vector<Copy> open_copies;                // not yet committed
     std::vector<std::vector<Copy>> copy_groups;   // committed, oldest first
+    std::size_t seen = 0;                         // how many stores had landed at its last fence
     int lane() const { return linear % warpSize; }
 };
 
 struct Barrier {
     Site site{};
     std::vector<Fiber*> waiting;
+    bool any = false, was_any = false;  // of the predicates so far, of those of the last time
+};
+
+// A store that other blocks cannot count on yet.
+struct Store {
+    unsigned char* to;
+    float4 value;
+    Fiber* by;
+    Block* block;
+    bool past_barrier;  // known to all threads of the block: a fence of any of them lets it land
 };
 
 // A warp operation that some lanes of its mask have reached.
@@ -205,6 +218,38 @@ public:
         if (++idle_ > 1'000'000) fail("spins for ever");
         leave();
     }
+    // What threads of different blocks know of one another's stores. As in the PTX memory model, a fence orders what comes
+    // before it in its own thread and, by barriers, in others of its block.
+    void store(float4* to, const float4& value) {
+        if (reinterpret_cast<std::uintptr_t>(to) % sizeof value) fail("__stcg: the place is not aligned");
+        std::memset(static_cast<void*>(to), kPoison, sizeof value);
+        stores_.push_back({reinterpret_cast<unsigned char*>(to), value, current, current->block, false});
+    }
+    float4 load(const float4* from) const {
+        const auto* place = reinterpret_cast<const unsigned char*>(from);
+        for (const Store& store : stores_)
+            if (store.to == place && store.block == current->block && (store.past_barrier || store.by == current))
+                return store.value;
+        const auto landed = landed_.find(place);
+        float4 value = *from;
+        if (landed != landed_.end() && landed->second > current->seen) std::memset(&value, kPoison, sizeof value);
+        return value;
+    }
+    void fence() {
+        const auto pending = std::stable_partition(stores_.begin(), stores_.end(), [&](const Store& store) {
+            return store.by == current || (store.block == current->block && store.past_barrier);
+        });
+        for (auto store = stores_.begin(); store != pending; ++store) land(*store);
+        stores_.erase(stores_.begin(), pending);
+        current->seen = landed_count_;
+        perhaps_yield();
+    }
+    void barrier_passed(const Block& block) {
+        for (Store& store : stores_) store.past_barrier |= store.block == &block;
+        std::size_t seen = 0;
+        for (const Fiber* fiber : block.fibers) seen = std::max(seen, fiber->seen);
+        for (Fiber* fiber : block.fibers) fiber->seen = seen;
+    }
     void perhaps_yield() {
         if (random_() % 4 == 0) yield(false);
     }
@@ -225,6 +270,10 @@ public:
     }
 
 private:
+    void land(const Store& store) {
+        std::memcpy(store.to, &store.value, sizeof store.value);
+        landed_[store.to] = ++landed_count_;
+    }
     static void enter();
     static void on_fault(int, siginfo_t* info, void*);
     void leave() {
@@ -259,6 +308,9 @@ private:
     std::vector<Fiber*> runnable_, spare_;
     std::vector<std::unique_ptr<Cluster>> active_;
     std::vector<std::unique_ptr<Guarded>> arrays_;
+    std::vector<Store> stores_;
+    std::unordered_map<const unsigned char*, std::size_t> landed_;  // in this grid: when
+    std::size_t landed_count_ = 0;
 };
 
 inline Machine machine;
@@ -290,6 +342,7 @@ inline Fiber* Machine::fresh_fiber() {
         makecontext(&fiber->start, &Machine::enter, 0);
     }
     fiber->finished = false;
+    fiber->seen = 0;
     fiber->waits_for = nullptr;
     return fiber;
 }
@@ -430,6 +483,9 @@ inline void Machine::run(dim3 grid, dim3 block, std::size_t shared, int cluster,
         current = nullptr;
     }
     if (!error_.empty()) abandon();
+    for (const Store& store : stores_) land(store);
+    stores_.clear();
+    landed_.clear();
     sigaction(SIGSEGV, &before_segv, nullptr);
     sigaction(SIGBUS, &before_bus, nullptr);
     sigaltstack(&theirs, nullptr);
@@ -439,19 +495,26 @@ inline void Machine::run(dim3 grid, dim3 block, std::size_t shared, int cluster,
 
 // ---- barriers
 
-inline void syncthreads(Site site) {
+// Whether the predicate holds for any thread of the block.
+inline bool syncthreads(Site site, bool predicate = false) {
     Block& block = *machine.current->block;
     Barrier& barrier = block.barrier;
     if (barrier.waiting.empty()) barrier.site = site;
     if (!(barrier.site == site))
         machine.fail(text("divergent barrier: other threads of the block wait at ", barrier.site.text()), site);
+    barrier.any |= predicate;
     if (static_cast<int>(barrier.waiting.size()) + 1 < block.threads) {
         barrier.waiting.push_back(machine.current);
-        return machine.wait("a barrier", site);
+        machine.wait("a barrier", site);
+        return barrier.was_any;
     }
+    barrier.was_any = barrier.any;
+    barrier.any = false;
+    machine.barrier_passed(block);
     for (Fiber* fiber : barrier.waiting) machine.wake(fiber);
     barrier.waiting.clear();
     machine.yield(false);
+    return barrier.was_any;
 }
 
 inline void cluster_arrive(Site site) {
@@ -591,17 +654,63 @@ inline void ldmatrix_x4(const void* row, unsigned* result, Site site) {
     });
 }
 
-// mma.sync.m16n8k16, d = a b + d, with the PTX ISA's fragment layouts. Products of 16-bit values are exact in float32.
+// What a lane brings to an mma.sync: its fragments of d, a and b, laid out as the PTX ISA says.
+struct Fragments {
+    float* d;
+    const unsigned *a, *b;
+};
+
+// d += lhs rhs; d's layout does not depend on K.
+template <int K>
+void add_products(void* const* slots, const float (&lhs)[16][K], const float (&rhs)[K][8]) {
+    float sums[16][8] = {};
+    for (int row = 0; row < 16; ++row)
+        for (int k = 0; k < K; ++k)
+            for (int column = 0; column < 8; ++column) sums[row][column] += lhs[row][k] * rhs[k][column];
+    for (int lane = 0; lane < warpSize; ++lane) {
+        float* to = static_cast<Fragments*>(slots[lane])->d;
+        const int group = lane / 4, pair = lane % 4 * 2;
+        to[0] += sums[group][pair];
+        to[1] += sums[group][pair + 1];
+        to[2] += sums[group + 8][pair];
+        to[3] += sums[group + 8][pair + 1];
+    }
+}
+
+// mma.sync.m16n8k8, d = a b + d, of values with TF32's 10 bits of fraction: their products are exact in float32.
+inline void mma_m16n8k8_tf32(float* d, const unsigned* a, const unsigned* b, Site site) {
+    Fragments own{d, a, b};
+    for (int i = 0; i < 4; ++i)
+        if (a[i] & 0x1fff || b[i % 2] & 0x1fff) machine.fail("mma.sync: an operand has not been rounded to TF32", site);
+    collective(~0u, "mma.sync", &own, site, [](void* const* slots) {
+        const auto as_float = [](unsigned bits) {
+            float value;
+            std::memcpy(&value, &bits, sizeof value);
+            return value;
+        };
+        float lhs[16][8], rhs[8][8];
+        for (int lane = 0; lane < warpSize; ++lane) {
+            const Fragments& from = *static_cast<Fragments*>(slots[lane]);
+            const int group = lane / 4, place = lane % 4;
+            lhs[group][place] = as_float(from.a[0]);
+            lhs[group + 8][place] = as_float(from.a[1]);
+            lhs[group][place + 4] = as_float(from.a[2]);
+            lhs[group + 8][place + 4] = as_float(from.a[3]);
+            rhs[place][group] = as_float(from.b[0]);
+            rhs[place + 4][group] = as_float(from.b[1]);
+        }
+        add_products(slots, lhs, rhs);
+    });
+}
+
+// mma.sync.m16n8k16, d = a b + d. Products of 16-bit values are exact in float32.
 template <typename ToFloat>
 void mma_m16n8k16(float* d, const unsigned* a, const unsigned* b, ToFloat to_float, Site site) {
-    struct Slot {
-        float* d;
-        const unsigned *a, *b;
-    } slot{d, a, b};
-    collective(~0u, "mma.sync", &slot, site, [=](void* const* slots) {
+    Fragments own{d, a, b};
+    collective(~0u, "mma.sync", &own, site, [=](void* const* slots) {
         float lhs[16][16], rhs[16][8];
         for (int lane = 0; lane < warpSize; ++lane) {
-            const Slot& from = *static_cast<Slot*>(slots[lane]);
+            const Fragments& from = *static_cast<Fragments*>(slots[lane]);
             const int group = lane / 4, pair = lane % 4 * 2;
             for (int half = 0; half < 2; ++half) {
                 const auto value = [half](unsigned both) { return static_cast<std::uint16_t>(both >> 16 * half); };
@@ -613,18 +722,7 @@ void mma_m16n8k16(float* d, const unsigned* a, const unsigned* b, ToFloat to_flo
                 rhs[pair + 8 + half][group] = to_float(value(from.b[1]));
             }
         }
-        float sums[16][8] = {};
-        for (int row = 0; row < 16; ++row)
-            for (int k = 0; k < 16; ++k)
-                for (int column = 0; column < 8; ++column) sums[row][column] += lhs[row][k] * rhs[k][column];
-        for (int lane = 0; lane < warpSize; ++lane) {
-            float* to = static_cast<Slot*>(slots[lane])->d;
-            const int group = lane / 4, pair = lane % 4 * 2;
-            to[0] += sums[group][pair];
-            to[1] += sums[group][pair + 1];
-            to[2] += sums[group + 8][pair];
-            to[3] += sums[group + 8][pair + 1];
-        }
+        add_products(slots, lhs, rhs);
     });
 }
 
@@ -705,6 +803,9 @@ __attribute__((used)) inline void simt_release() { simt::machine.release_all(); 
 // ---- CUDA's own functions
 
 inline void __syncthreads(simt::Site site = simt::Site::here()) { simt::syncthreads(site); }
+inline int __syncthreads_or(int predicate, simt::Site site = simt::Site::here()) {
+    return simt::syncthreads(site, predicate != 0);
+}
 inline void __syncwarp(unsigned mask = ~0u, simt::Site site = simt::Site::here()) {
     char slot;
     simt::collective(mask, "__syncwarp", &slot, site, [](void* const*) {});
@@ -733,7 +834,9 @@ template <typename T>
 T atomicExch(T* address, T value) {
     return simt::atomic(address, [=](T) { return value; });
 }
-inline void __threadfence() { simt::machine.perhaps_yield(); }
+inline void __threadfence() { simt::machine.fence(); }
+inline void __stcg(float4* to, const float4& value) { simt::machine.store(to, value); }
+inline float4 __ldcg(const float4* from) { return simt::machine.load(from); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline float __uint_as_float(unsigned bits) {
