@@ -145,7 +145,8 @@ struct Fiber {
     Site site{};
     std::vector<Copy> open_copies;                // not yet committed
     std::vector<std::vector<Copy>> copy_groups;   // committed, oldest first
-    std::size_t seen = 0;                         // how many stores had landed at its last fence
+    // How many stores of __stcg had landed when it last looked at what others had done, and what a fence has made of it.
+    std::size_t observed = 0, seen = 0;
     int lane() const { return linear % warpSize; }
 };
 
@@ -159,9 +160,8 @@ struct Barrier {
 struct Store {
     unsigned char* to;
     float4 value;
-    Fiber* by;
-    Block* block;
-    bool past_barrier;  // known to all threads of the block: a fence of any of them lets it land
+    int block, thread;
+    bool past_barrier;  // known to all threads of the block: a fence of any of them makes it land
 };
 
 // A warp operation that some lanes of its mask have reached.
@@ -177,7 +177,7 @@ struct Cluster;
 
 struct Block {
     uint3 index{};
-    int rank = 0, threads = 0, running = 0;
+    int number = 0, rank = 0, threads = 0, running = 0;
     Cluster* cluster = nullptr;
     std::unique_ptr<Guarded> shared;
     std::vector<Fiber*> fibers;
@@ -218,37 +218,41 @@ public:
         if (++idle_ > 1'000'000) fail("spins for ever");
         leave();
     }
-    // What threads of different blocks know of one another's stores. As in the PTX memory model, a fence orders what comes
-    // before it in its own thread and, by barriers, in others of its block.
+    // What threads of different blocks know of one another's stores. As in the PTX memory model, a store is known to whoever
+    // reads an atomic that was written after a fence after it, and then has a fence. Barriers pass on to the block.
     void store(float4* to, const float4& value) {
         if (reinterpret_cast<std::uintptr_t>(to) % sizeof value) fail("__stcg: the place is not aligned");
         std::memset(static_cast<void*>(to), kPoison, sizeof value);
-        stores_.push_back({reinterpret_cast<unsigned char*>(to), value, current, current->block, false});
+        stores_.push_back({reinterpret_cast<unsigned char*>(to), value, current->block->number, current->linear, false});
     }
     float4 load(const float4* from) const {
         const auto* place = reinterpret_cast<const unsigned char*>(from);
         for (const Store& store : stores_)
-            if (store.to == place && store.block == current->block && (store.past_barrier || store.by == current))
-                return store.value;
+            if (store.to == place && known(store)) return store.value;
         const auto landed = landed_.find(place);
         float4 value = *from;
-        if (landed != landed_.end() && landed->second > current->seen) std::memset(&value, kPoison, sizeof value);
+        if (landed != landed_.end() && landed->second.block != current->block->number &&
+            landed->second.when > current->seen)
+            std::memset(&value, kPoison, sizeof value);
         return value;
     }
     void fence() {
-        const auto pending = std::stable_partition(stores_.begin(), stores_.end(), [&](const Store& store) {
-            return store.by == current || (store.block == current->block && store.past_barrier);
-        });
+        const auto pending =
+            std::stable_partition(stores_.begin(), stores_.end(), [&](const Store& store) { return known(store); });
         for (auto store = stores_.begin(); store != pending; ++store) land(*store);
         stores_.erase(stores_.begin(), pending);
-        current->seen = landed_count_;
+        current->seen = current->observed;
         perhaps_yield();
     }
+    void observe() { current->observed = landed_count_; }
     void barrier_passed(const Block& block) {
-        for (Store& store : stores_) store.past_barrier |= store.block == &block;
-        std::size_t seen = 0;
-        for (const Fiber* fiber : block.fibers) seen = std::max(seen, fiber->seen);
-        for (Fiber* fiber : block.fibers) fiber->seen = seen;
+        for (Store& store : stores_) store.past_barrier |= store.block == block.number;
+        std::size_t observed = 0, seen = 0;
+        for (const Fiber* fiber : block.fibers) {
+            observed = std::max(observed, fiber->observed);
+            seen = std::max(seen, fiber->seen);
+        }
+        for (Fiber* fiber : block.fibers) fiber->observed = observed, fiber->seen = seen;
     }
     void perhaps_yield() {
         if (random_() % 4 == 0) yield(false);
@@ -270,9 +274,13 @@ public:
     }
 
 private:
+    // Whether a store comes before what the running thread does.
+    bool known(const Store& store) const {
+        return store.block == current->block->number && (store.past_barrier || store.thread == current->linear);
+    }
     void land(const Store& store) {
         std::memcpy(store.to, &store.value, sizeof store.value);
-        landed_[store.to] = ++landed_count_;
+        landed_[store.to] = {++landed_count_, store.block};
     }
     static void enter();
     static void on_fault(int, siginfo_t* info, void*);
@@ -309,7 +317,11 @@ private:
     std::vector<std::unique_ptr<Cluster>> active_;
     std::vector<std::unique_ptr<Guarded>> arrays_;
     std::vector<Store> stores_;
-    std::unordered_map<const unsigned char*, std::size_t> landed_;  // in this grid: when
+    struct Landed {
+        std::size_t when;
+        int block;
+    };
+    std::unordered_map<const unsigned char*, Landed> landed_;  // in this grid
     std::size_t landed_count_ = 0;
 };
 
@@ -342,7 +354,7 @@ inline Fiber* Machine::fresh_fiber() {
         makecontext(&fiber->start, &Machine::enter, 0);
     }
     fiber->finished = false;
-    fiber->seen = 0;
+    fiber->observed = fiber->seen = 0;
     fiber->waits_for = nullptr;
     return fiber;
 }
@@ -353,6 +365,7 @@ inline void Machine::start_cluster(int index, dim3 grid, dim3 block, std::size_t
         auto made = std::make_unique<Block>();
         const unsigned linear = index * size + rank;
         made->index = {linear % grid.x, linear / grid.x % grid.y, linear / grid.x / grid.y};
+        made->number = static_cast<int>(linear);
         made->rank = rank;
         made->cluster = cluster.get();
         made->shared = std::make_unique<Guarded>(shared, random_() % 2 == 0);
@@ -763,6 +776,7 @@ T atomic(T* address, Update update) {
     machine.perhaps_yield();
     const T before = *const_cast<volatile T*>(address);
     *const_cast<volatile T*>(address) = update(before);
+    machine.observe();
     machine.perhaps_yield();
     return before;
 }
@@ -771,6 +785,7 @@ T atomic(T* address, Update update) {
 template <typename T>
 T load(const T* address) {
     machine.yield(true);
+    machine.observe();
     return *const_cast<const volatile T*>(address);
 }
 
