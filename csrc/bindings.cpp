@@ -264,8 +264,9 @@ T* pointer(Address address) {
 
 cuda::ElementType element_of(const std::string& name) {
     if (name == "float32") return cuda::ElementType::float32;
+    if (name == "tf32") return cuda::ElementType::tf32;
     if (name == "float16") return cuda::ElementType::float16;
-    check(name == "bfloat16", "element: expected float32, float16 or bfloat16, got ", name);
+    check(name == "bfloat16", "element: expected float32, tf32, float16 or bfloat16, got ", name);
     return cuda::ElementType::bfloat16;
 }
 
@@ -281,7 +282,7 @@ public:
         check(embed >= 0 && embed <= cuda::kMostUnits && hidden >= 0 && hidden <= cuda::kMostUnits && !embed == !hidden,
               "embed, hidden: expected up to ", cuda::kMostUnits, ", got ", embed, " and ", hidden);
         network_.element = element_of(element);
-        check(network_.element != cuda::ElementType::float32, "element: expected float16 or bfloat16, got float32");
+        check(cuda::element_bytes(network_.element) == 2, "element: expected float16 or bfloat16, got ", element);
         network_.in = in, network_.height = image_size.first, network_.width = image_size.second;
         network_.classes = classes, network_.embed = embed, network_.hidden = hidden;
         network_.groups = static_cast<int>(blocks.size());
@@ -542,20 +543,33 @@ PYBIND11_MODULE(_C, module) {
         "cuda_gathered_conv",
         [](const std::string& element, int in, int out, int kernel, int stride, Address weight, Address bias, int batch,
            int height, int width, Address rows, Address count, bool gathers, bool scatters, bool relu, Address x,
-           Address residual, Address y, Address sums, int device, Address stream) {
+           Address residual, Address y, Address sums, Address partial_sums, Address partial_arrivals, int device,
+           Address stream) {
             const cuda::CurrentDevice current(device);
             const cuda::RowList list{pointer<int>(rows), pointer<int>(count)};
             cuda::gathered_conv(element_of(element),
                                 {in, out, kernel, stride, pointer<const void>(weight), pointer<const float>(bias)},
                                 {batch, height, width, rows ? &list : nullptr, gathers, scatters, relu,
                                  pointer<const void>(x), pointer<const void>(residual), pointer<void>(y),
-                                 pointer<float>(sums)},
+                                 pointer<float>(sums), {pointer<float>(partial_sums), pointer<int>(partial_arrivals)},
+                                 false},
                                 pointer<CUstream_st>(stream));
         },
         py::arg("element"), py::arg("in_channels"), py::arg("out_channels"), py::arg("kernel"), py::arg("stride"),
         py::arg("weight"), py::arg("bias"), py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("rows"),
         py::arg("count"), py::arg("gathers"), py::arg("scatters"), py::arg("relu"), py::arg("x"), py::arg("residual"),
-        py::arg("y"), py::arg("sums"), py::arg("device"), py::arg("stream"));
+        py::arg("y"), py::arg("sums"), py::arg("partial_sums"), py::arg("partial_arrivals"), py::arg("device"),
+        py::arg("stream"));
+    module.def(
+        "cuda_partial_sums",
+        [](const std::string& element, int in, int out, int kernel, int stride, int batch, int height, int width) {
+            return cuda::partial_sums(element_of(element), {in, out, kernel, stride, nullptr, nullptr}, batch, height,
+                                      width);
+        },
+        py::arg("element"), py::arg("in_channels"), py::arg("out_channels"), py::arg("kernel"), py::arg("stride"),
+        py::arg("batch"), py::arg("height"), py::arg("width"),
+        "How many floats of partial sums cuda_gathered_conv can use.");
+    module.attr("cuda_partial_tiles") = cuda::kPartialTiles;
 #else
     module.attr("cuda_archs") = "";
 #endif

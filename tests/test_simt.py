@@ -9,7 +9,8 @@ from simt import SimtError, library
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
-NONE, BARRIER, COPY_WAIT, SHARED_BOUNDS, GLOBAL_BOUNDS, UNWRITTEN, DIVERGENT, EARLY_EXIT, WARP, MAPA, SPIN = range(11)
+(NONE, BARRIER, COPY_WAIT, SHARED_BOUNDS, GLOBAL_BOUNDS, UNWRITTEN, DIVERGENT, EARLY_EXIT, WARP, MAPA, SPIN, RELEASE,
+ ACQUIRE) = range(13)
 SEEDS = range(8)
 
 
@@ -113,6 +114,16 @@ def test_waiting_for_a_block_that_has_not_started():
     sums[0] = 0
     with pytest.raises(SimtError, match="spins for ever"):
         faults("run_chain", None, sums, 64, SPIN)
+
+
+@pytest.mark.parametrize("fault", [NONE, RELEASE, ACQUIRE])
+def test_what_blocks_leave_one_another_takes_two_fences(fault):
+    faults = library("faults")
+    for seed in SEEDS:
+        faults.configure(seed)
+        left, out = faults.empty((7, 64, 4)), faults.empty(64)
+        faults("run_join", left, faults.array(np.zeros(1, np.int32)), out, 7, fault)
+        assert (out == sum(range(7))).all() if fault == NONE else np.isnan(out).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

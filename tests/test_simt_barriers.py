@@ -1,4 +1,4 @@
-"""No barrier of the gate step is there in vain, and none could be missing unnoticed: without any one, a check fails."""
+"""No barrier or fence is there in vain, and none could be missing unnoticed: without any one, a check fails."""
 
 import re
 import shutil
@@ -6,17 +6,22 @@ import shutil
 import numpy as np
 import pytest
 import test_simt_gate_step
+import test_simt_gathered_conv
+import torch
 from simt import CSRC, SimtError, build
 from test_simt_gate_step import GateStep, assert_compacted, assert_equals_oracle
+from test_simt_gathered_conv import ENOUGH, Case, parted
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
-BARRIER = re.compile(r"__sync(threads|warp)\(\);")
-PLACES = [(source, number) for source in ("cuda/compaction.cuh", "cuda/gate_step.cu")
-          for number in range(len(BARRIER.findall((CSRC / source).read_text())))]
+# What is taken out, one at a time. The gate step's fences are not: the harness knows of weak memory only what passes
+# through __stcg and __ldcg.
+BARRIER = r"__sync(threads|warp)\(\);"
+CONVOLUTION = BARRIER + r"|__threadfence\(\);|cp_async_wait<.*>\(\);|if .*arrivals\[tile\] = 0;"
+GATE_SOURCES, CONVOLUTION_SOURCES = ("cuda/compaction.cuh", "cuda/gate_step.cu"), ("cuda/gathered_conv.cu",)
 
 
-def checks():
+def gate_checks():
     """What test_simt_gate_step.py checks, in short."""
     for seed in range(6):
         yield lambda seed=seed: assert_equals_oracle(GateStep(seed, 130, 32, 4), seed)
@@ -33,6 +38,18 @@ def compact(batch, seed):
     assert_compacted(executed, rows, count)
 
 
+def convolution_checks():
+    """What test_simt_gathered_conv.py checks, in short."""
+    for seed in range(12):
+        yield lambda seed=seed: Case(16, 72, size=(9, 9), residual=True, dtype=torch.float16).check(seed, 1)
+        yield lambda seed=seed: parted(torch.bfloat16, size=(4, 5)).check(seed, ENOUGH, calls=2)
+
+
+def places(sources, pattern):
+    return [(source, number) for source in sources
+            for number in range(len(re.findall(pattern, (CSRC / source).read_text())))]
+
+
 def fails(check):
     try:
         check()
@@ -41,17 +58,29 @@ def fails(check):
     return False
 
 
-def test_with_all_barriers_the_checks_pass():
-    assert PLACES
-    assert not any(map(fails, checks()))
-
-
-@pytest.mark.parametrize(("source", "number"), PLACES)
-def test_without_one_barrier_a_check_fails(source, number, tmp_path, monkeypatch):
-    shutil.copytree(CSRC, tmp_path / "csrc")
+def without(source, pattern, number, driver, folder):
+    """The driver with one place of a source left empty."""
+    shutil.copytree(CSRC, folder / "csrc")
     text = (CSRC / source).read_text()
-    start, end = [found.span() for found in BARRIER.finditer(text)][number]
-    (tmp_path / "csrc" / source).write_text(text[:start] + text[end:])
-    broken = build("gate_step", tmp_path / "csrc")
+    start, end = [found.span() for found in re.finditer(pattern, text)][number]
+    (folder / "csrc" / source).write_text(text[:start] + text[end:])
+    return build(driver, folder / "csrc")
+
+
+def test_with_all_of_them_the_checks_pass():
+    assert not any(map(fails, gate_checks()))
+    assert not any(map(fails, convolution_checks()))
+
+
+@pytest.mark.parametrize(("source", "number"), places(GATE_SOURCES, BARRIER))
+def test_without_one_the_gate_step_fails(source, number, tmp_path, monkeypatch):
+    broken = without(source, BARRIER, number, "gate_step", tmp_path)
     monkeypatch.setattr(test_simt_gate_step, "library", lambda name: broken)
-    assert any(map(fails, checks()))
+    assert any(map(fails, gate_checks()))
+
+
+@pytest.mark.parametrize(("source", "number"), places(CONVOLUTION_SOURCES, CONVOLUTION))
+def test_without_one_the_convolution_fails(source, number, tmp_path, monkeypatch):
+    broken = without(source, CONVOLUTION, number, "gathered_conv", tmp_path)
+    monkeypatch.setattr(test_simt_gathered_conv, "library", lambda name: broken)
+    assert any(map(fails, convolution_checks()))

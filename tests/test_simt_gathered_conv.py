@@ -13,8 +13,15 @@ from torch.nn import functional as F
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+ELEMENTS = [*((dtype, False) for dtype in DTYPES), (torch.float32, True)]  # and whether products are TF32
 # The rounding of the result and, for the float32 sum's own error, a share of the sum of absolute products.
 EPSILON = {torch.float32: 2.0 ** -23, torch.float16: 2.0 ** -10, torch.bfloat16: 2.0 ** -7}
+TF32 = 2.0 ** -10  # both operands' rounding, of an absolute product
+PARTIAL_TILES = 256
+# A layer of each type whose sums have four parts, and how many multiprocessors run them all at once.
+IN_PARTS = {torch.float32: dict(channels_in=64), torch.float16: dict(channels_in=128),
+            torch.bfloat16: dict(channels_in=1024, kernel=1)}
+PARTS, ENOUGH = 4, 60
 
 
 def as_numpy(tensor):
@@ -44,6 +51,9 @@ class Case:
     residual: bool = False
     in_place: bool = False
     dtype: torch.dtype = torch.float32
+    tf32: bool = False
+    leaves_parts: bool = True
+    pixels_are_images: bool = False
     weights_seed: int = 0
 
     def __post_init__(self):
@@ -67,10 +77,20 @@ class Case:
         tiles = library("gathered_conv")._library.count_pooled_tiles
         return tiles(self.kernel, self.stride, *map(ctypes.c_int, self.size))
 
-    def run(self, seed, multiprocessors=3):
+    @property
+    def element(self):
+        """As csrc/cuda/element.h counts them."""
+        return 3 if self.tf32 else DTYPES.index(self.dtype)
+
+    def run(self, seed, multiprocessors=3, calls=1):
         """The kernel's (y [batch, ...], sums [batch, tiles, out]); NaN where nothing was written."""
         conv = library("gathered_conv")
         conv.configure(seed, multiprocessors)
+        partial = arrivals = None
+        if self.leaves_parts:
+            floats = conv._library.count_partial_sums(self.element, self.channels_in, self.channels_out, self.kernel,
+                                                      self.stride, self.batch, *self.size)
+            partial, arrivals = conv.empty(floats), conv.array(np.zeros(PARTIAL_TILES, np.int32))
         n, poison = len(self.images), torch.uint16 if self.dtype != torch.float32 else torch.float32
         dtype = np.float32 if poison == torch.float32 else np.uint16
         # Images that are not in the list stay poisoned: reading one would show.
@@ -87,9 +107,13 @@ class Case:
             rows, count = conv.empty(self.batch, np.int32), conv.array(np.array([n], np.int32))
             rows[:n] = self.rows
         sums = conv.empty((self.batch, self.tiles, self.channels_out))
-        conv("run_gathered_conv", DTYPES.index(self.dtype), self.channels_in, self.channels_out, self.kernel,
-             self.stride, conv.array(as_numpy(self.weight)), conv.array(self.bias.numpy()), self.batch, *self.size,
-             rows, count, self.gathers, self.scatters, self.relu, x, shortcut if self.residual else None, y, sums)
+        weight, bias = conv.array(as_numpy(self.weight)), conv.array(self.bias.numpy())
+        for _ in range(calls):
+            conv("run_gathered_conv", self.element, self.channels_in, self.channels_out, self.kernel, self.stride, weight,
+                 bias, self.batch, *self.size, rows, count, self.gathers, self.scatters, self.relu, x,
+                 shortcut if self.residual else None, y, sums, partial, arrivals, self.pixels_are_images)
+        self.parts_left = 0 if partial is None else int((~np.isnan(partial)).sum())
+        assert arrivals is None or not arrivals.any(), "the counters are zero between calls"
         return as_torch(y, self.dtype), torch.from_numpy(sums.copy())
 
     def expected(self):
@@ -103,11 +127,12 @@ class Case:
         y = convolve(x, weight) + self.bias.double()
         if self.residual:
             y = y + self.shortcut[self.images].double()
-        allowed = EPSILON[self.dtype] * y.abs() + 1e-6 * (1 + convolve(x.abs(), weight.abs()))
+        products = TF32 if self.tf32 else 1e-6
+        allowed = EPSILON[self.dtype] * y.abs() + 1e-6 + products * convolve(x.abs(), weight.abs())
         return (y.relu() if self.relu else y), allowed
 
-    def check(self, seed, multiprocessors=3):
-        y, sums = self.run(seed, multiprocessors)
+    def check(self, seed, multiprocessors=3, calls=1):
+        y, sums = self.run(seed, multiprocessors, calls)
         expected, allowed = self.expected()
         places = self.images if self.scatters else list(range(len(self.images)))
         excess = (y[places].double() - expected).abs() - allowed
@@ -201,3 +226,62 @@ def test_infinities_of_float16():
 def test_bad_layers_are_named(case, message):
     with pytest.raises((SimtError, RuntimeError), match=message):
         Case(**case).run(seed=0)
+
+
+def parted(dtype, **case):
+    """A case whose sums have four parts."""
+    return Case(**IN_PARTS[dtype] | dict(channels_out=72, size=(6, 8), residual=True, dtype=dtype) | case)
+
+
+@pytest.mark.parametrize(("dtype", "tf32"), ELEMENTS)
+def test_parts_of_a_sum(dtype, tf32):
+    """Two tiles an image: with enough multiprocessors every part is left to the block that adds them, over and over."""
+    for seed in range(6):
+        case = parted(dtype, tf32=tf32, rows=(2, 0), weights_seed=seed)
+        case.check(seed, ENOUGH, calls=1 + seed % 3)
+        assert case.parts_left == 2 * 2 * PARTS * 64 * 64
+
+
+@pytest.mark.parametrize(("dtype", "tf32"), ELEMENTS)
+def test_parts_make_no_difference(dtype, tf32):
+    """At the same time or one after another, in small tiles or large ones, in whatever company: the same bits."""
+    shape = dict(channels_out=128, size=(9, 8), batch=4, tf32=tf32)
+    tiles = 2 * 2  # of an image, small; 1 large
+    whole = parted(dtype, **shape, leaves_parts=False)
+    y, sums = whole.run(seed=0)
+    for seed, (rows, multiprocessors, small, large) in enumerate([
+        ((0, 1, 2, 3), ENOUGH, 4, 0), ((3, 1), ENOUGH, 2, 0), ((2,), ENOUGH, 1, 0),  # each part with a block of its own
+        ((0, 1, 2, 3), 5, 0, 0), ((1,), 8, 1, 0),                                    # blocks for one image's at most
+        ((0, 1, 2, 3), 4, 0, 0), ((0, 3), 4, 0, 2), ((2,), 4, 0, 1), ((2, 1), 1, 0, 0),  # large tiles
+    ]):
+        part = parted(dtype, **shape, rows=rows)
+        got_y, got_sums = part.run(seed, multiprocessors)
+        assert part.parts_left == PARTS * (small * tiles * 64 * 64 + large * 128 * 128)
+        assert torch.equal(got_y[list(rows)], y[list(rows)])
+        assert torch.equal(got_sums[list(rows)], sums[list(rows)])
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 3, ENOUGH])
+def test_a_classifier_does_not_see_how_many_images_there_are(multiprocessors):
+    """The batch as the pixels of one image: its tiles must not decide how a sum is divided."""
+    shape = dict(channels_in=1024, channels_out=72, kernel=1, batch=1, residual=True, pixels_are_images=True)
+    whole = Case(**shape, size=(1, 150))
+    whole.check(0, multiprocessors)
+    y, _ = whole.run(0, multiprocessors)
+    for width in (1, 3, 66):
+        part = Case(**shape, size=(1, width))
+        part.weight, part.bias = whole.weight, whole.bias
+        part.x, part.shortcut = whole.x[:, :, 80:80 + width], whole.shortcut[:, :, 80:80 + width]
+        assert torch.equal(part.run(width, ENOUGH)[0], y[:, :, 80:80 + width])
+        assert part.parts_left
+
+
+def test_tf32_rounds_operands_only():
+    """Off by more than float32 is and less than TF32 may be; operands of 10 bits are not rounded at all."""
+    case = Case(64, 64, size=(9, 9), tf32=True, relu=False)
+    y, (expected, _) = case.run(seed=1)[0], case.expected()
+    assert 1e-4 < ((y - expected).norm() / expected.norm()).item() < 1e-3
+    case.weight = torch.randint(-2047, 2048, case.weight.shape).float()
+    case.x = torch.randint(-1, 2, case.x.shape).float()
+    case.bias = case.bias.round()
+    assert torch.equal(case.run(seed=2)[0].double(), case.expected()[0])

@@ -15,8 +15,6 @@ namespace {
 constexpr int kPointwiseThreads = 256;
 constexpr int kGroup = 8;  // channels that a thread of a pointwise kernel takes together
 
-int element_bytes(ElementType type) { return type == ElementType::float32 ? 4 : 2; }
-
 __device__ std::int64_t global_thread() {
     return static_cast<std::int64_t>(blockIdx.x) * kPointwiseThreads + threadIdx.x;
 }
@@ -29,9 +27,11 @@ Grid pointwise_grid(std::int64_t threads) {
 // that there are not; and zeros where the gates need them.
 template <typename Element>
 __global__ void begin_kernel(const Element* x, int batch, const int* present, int in, int pixels, int padded,
-                             Element* y, float* hidden, float* cell, int units, int* arrivals) {
+                             Element* y, float* hidden, float* cell, int units, int* arrivals, int* partial_arrivals) {
     const std::int64_t place = global_thread(), images = images_of(present, batch);
     if (place == 0) *arrivals = 0;
+    static_assert(kPartialTiles <= kPointwiseThreads, "the smallest grid reaches them all");
+    if (place < kPartialTiles) partial_arrivals[place] = 0;
     if (place < images * units) hidden[place] = cell[place] = 0.0f;
     if (place >= images * pixels) return;
     const Element* from = x + place / pixels * in * pixels + place % pixels;
@@ -106,12 +106,15 @@ Image pooled(const Window& window, const Image& image) {
 
 // How much of each part of the workspace an image needs, in bytes.
 struct Sizes {
-    std::int64_t activation = 0, inner = 0, sums = 0, features = 0;
+    std::int64_t activation = 0, inner = 0, sums = 0, features = 0, partial = 0;
 
     void see_activation(std::int64_t bytes) { activation = std::max(activation, bytes); }
     void see_inner(std::int64_t bytes) { inner = std::max(inner, bytes); }
     void see_sums(const Convolution& layer, const Image& from) {
         sums = std::max<std::int64_t>(sums, 4ll * pooled_tiles(layer, from.height, from.width) * layer.out);
+    }
+    void see_partial(ElementType type, const Convolution& layer, const Image& from) {
+        partial = std::max<std::int64_t>(partial, 4ll * partial_sums(type, layer, 1, from.height, from.width));
     }
 };
 
@@ -120,16 +123,20 @@ Sizes sizes_of(const CompactedNetwork& network) {
     Sizes sizes;
     Image x{network.height, network.width, network.stem.in};
     sizes.see_inner(x.size() * bytes);
+    sizes.see_partial(network.element, network.stem, x);
     x = convolved(network.stem, x);
     sizes.see_activation(x.size() * bytes);
     if (network.stem_pools) x = pooled(kStemWindow, x);
     for (std::size_t index = 0; index < network.blocks.size(); ++index) {
         const std::vector<Convolution>& layers = network.blocks[index].convolutions;
+        for (const Convolution& layer : network.blocks[index].projection) sizes.see_partial(network.element, layer, x);
         for (std::size_t i = 0; i + 1 < layers.size(); ++i) {
+            sizes.see_partial(network.element, layers[i], x);
             x = convolved(layers[i], x);
             sizes.see_inner(x.size() * bytes);
         }
         sizes.see_sums(layers.back(), x);
+        sizes.see_partial(network.element, layers.back(), x);
         x = convolved(layers.back(), x);
         sizes.see_activation(x.size() * bytes);
         if (network.gates.empty()) continue;
@@ -137,11 +144,13 @@ Sizes sizes_of(const CompactedNetwork& network) {
         sizes.see_inner(seen.size() * 4);
         for (const Convolution& layer : network.gates[index].convolutions) {
             sizes.see_sums(layer, seen);
+            sizes.see_partial(ElementType::float32, layer, seen);
             seen = convolved(layer, seen);
             sizes.see_inner(seen.size() * 4);
         }
     }
     sizes.features = 4ll * x.channels;
+    sizes.see_partial(ElementType::float32, network.head, {1, 1, x.channels});
     return sizes;
 }
 
@@ -171,6 +180,7 @@ struct Workspace {
     float* features;               // [batch, channels]
     RowList list;
     int* arrivals;
+    PartialSums partial;           // of whichever convolution runs
 
     Workspace(const CompactedNetwork& network, int batch, Pieces& pieces) {
         const Sizes sizes = sizes_of(network);
@@ -184,6 +194,8 @@ struct Workspace {
         list.rows = pieces.take<int>(batch * 4ll);
         list.count = pieces.take<int>(4);
         arrivals = pieces.take<int>(4);
+        partial.sums = pieces.take<float>(std::min<std::int64_t>(batch * sizes.partial, 4ll * kPartialSums));
+        partial.arrivals = pieces.take<int>(4ll * kPartialTiles);
     }
 };
 
@@ -212,7 +224,7 @@ private:
         launch("begin", begin_kernel<Element>, pointwise_grid(batch * std::max(images.pixels(), units)), stream_,
                static_cast<const Element*>(call_.images), call_.batch, call_.present, network_.in,
                static_cast<int>(images.pixels()), images.channels, static_cast<Element*>(work_.inner), call_.hidden,
-               call_.cell, static_cast<int>(units), work_.arrivals);
+               call_.cell, static_cast<int>(units), work_.arrivals, work_.partial.arrivals);
         shape_ = convolved(network_.stem, images);
         void* y = network_.stem_pools ? work_.next : work_.x;
         convolve(network_.stem, images, {.relu = true, .x = work_.inner, .y = y});
@@ -274,6 +286,8 @@ private:
         classify.width = call_.batch;
         classify.x = work_.features;
         classify.y = call_.logits;
+        classify.partial = work_.partial;
+        classify.pixels_are_images = true;
         gathered_conv(ElementType::float32, network_.head, classify, stream_);
     }
 
@@ -291,7 +305,7 @@ private:
         const RowList* all = call_.present ? &present : nullptr;
         gathered_conv(type, layer,
                       {call_.batch, from.height, from.width, asked.list ? asked.list : all, asked.gathers,
-                       asked.scatters, asked.relu, asked.x, asked.residual, asked.y, asked.sums},
+                       asked.scatters, asked.relu, asked.x, asked.residual, asked.y, asked.sums, work_.partial, false},
                       stream_);
         return {asked.sums, pooled_tiles(layer, from.height, from.width),
                 static_cast<int>(convolved(layer, from).pixels())};
@@ -373,7 +387,8 @@ void run_compacted(const CompactedNetwork& network, const CompactedCall& call, S
     if (call.batch == 0) return;
     const Pieces pieces(call.workspace);
     switch (network.element) {
-        case ElementType::float32: return Walk<float>(network, call, pieces, stream).run();
+        case ElementType::float32:
+        case ElementType::tf32: return Walk<float>(network, call, pieces, stream).run();
         case ElementType::float16: return Walk<Half>(network, call, pieces, stream).run();
         case ElementType::bfloat16: return Walk<Bfloat16>(network, call, pieces, stream).run();
     }

@@ -1,6 +1,7 @@
 #include "gathered_conv.h"
 
 #include <algorithm>
+#include <cmath>
 #include <type_traits>
 
 #include "../check.h"
@@ -20,14 +21,21 @@ constexpr int kChunks = 4;         // of a row of a stage: K advances by 32 16-b
 constexpr int kPooledPixels = 64;  // of a pooled tile, whatever the tile of the product is
 constexpr int kPack = 8;           // channels that a thread of the epilogue takes together
 
-template <typename ElementOf, int blockM, int blockN, int warpsM, int warpsN>
+// How a sum over K is taken. In parts, each part begins at zero and they are added in order.
+enum class Order { ascending, parts };
+
+template <typename ElementOf, int blockM, int blockN, int warpsM, int warpsN, Order order>
 struct Tile {
     using Element = ElementOf;
     static constexpr int kBlockM = blockM, kBlockN = blockN, kWarpsN = warpsN;
     static constexpr int kThreads = 32 * warpsM * warpsN;
-    // What a multiprocessor shall hold at least: float32 products need more registers, and no kernel may spill.
-    static constexpr int kBlocksAtOnce = (sizeof(Element) == 4 ? 256 : 512) / kThreads;
+    static constexpr bool kInParts = order == Order::parts;
+    static constexpr bool kOnTensorCores = !std::is_same_v<Element, float>;
     static constexpr int kWarpM = blockM / warpsM, kWarpN = blockN / warpsN;  // a warp's part of the tile
+    static constexpr int kSums = kWarpM * kWarpN / 32;                        // of a thread
+    // Threads that a multiprocessor shall hold at least. Parts need a second set of sums, float32 products more
+    // registers, and no kernel may spill.
+    static constexpr int kBlocksAtOnce = (!kOnTensorCores || (kInParts && kSums > 32) ? 256 : 512) / kThreads;
     static constexpr int kPerChunk = kChunk / static_cast<int>(sizeof(Element));
     static constexpr int kBlockK = kChunks * kPerChunk;
     static constexpr int kStageBytes = (blockM + blockN) * kChunks * kChunk;
@@ -58,6 +66,9 @@ struct Arguments {
     int batch, height, width, in, out, kernel, stride;
     int out_width, out_pixels;
     int row_tiles, column_tiles, pooled_tiles;  // of one image
+    int parts;                                  // of a sum
+    int most_at_once;                           // parts that can be left
+    PartialSums partial;
     bool gathers, scatters, relu;
 };
 
@@ -74,7 +85,7 @@ class Loader {
     static constexpr int kRowsA = Tile::kBlockM / kRowStep, kRowsB = Tile::kBlockN / kRowStep;
 
 public:
-    __device__ Loader(const Arguments& call, int image, int first_pixel, int first_channel)
+    __device__ Loader(const Arguments& call, int image, int first_pixel, int first_channel, int first_step)
         : call_(call), row_(threadIdx.x / kChunks), chunk_(threadIdx.x % kChunks), first_channel_(first_channel) {
         x_ = static_cast<const Element*>(call.x) +
              static_cast<std::int64_t>(image) * call.height * call.width * call.in;
@@ -86,7 +97,7 @@ public:
             top_[i] = pixel < call.out_pixels ? y * call.stride - call.kernel / 2 : -call.kernel;
             left_[i] = x * call.stride - call.kernel / 2;
         }
-        channel_ = chunk_ * Tile::kPerChunk;
+        channel_ = first_step * Tile::kBlockK + chunk_ * Tile::kPerChunk;
         settle();
     }
 
@@ -133,16 +144,55 @@ private:
     int top_[kRowsA], left_[kRowsA];
 };
 
+constexpr float kNothing = -0.0f;  // what a sum of parts begins with: the only number that changes no other's bits
+
+// A thread's sums of a tile, in whatever order its product has them.
+template <typename Tile>
+struct Sums {
+    static constexpr int kFours = Tile::kSums / 4;
+    float values[kFours][4];
+
+    __device__ explicit Sums(float value) {
+#pragma unroll
+        for (auto& four : values)
+            for (float& sum : four) sum = value;
+    }
+    __device__ void add(const Sums& others) {
+#pragma unroll
+        for (int i = 0; i < kFours; ++i)
+            for (int j = 0; j < 4; ++j) values[i][j] += others.values[i][j];
+    }
+
+    // To memory and from it, past L1: other blocks write there, too.
+    __device__ void leave(float* memory /* [kFours, kThreads, 4] */) const {
+        auto* fours = reinterpret_cast<float4*>(memory) + threadIdx.x;
+#pragma unroll
+        for (int i = 0; i < kFours; ++i)
+            __stcg(fours + i * Tile::kThreads, {values[i][0], values[i][1], values[i][2], values[i][3]});
+    }
+    __device__ void add_left(const float* memory) {
+        const auto* fours = reinterpret_cast<const float4*>(memory) + threadIdx.x;
+#pragma unroll
+        for (int i = 0; i < kFours; ++i) {
+            const float4 four = __ldcg(fours + i * Tile::kThreads);
+            values[i][0] += four.x;
+            values[i][1] += four.y;
+            values[i][2] += four.z;
+            values[i][3] += four.w;
+        }
+    }
+};
+
 // A warp's part of the product on tensor cores.
 template <typename Tile>
 class TensorCores {
 public:
     __device__ TensorCores(int row, int column) : row_(row), column_(column) {}
 
-    __device__ void multiply(const unsigned char* a, const unsigned char* b) {
+    __device__ void multiply(const unsigned char* a, const unsigned char* b, Sums<Tile>& sums) const {
         const int lane = threadIdx.x % 32;
 #pragma unroll
-        for (int k = 0; k < kChunks; k += 2) {  // 16 elements at a time
+        for (int k = 0; k < kChunks; k += 2) {  // 16 16-bit or 8 32-bit elements at a time
             unsigned left[kM][4], right[kN / 2][4];
             const unsigned char* from_a = a + stage_offset(row_ + lane % 16, k + lane / 16);
             const unsigned char* from_b = b + stage_offset(column_ + lane / 16 * 8 + lane % 8, k + lane / 8 % 2);
@@ -150,17 +200,24 @@ public:
             for (int m = 0; m < kM; ++m) ldmatrix_x4(from_a + m * 2 * kEightRows, left[m]);
 #pragma unroll
             for (int n = 0; n < kN / 2; ++n) ldmatrix_x4(from_b + n * 2 * kEightRows, right[n]);
+            if constexpr (kTf32) {
+                for (auto& fragment : left) round(fragment);
+                for (auto& fragment : right) round(fragment);
+            }
 #pragma unroll
             for (int m = 0; m < kM; ++m)
 #pragma unroll
                 for (int n = 0; n < kN; ++n) {
                     const unsigned pair[2] = {right[n / 2][n % 2 * 2], right[n / 2][n % 2 * 2 + 1]};
-                    mma_m16n8k16<typename Tile::Element>(sums_[m][n], left[m], pair);
+                    if constexpr (kTf32)
+                        mma_m16n8k8_tf32(sums.values[m * kN + n], left[m], pair);
+                    else
+                        mma_m16n8k16<typename Tile::Element>(sums.values[m * kN + n], left[m], pair);
                 }
         }
     }
 
-    __device__ void store(float* staging) const {
+    __device__ void store(const Sums<Tile>& sums, float* staging) const {
         const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int m = 0; m < kM; ++m)
@@ -170,13 +227,19 @@ public:
                 for (int half = 0; half < 2; ++half)
                     *reinterpret_cast<float2*>(staging + (row_ + 16 * m + 8 * half + lane / 4) * Tile::kStagingStride +
                                                column_ + 8 * n + lane % 4 * 2) =
-                        make_float2(sums_[m][n][2 * half], sums_[m][n][2 * half + 1]);
+                        make_float2(sums.values[m * kN + n][2 * half], sums.values[m * kN + n][2 * half + 1]);
     }
 
 private:
     static constexpr int kM = Tile::kWarpM / 16, kN = Tile::kWarpN / 8;
+    static constexpr bool kTf32 = std::is_same_v<typename Tile::Element, Tf32>;
+
+    __device__ static void round(unsigned (&fragment)[4]) {
+#pragma unroll
+        for (unsigned& value : fragment) value = round_to_tf32(value);
+    }
+
     int row_, column_;
-    float sums_[kM][kN][4] = {};
 };
 
 // The same in float32 arithmetic: a lane has every 8th row and every 4th column.
@@ -186,7 +249,7 @@ public:
     __device__ FusedMultiplyAdds(int row, int column)
         : row_(row + threadIdx.x % 8), column_(column + threadIdx.x % 32 / 8) {}
 
-    __device__ void multiply(const unsigned char* a, const unsigned char* b) {
+    __device__ void multiply(const unsigned char* a, const unsigned char* b, Sums<Tile>& sums) const {
 #pragma unroll 1
         for (int k = 0; k < kChunks; ++k) {  // 4 elements at a time
             const unsigned char* from_a = a + stage_offset(row_, k);
@@ -199,29 +262,50 @@ public:
                 const float4 right = *reinterpret_cast<const float4*>(from_b[n % 2] + n / 2 * kEightRows);
 #pragma unroll
                 for (int m = 0; m < kM; ++m) {
-                    float sum = sums_[m][n];
+                    float& sum = sums.values[m * kN / 4 + n / 4][n % 4];
                     sum = fmaf(left[m].x, right.x, sum);
                     sum = fmaf(left[m].y, right.y, sum);
                     sum = fmaf(left[m].z, right.z, sum);
-                    sums_[m][n] = fmaf(left[m].w, right.w, sum);
+                    sum = fmaf(left[m].w, right.w, sum);
                 }
             }
         }
     }
 
-    __device__ void store(float* staging) const {
+    __device__ void store(const Sums<Tile>& sums, float* staging) const {
 #pragma unroll
         for (int m = 0; m < kM; ++m)
 #pragma unroll
             for (int n = 0; n < kN; ++n)
-                staging[(row_ + 8 * m) * Tile::kStagingStride + column_ + 4 * n] = sums_[m][n];
+                staging[(row_ + 8 * m) * Tile::kStagingStride + column_ + 4 * n] = sums.values[m * kN / 4 + n / 4][n % 4];
     }
 
 private:
     static constexpr int kM = Tile::kWarpM / 8, kN = Tile::kWarpN / 4;
+    static_assert(kN % 4 == 0, "sums come in fours");
     int row_, column_;
-    float sums_[kM][kN] = {};
 };
+
+// Leaves a part of a tile's sums to the block that is the last to do so. Whether this is the one; if so, with the total.
+template <typename Tile>
+__device__ bool is_last(const Arguments& call, int tile, int part, Sums<Tile>& sums) {
+    constexpr int kTileSums = Tile::kBlockM * Tile::kBlockN;
+    float* parts = call.partial.sums + static_cast<std::int64_t>(tile) * call.parts * kTileSums;
+    sums.leave(parts + part * kTileSums);
+    __syncthreads();
+    bool last = false;
+    if (threadIdx.x == 0) {
+        __threadfence();  // the block's sums before its arrival
+        last = atomicAdd(call.partial.arrivals + tile, 1) == call.parts - 1;
+    }
+    if (!__syncthreads_or(last)) return false;
+    __threadfence();  // all arrivals before the others' sums
+    if (threadIdx.x == 0) call.partial.arrivals[tile] = 0;
+    sums = Sums<Tile>(kNothing);
+#pragma unroll 2
+    for (int i = 0; i < call.parts; ++i) sums.add_left(parts + i * kTileSums);
+    return true;
+}
 
 // kPack neighbouring channels, to and from memory in units of 16 bytes.
 template <typename Element>
@@ -286,40 +370,55 @@ __device__ void finish(const Arguments& call, float* staging, int image, int fir
 
 template <typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksAtOnce) gathered_conv_kernel(Arguments call) {
-    using Product = std::conditional_t<std::is_same_v<typename Tile::Element, float>, FusedMultiplyAdds<Tile>,
-                                       TensorCores<Tile>>;
+    using Product = std::conditional_t<Tile::kOnTensorCores, TensorCores<Tile>, FusedMultiplyAdds<Tile>>;
     unsigned char* shared = shared_memory();  // [kStages, kStageBytes], then the product
     const int count = call.count ? *call.count : call.batch;
     const int tiles = count * call.row_tiles * call.column_tiles;
     const int steps = (call.kernel * call.kernel * call.in + Tile::kBlockK - 1) / Tile::kBlockK;
     const int warp = threadIdx.x / 32;
+    // A block computes a part of a tile if there is one for every part, otherwise a tile's parts one after another.
+    const bool splits = Tile::kInParts && tiles * call.parts <= call.most_at_once;
+    const int parts = Tile::kInParts ? call.parts : 1, share = splits ? parts : 1;  // blocks of a tile
     // Neighbouring blocks share an image's pixels: they meet in the cache.
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    for (int item = blockIdx.x; item < tiles * share; item += gridDim.x) {
+        const int tile = item / share;
+        const int first_part = item % share, end_part = splits ? first_part + 1 : parts;
         const int first_channel = tile % call.column_tiles * Tile::kBlockN;
         const int first_pixel = tile / call.column_tiles % call.row_tiles * Tile::kBlockM;
         const int index = tile / call.column_tiles / call.row_tiles;
         const int row = call.rows ? call.rows[index] : index;
 
-        Loader<Tile> loader(call, call.gathers ? row : index, first_pixel, first_channel);
-        Product product(warp / Tile::kWarpsN * Tile::kWarpM, warp % Tile::kWarpsN * Tile::kWarpN);
+        int step = steps * first_part / parts, loaded = step;
+        const int last_step = steps * end_part / parts;
+        Loader<Tile> loader(call, call.gathers ? row : index, first_pixel, first_channel, step);
+        const auto load_next = [&] {
+            if (loaded < last_step) loader.load(shared + loaded % kStages * Tile::kStageBytes);
+            ++loaded;
+            cp_async_commit();
+        };
 #pragma unroll
-        for (int step = 0; step < kStages - 1; ++step) {
-            if (step < steps) loader.load(shared + step * Tile::kStageBytes);
-            cp_async_commit();
-        }
+        for (int i = 0; i < kStages - 1; ++i) load_next();
+        const Product product(warp / Tile::kWarpsN * Tile::kWarpM, warp % Tile::kWarpsN * Tile::kWarpN);
+        Sums<Tile> total(kNothing);
 #pragma unroll 1
-        for (int step = 0; step < steps; ++step) {
-            cp_async_wait<kStages - 2>();
-            __syncthreads();  // this step has landed for all, and all are done with the stage before
-            if (step + kStages - 1 < steps)
-                loader.load(shared + (step + kStages - 1) % kStages * Tile::kStageBytes);
-            cp_async_commit();
-            const unsigned char* stage = shared + step % kStages * Tile::kStageBytes;
-            product.multiply(stage, stage + Tile::kBlockM * kChunks * kChunk);
+        for (int part = first_part; part < end_part; ++part) {
+            Sums<Tile> sums(0.0f);
+            const int end = steps * (part + 1) / parts;
+#pragma unroll 1
+            for (; step < end; ++step) {
+                cp_async_wait<kStages - 2>();
+                __syncthreads();  // this step has landed for all, and all are done with the stage before
+                load_next();
+                const unsigned char* stage = shared + step % kStages * Tile::kStageBytes;
+                product.multiply(stage, stage + Tile::kBlockM * kChunks * kChunk, sums);
+            }
+            total.add(sums);
         }
+        if constexpr (Tile::kInParts)
+            if (splits && !is_last(call, tile, first_part, total)) continue;
         __syncthreads();  // the stages become the product's place; all of theirs has landed
         float* staging = reinterpret_cast<float*>(shared);
-        product.store(staging);
+        product.store(total, staging);
         __syncthreads();
         finish<Tile>(call, staging, call.scatters ? row : index, first_pixel, first_channel);
         __syncthreads();  // the product's place becomes the next tile's stages
@@ -332,26 +431,86 @@ void launch_tiles(Arguments call, Stream stream) {
     call.column_tiles = (call.out + Tile::kBlockN - 1) / Tile::kBlockN;
     const auto kernel = gathered_conv_kernel<Tile>;
     const int resident = multiprocessors() * resident_blocks(kernel, Tile::kThreads, Tile::kSharedBytes);
-    const int blocks = std::min(call.batch * call.row_tiles * call.column_tiles, resident);
+    constexpr int kMostAtOnce = kPartialSums / (Tile::kBlockM * Tile::kBlockN);
+    static_assert(kMostAtOnce / 2 <= kPartialTiles, "there are at least two parts of a tile");
+    call.most_at_once = call.parts > 1 && call.partial.sums ? std::min(kMostAtOnce, resident) : 0;
+    const int blocks = std::min(call.batch * call.row_tiles * call.column_tiles * call.parts, resident);
     launch("gathered_conv", kernel, {blocks, Tile::kThreads, Tile::kSharedBytes}, stream, call);
+}
+
+template <typename Element>
+using Narrow = Tile<Element, 128, 32, 4, 1, Order::ascending>;
+template <typename Element>
+using Small = Tile<Element, 64, 64, 2, 2, Order::parts>;
+template <typename Element, Order order>
+using Large = Tile<Element, 128, 128, 2, 4, order>;
+
+// How many tiles an image's product has.
+template <typename Tile>
+int tiles(int pixels, int channels) {
+    return (pixels + Tile::kBlockM - 1) / Tile::kBlockM * ((channels + Tile::kBlockN - 1) / Tile::kBlockN);
+}
+
+// How many parts a layer's sums over K have, for an image of so many pixels. In small tiles, each with a block of threads
+// for every part: a K step brings in 8 KiB, adding a part 16 KiB, so steps / parts + 2 parts shall be least. More blocks
+// than a GPU has multiprocessors bring little, and a short K is over before its parts are added.
+template <typename Element>
+int parts_of_sums(const Convolution& layer, int pixels) {
+    constexpr int kFewestSteps = 32, kMultiprocessors = 128;
+    const int steps = (layer.kernel * layer.kernel * layer.in + Small<Element>::kBlockK - 1) / Small<Element>::kBlockK;
+    if (layer.out <= Narrow<Element>::kBlockN || steps < kFewestSteps) return 1;
+    const int parts = static_cast<int>(std::sqrt(steps / 2));
+    return std::max(1, std::min(parts, kMultiprocessors / tiles<Small<Element>>(pixels, layer.out)));
 }
 
 // The largest tile that still gives every multiprocessor one. Results do not depend on the choice: products are summed
 // over K and pooled sums over pixels in the same order, except in the narrow tile, which the layer alone decides.
 template <typename Element>
-void launch_element(const Arguments& call, Stream stream) {
-    using Narrow = Tile<Element, 128, 32, 4, 1>;
-    using Small = Tile<Element, 64, 64, 2, 2>;
-    using Large = Tile<Element, 128, 128, 2, 4>;
-    static_assert(Small::kRowsAtOnce == Large::kRowsAtOnce, "the order of pooled sums");
-    const int large_tiles = call.batch * ((call.out_pixels + 127) / 128) * ((call.out + 127) / 128);
-    if (call.out <= 32) return launch_tiles<Narrow>(call, stream);
-    if (call.out <= 64 || call.out_pixels <= 64 || large_tiles < multiprocessors())
-        return launch_tiles<Small>(call, stream);
-    launch_tiles<Large>(call, stream);
+void launch_element(const Convolution& layer, Arguments call, bool pixels_are_images, Stream stream) {
+    using InOrder = Large<Element, Order::ascending>;
+    using InParts = Large<Element, Order::parts>;
+    static_assert(Small<Element>::kBlockK == InParts::kBlockK, "parts are of as many steps");
+    static_assert(Small<Element>::kRowsAtOnce == InParts::kRowsAtOnce, "the order of pooled sums");
+    call.parts = parts_of_sums<Element>(layer, pixels_are_images ? 1 : call.out_pixels);
+    if (call.out <= Narrow<Element>::kBlockN) return launch_tiles<Narrow<Element>>(call, stream);
+    if (call.out <= 64 || call.out_pixels <= 64 ||
+        call.batch * tiles<InOrder>(call.out_pixels, call.out) < multiprocessors())
+        return launch_tiles<Small<Element>>(call, stream);
+    if (call.parts > 1) return launch_tiles<InParts>(call, stream);
+    launch_tiles<InOrder>(call, stream);
+}
+
+// What an image's parts of sums take in either tile.
+template <typename Element>
+int partial_sums_of_image(const Convolution& layer, int pixels) {
+    using InParts = Large<Element, Order::parts>;
+    const int parts = parts_of_sums<Element>(layer, pixels);
+    if (parts == 1) return 0;
+    return parts * std::max(tiles<Small<Element>>(pixels, layer.out) * Small<Element>::kBlockM * Small<Element>::kBlockN,
+                            tiles<InParts>(pixels, layer.out) * InParts::kBlockM * InParts::kBlockN);
+}
+
+// work(Element{}) for the type that kernels know.
+template <typename Work>
+auto with_element(ElementType type, Work work) {
+    switch (type) {
+        case ElementType::float16: return work(Half{});
+        case ElementType::bfloat16: return work(Bfloat16{});
+        case ElementType::tf32: return work(Tf32{});
+        case ElementType::float32: break;
+    }
+    return work(float{});
 }
 
 }  // namespace
+
+int partial_sums(ElementType type, const Convolution& layer, int batch, int height, int width) {
+    const int pixels = layer.out_side(height) * layer.out_side(width);
+    const std::int64_t one = with_element(type, [&](auto element) {
+        return partial_sums_of_image<decltype(element)>(layer, pixels);
+    });
+    return static_cast<int>(std::min<std::int64_t>(batch * one, kPartialSums));
+}
 
 int pooled_tiles(const Convolution& layer, int height, int width) {
     return (layer.out_side(height) * layer.out_side(width) + kPooledPixels - 1) / kPooledPixels;
@@ -384,14 +543,13 @@ void gathered_conv(ElementType type, const Convolution& layer, const GatheredCon
     arguments.out_width = layer.out_side(call.width);
     arguments.out_pixels = layer.out_side(call.height) * arguments.out_width;
     arguments.pooled_tiles = pooled_tiles(layer, call.height, call.width);
+    arguments.partial = call.partial;
     arguments.gathers = call.gathers;
     arguments.scatters = call.scatters;
     arguments.relu = call.relu;
-    switch (type) {
-        case ElementType::float32: return launch_element<float>(arguments, stream);
-        case ElementType::float16: return launch_element<Half>(arguments, stream);
-        case ElementType::bfloat16: return launch_element<Bfloat16>(arguments, stream);
-    }
+    with_element(type, [&](auto element) {
+        launch_element<decltype(element)>(layer, arguments, call.pixels_are_images, stream);
+    });
 }
 
 }  // namespace skipnet::cuda

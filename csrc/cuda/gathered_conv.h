@@ -18,6 +18,14 @@ struct Convolution {
     int out_side(int side) const { return (side - 1) / stride + 1; }
 };
 
+// Where blocks of threads leave one another parts of sums; for one call at a time.
+struct PartialSums {
+    float* sums;    // [partial_sums]
+    int* arrivals;  // [kPartialTiles], zero before a call and after it
+};
+constexpr int kPartialSums = 1 << 21;  // 8 MiB are enough for any call
+constexpr int kPartialTiles = 256;
+
 struct GatheredConv {
     int batch;             // the most images there can be
     int height, width;     // of x
@@ -29,13 +37,19 @@ struct GatheredConv {
     const void* residual;  // as y, or null; may be y itself
     void* y;               // [batch, out_height, out_width, out]
     float* sums;           // [batch, pooled_tiles, out], of y over a tile's pixels, at y's places; may be null
+    PartialSums partial;   // without them a block of threads computes all parts of its sums, to the same result
+    bool pixels_are_images;  // each pixel is an image of its own: the order of its sums depends on the layer alone
 };
 
 // How many tiles' sums an image's pool consists of.
 int pooled_tiles(const Convolution& layer, int height, int width);
 
-// y = relu(convolution(x) + bias + residual). Sums of products are float32 (in float32 networks every product, too, not
-// TF32) and in an order that depends on the layer alone: an image's result does not depend on the batch.
+// How many floats blocks of threads leave one another at most; none where the layer's sums have one part. A batch of
+// 1x1 images for a call whose pixels are images.
+int partial_sums(ElementType type, const Convolution& layer, int batch, int height, int width);
+
+// y = relu(convolution(x) + bias + residual). Sums of products are float32 (in float32 every product, too) and in an order
+// that depends on the layer and the image's size alone: an image's result does not depend on the batch.
 void gathered_conv(ElementType type, const Convolution& layer, const GatheredConv& call, Stream stream);
 
 }  // namespace skipnet::cuda

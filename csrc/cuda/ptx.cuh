@@ -12,6 +12,10 @@ struct Half {
 struct Bfloat16 {
     std::uint16_t bits;
 };
+// A float32 in memory; in products it counts with 10 bits of fraction.
+struct Tf32 {
+    float value;
+};
 
 }  // namespace skipnet::cuda
 
@@ -24,6 +28,7 @@ namespace skipnet::cuda {
 // ---- conversions
 
 __device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(Tf32 x) { return x.value; }
 __device__ inline float to_float(Half x) {
     float y;
     asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
@@ -55,6 +60,17 @@ __device__ Element from_float(float x) {
 template <>
 __device__ inline float from_float<float>(float x) {
     return x;
+}
+template <>
+__device__ inline Tf32 from_float<Tf32>(float x) {
+    return {x};
+}
+
+// A float32's bits with 10 bits of fraction, rounded to nearest, halfway cases away from zero.
+__device__ inline unsigned round_to_tf32(unsigned x) {
+    unsigned y;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(__uint_as_float(x)));
+    return y;
 }
 
 // ---- global memory
@@ -98,7 +114,7 @@ __device__ inline void cp_async_wait() {
 // ---- tensor cores; fragment layouts are the PTX ISA's
 
 // 8x8 matrices of 16-bit values: lane 8 j + r gives the address of row r of matrix j, and gets of each matrix the
-// elements 2 (lane % 4) and + 1 of row lane / 4.
+// elements 2 (lane % 4) and + 1 of row lane / 4. Or 8x4 ones of 32-bit values, of which it gets element lane % 4.
 __device__ inline void ldmatrix_x4(const void* row, unsigned (&matrices)[4]) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
@@ -118,6 +134,13 @@ __device__ inline void mma_m16n8k16<Half>(float (&d)[4], const unsigned (&a)[4],
 template <>
 __device__ inline void mma_m16n8k16<Bfloat16>(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// d[16 x 8] += a[16 x 8] b[8 x 8] of values that have been rounded to TF32, summed in float32.
+__device__ inline void mma_m16n8k8_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));

@@ -8,7 +8,10 @@ using namespace skipnet::cuda;
 
 namespace {
 
-enum Fault { none, barrier, copy_wait, shared_bounds, global_bounds, unwritten, divergent, early_exit, warp, mapa, spin };
+enum Fault {
+    none, barrier, copy_wait, shared_bounds, global_bounds, unwritten, divergent, early_exit, warp, mapa, spin, release,
+    acquire
+};
 
 // out[i] = the sum of x's 128-element block, rotated by one: through shared memory, cp.async and a warp's shuffles.
 __global__ void rotate(const float* x, float* out, int fault) {
@@ -59,6 +62,23 @@ __global__ void chain(int* ticket, int* sums /* [blocks + 1] */, int fault) {
     atomicExch(sums + mine + 1, before + mine);
 }
 
+// Each block leaves its number for every thread; the block that arrives last adds them up.
+__global__ void join(float4* left /* [blocks, threads] */, int* arrivals, float* out /* [threads] */, int fault) {
+    const int thread = threadIdx.x, threads = blockDim.x;
+    __stcg(left + blockIdx.x * threads + thread, {static_cast<float>(blockIdx.x), 0.0f, 0.0f, 0.0f});
+    __syncthreads();
+    bool last = false;
+    if (thread == 0) {
+        if (fault != release) __threadfence();
+        last = atomicAdd(arrivals, 1) == static_cast<int>(gridDim.x) - 1;
+    }
+    if (!__syncthreads_or(last)) return;
+    if (fault != acquire) __threadfence();
+    float sum = 0.0f;
+    for (unsigned block = 0; block < gridDim.x; ++block) sum += __ldcg(left + block * threads + thread).x;
+    out[thread] = sum;
+}
+
 // d = a b^T by one warp; all [16, 16] row-major.
 template <typename Element>
 __global__ void multiply(const Element* a, const Element* b, float* d) {
@@ -92,6 +112,10 @@ const char* run_pass_on(float* out, int blocks, int cluster, int fault) {
 }
 const char* run_chain(int* ticket, int* sums, int blocks, int fault) {
     return simt::report([=] { launch("chain", chain, {blocks, 1}, nullptr, ticket, sums, fault); });
+}
+const char* run_join(void* left, int* arrivals, float* out, int blocks, int fault) {
+    return simt::report(
+        [=] { launch("join", join, {blocks, 64}, nullptr, static_cast<float4*>(left), arrivals, out, fault); });
 }
 const char* run_multiply(const void* a, const void* b, float* d, int bfloat16) {
     return simt::report([=] {

@@ -8,6 +8,7 @@ namespace skipnet::cuda {
 // ---- conversions
 
 inline float to_float(float x) { return x; }
+inline float to_float(Tf32 x) { return x.value; }
 inline float to_float(Half x) {
     const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
     float size;
@@ -25,6 +26,10 @@ Element from_float(float x);
 template <>
 inline float from_float<float>(float x) {
     return x;
+}
+template <>
+inline Tf32 from_float<Tf32>(float x) {
+    return {x};
 }
 template <>
 inline Half from_float<Half>(float x) {
@@ -50,6 +55,11 @@ inline Bfloat16 from_float<Bfloat16>(float x) {
 template <typename Element>
 unsigned pack(float low, float high) {
     return from_float<Element>(low).bits | static_cast<unsigned>(from_float<Element>(high).bits) << 16;
+}
+
+inline unsigned round_to_tf32(unsigned x) {
+    if (std::isnan(__uint_as_float(x))) return 0x7fffe000;
+    return (x + 0x1000) & ~0x1fffu;  // the fraction's carry moves into the exponent by itself; infinities stay
 }
 
 // ---- global memory
@@ -92,6 +102,10 @@ template <typename Element>
 void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], simt::Site site = simt::Site::here()) {
     const float* table = floats<Element>();
     simt::mma_m16n8k16(d, a, b, [=](std::uint16_t bits) { return table[bits]; }, site);
+}
+inline void mma_m16n8k8_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
+                             simt::Site site = simt::Site::here()) {
+    simt::mma_m16n8k8_tf32(d, a, b, site);
 }
 
 // ---- clusters

@@ -4,6 +4,7 @@
 // in which order blocks start, comes from a seed. What hardware leaves undefined is made to show:
 //   - shared memory starts out as NaN and lies against a page that may not be touched, and so do arrays of `allocate`;
 //   - cp.async fills its destination with NaN and copies only when its group is waited for;
+//   - what a block leaves to others with __stcg is NaN to them, read by __ldcg, until a fence on each side;
 //   - a barrier that not all threads reach, or reach at different lines, a warp operation that lanes of its mask do not
 //     take part in, and threads that wait for ever are errors that say who waits where.
 #pragma once
@@ -26,6 +27,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #define SKIPNET_SIMT
@@ -143,12 +145,23 @@ struct Fiber {
     Site site{};
     std::vector<Copy> open_copies;                // not yet committed
     std::vector<std::vector<Copy>> copy_groups;   // committed, oldest first
+    // How many stores of __stcg had landed when it last looked at what others had done, and what a fence has made of it.
+    std::size_t observed = 0, seen = 0;
     int lane() const { return linear % warpSize; }
 };
 
 struct Barrier {
     Site site{};
     std::vector<Fiber*> waiting;
+    bool any = false, was_any = false;  // of the predicates so far, of those of the last time
+};
+
+// A store that other blocks cannot count on yet.
+struct Store {
+    unsigned char* to;
+    float4 value;
+    int block, thread;
+    bool past_barrier;  // known to all threads of the block: a fence of any of them makes it land
 };
 
 // A warp operation that some lanes of its mask have reached.
@@ -164,7 +177,7 @@ struct Cluster;
 
 struct Block {
     uint3 index{};
-    int rank = 0, threads = 0, running = 0;
+    int number = 0, rank = 0, threads = 0, running = 0;
     Cluster* cluster = nullptr;
     std::unique_ptr<Guarded> shared;
     std::vector<Fiber*> fibers;
@@ -205,6 +218,42 @@ public:
         if (++idle_ > 1'000'000) fail("spins for ever");
         leave();
     }
+    // What threads of different blocks know of one another's stores. As in the PTX memory model, a store is known to whoever
+    // reads an atomic that was written after a fence after it, and then has a fence. Barriers pass on to the block.
+    void store(float4* to, const float4& value) {
+        if (reinterpret_cast<std::uintptr_t>(to) % sizeof value) fail("__stcg: the place is not aligned");
+        std::memset(static_cast<void*>(to), kPoison, sizeof value);
+        stores_.push_back({reinterpret_cast<unsigned char*>(to), value, current->block->number, current->linear, false});
+    }
+    float4 load(const float4* from) const {
+        const auto* place = reinterpret_cast<const unsigned char*>(from);
+        for (const Store& store : stores_)
+            if (store.to == place && known(store)) return store.value;
+        const auto landed = landed_.find(place);
+        float4 value = *from;
+        if (landed != landed_.end() && landed->second.block != current->block->number &&
+            landed->second.when > current->seen)
+            std::memset(&value, kPoison, sizeof value);
+        return value;
+    }
+    void fence() {
+        const auto pending =
+            std::stable_partition(stores_.begin(), stores_.end(), [&](const Store& store) { return known(store); });
+        for (auto store = stores_.begin(); store != pending; ++store) land(*store);
+        stores_.erase(stores_.begin(), pending);
+        current->seen = current->observed;
+        perhaps_yield();
+    }
+    void observe() { current->observed = landed_count_; }
+    void barrier_passed(const Block& block) {
+        for (Store& store : stores_) store.past_barrier |= store.block == block.number;
+        std::size_t observed = 0, seen = 0;
+        for (const Fiber* fiber : block.fibers) {
+            observed = std::max(observed, fiber->observed);
+            seen = std::max(seen, fiber->seen);
+        }
+        for (Fiber* fiber : block.fibers) fiber->observed = observed, fiber->seen = seen;
+    }
     void perhaps_yield() {
         if (random_() % 4 == 0) yield(false);
     }
@@ -225,6 +274,14 @@ public:
     }
 
 private:
+    // Whether a store comes before what the running thread does.
+    bool known(const Store& store) const {
+        return store.block == current->block->number && (store.past_barrier || store.thread == current->linear);
+    }
+    void land(const Store& store) {
+        std::memcpy(store.to, &store.value, sizeof store.value);
+        landed_[store.to] = {++landed_count_, store.block};
+    }
     static void enter();
     static void on_fault(int, siginfo_t* info, void*);
     void leave() {
@@ -259,6 +316,13 @@ private:
     std::vector<Fiber*> runnable_, spare_;
     std::vector<std::unique_ptr<Cluster>> active_;
     std::vector<std::unique_ptr<Guarded>> arrays_;
+    std::vector<Store> stores_;
+    struct Landed {
+        std::size_t when;
+        int block;
+    };
+    std::unordered_map<const unsigned char*, Landed> landed_;  // in this grid
+    std::size_t landed_count_ = 0;
 };
 
 inline Machine machine;
@@ -290,6 +354,7 @@ inline Fiber* Machine::fresh_fiber() {
         makecontext(&fiber->start, &Machine::enter, 0);
     }
     fiber->finished = false;
+    fiber->observed = fiber->seen = 0;
     fiber->waits_for = nullptr;
     return fiber;
 }
@@ -300,6 +365,7 @@ inline void Machine::start_cluster(int index, dim3 grid, dim3 block, std::size_t
         auto made = std::make_unique<Block>();
         const unsigned linear = index * size + rank;
         made->index = {linear % grid.x, linear / grid.x % grid.y, linear / grid.x / grid.y};
+        made->number = static_cast<int>(linear);
         made->rank = rank;
         made->cluster = cluster.get();
         made->shared = std::make_unique<Guarded>(shared, random_() % 2 == 0);
@@ -430,6 +496,9 @@ inline void Machine::run(dim3 grid, dim3 block, std::size_t shared, int cluster,
         current = nullptr;
     }
     if (!error_.empty()) abandon();
+    for (const Store& store : stores_) land(store);
+    stores_.clear();
+    landed_.clear();
     sigaction(SIGSEGV, &before_segv, nullptr);
     sigaction(SIGBUS, &before_bus, nullptr);
     sigaltstack(&theirs, nullptr);
@@ -439,19 +508,26 @@ inline void Machine::run(dim3 grid, dim3 block, std::size_t shared, int cluster,
 
 // ---- barriers
 
-inline void syncthreads(Site site) {
+// Whether the predicate holds for any thread of the block.
+inline bool syncthreads(Site site, bool predicate = false) {
     Block& block = *machine.current->block;
     Barrier& barrier = block.barrier;
     if (barrier.waiting.empty()) barrier.site = site;
     if (!(barrier.site == site))
         machine.fail(text("divergent barrier: other threads of the block wait at ", barrier.site.text()), site);
+    barrier.any |= predicate;
     if (static_cast<int>(barrier.waiting.size()) + 1 < block.threads) {
         barrier.waiting.push_back(machine.current);
-        return machine.wait("a barrier", site);
+        machine.wait("a barrier", site);
+        return barrier.was_any;
     }
+    barrier.was_any = barrier.any;
+    barrier.any = false;
+    machine.barrier_passed(block);
     for (Fiber* fiber : barrier.waiting) machine.wake(fiber);
     barrier.waiting.clear();
     machine.yield(false);
+    return barrier.was_any;
 }
 
 inline void cluster_arrive(Site site) {
@@ -591,17 +667,63 @@ inline void ldmatrix_x4(const void* row, unsigned* result, Site site) {
     });
 }
 
-// mma.sync.m16n8k16, d = a b + d, with the PTX ISA's fragment layouts. Products of 16-bit values are exact in float32.
+// What a lane brings to an mma.sync: its fragments of d, a and b, laid out as the PTX ISA says.
+struct Fragments {
+    float* d;
+    const unsigned *a, *b;
+};
+
+// d += lhs rhs; d's layout does not depend on K.
+template <int K>
+void add_products(void* const* slots, const float (&lhs)[16][K], const float (&rhs)[K][8]) {
+    float sums[16][8] = {};
+    for (int row = 0; row < 16; ++row)
+        for (int k = 0; k < K; ++k)
+            for (int column = 0; column < 8; ++column) sums[row][column] += lhs[row][k] * rhs[k][column];
+    for (int lane = 0; lane < warpSize; ++lane) {
+        float* to = static_cast<Fragments*>(slots[lane])->d;
+        const int group = lane / 4, pair = lane % 4 * 2;
+        to[0] += sums[group][pair];
+        to[1] += sums[group][pair + 1];
+        to[2] += sums[group + 8][pair];
+        to[3] += sums[group + 8][pair + 1];
+    }
+}
+
+// mma.sync.m16n8k8, d = a b + d, of values with TF32's 10 bits of fraction: their products are exact in float32.
+inline void mma_m16n8k8_tf32(float* d, const unsigned* a, const unsigned* b, Site site) {
+    Fragments own{d, a, b};
+    for (int i = 0; i < 4; ++i)
+        if (a[i] & 0x1fff || b[i % 2] & 0x1fff) machine.fail("mma.sync: an operand has not been rounded to TF32", site);
+    collective(~0u, "mma.sync", &own, site, [](void* const* slots) {
+        const auto as_float = [](unsigned bits) {
+            float value;
+            std::memcpy(&value, &bits, sizeof value);
+            return value;
+        };
+        float lhs[16][8], rhs[8][8];
+        for (int lane = 0; lane < warpSize; ++lane) {
+            const Fragments& from = *static_cast<Fragments*>(slots[lane]);
+            const int group = lane / 4, place = lane % 4;
+            lhs[group][place] = as_float(from.a[0]);
+            lhs[group + 8][place] = as_float(from.a[1]);
+            lhs[group][place + 4] = as_float(from.a[2]);
+            lhs[group + 8][place + 4] = as_float(from.a[3]);
+            rhs[place][group] = as_float(from.b[0]);
+            rhs[place + 4][group] = as_float(from.b[1]);
+        }
+        add_products(slots, lhs, rhs);
+    });
+}
+
+// mma.sync.m16n8k16, d = a b + d. Products of 16-bit values are exact in float32.
 template <typename ToFloat>
 void mma_m16n8k16(float* d, const unsigned* a, const unsigned* b, ToFloat to_float, Site site) {
-    struct Slot {
-        float* d;
-        const unsigned *a, *b;
-    } slot{d, a, b};
-    collective(~0u, "mma.sync", &slot, site, [=](void* const* slots) {
+    Fragments own{d, a, b};
+    collective(~0u, "mma.sync", &own, site, [=](void* const* slots) {
         float lhs[16][16], rhs[16][8];
         for (int lane = 0; lane < warpSize; ++lane) {
-            const Slot& from = *static_cast<Slot*>(slots[lane]);
+            const Fragments& from = *static_cast<Fragments*>(slots[lane]);
             const int group = lane / 4, pair = lane % 4 * 2;
             for (int half = 0; half < 2; ++half) {
                 const auto value = [half](unsigned both) { return static_cast<std::uint16_t>(both >> 16 * half); };
@@ -613,18 +735,7 @@ void mma_m16n8k16(float* d, const unsigned* a, const unsigned* b, ToFloat to_flo
                 rhs[pair + 8 + half][group] = to_float(value(from.b[1]));
             }
         }
-        float sums[16][8] = {};
-        for (int row = 0; row < 16; ++row)
-            for (int k = 0; k < 16; ++k)
-                for (int column = 0; column < 8; ++column) sums[row][column] += lhs[row][k] * rhs[k][column];
-        for (int lane = 0; lane < warpSize; ++lane) {
-            float* to = static_cast<Slot*>(slots[lane])->d;
-            const int group = lane / 4, pair = lane % 4 * 2;
-            to[0] += sums[group][pair];
-            to[1] += sums[group][pair + 1];
-            to[2] += sums[group + 8][pair];
-            to[3] += sums[group + 8][pair + 1];
-        }
+        add_products(slots, lhs, rhs);
     });
 }
 
@@ -665,6 +776,7 @@ T atomic(T* address, Update update) {
     machine.perhaps_yield();
     const T before = *const_cast<volatile T*>(address);
     *const_cast<volatile T*>(address) = update(before);
+    machine.observe();
     machine.perhaps_yield();
     return before;
 }
@@ -673,6 +785,7 @@ T atomic(T* address, Update update) {
 template <typename T>
 T load(const T* address) {
     machine.yield(true);
+    machine.observe();
     return *const_cast<const volatile T*>(address);
 }
 
@@ -705,6 +818,9 @@ __attribute__((used)) inline void simt_release() { simt::machine.release_all(); 
 // ---- CUDA's own functions
 
 inline void __syncthreads(simt::Site site = simt::Site::here()) { simt::syncthreads(site); }
+inline int __syncthreads_or(int predicate, simt::Site site = simt::Site::here()) {
+    return simt::syncthreads(site, predicate != 0);
+}
 inline void __syncwarp(unsigned mask = ~0u, simt::Site site = simt::Site::here()) {
     char slot;
     simt::collective(mask, "__syncwarp", &slot, site, [](void* const*) {});
@@ -733,7 +849,9 @@ template <typename T>
 T atomicExch(T* address, T value) {
     return simt::atomic(address, [=](T) { return value; });
 }
-inline void __threadfence() { simt::machine.perhaps_yield(); }
+inline void __threadfence() { simt::machine.fence(); }
+inline void __stcg(float4* to, const float4& value) { simt::machine.store(to, value); }
+inline float4 __ldcg(const float4* from) { return simt::machine.load(from); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline float __uint_as_float(unsigned bits) {
