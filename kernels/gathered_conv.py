@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -100,12 +100,13 @@ class Configuration:
     slices: int = 1
 
 
-# (block_m, block_n, warps, stages) for tensor cores or without them, best guess first. The first ones fit the shared
+# (block_m, block_n, warps, stages) by the products' format, best guess first. The first ones fit the shared
 # memory of every GPU that we compile for; none spills registers (docs/triton.md). tuning.py measures what is fastest.
 _TILINGS = {
-    True: ((128, 128, 8, 3), (64, 64, 4, 4), (64, 128, 4, 4), (128, 64, 4, 4), (64, 256, 8, 3), (64, 32, 4, 5),
+    "16 bits": ((128, 128, 8, 3), (64, 64, 4, 4), (64, 128, 4, 4), (128, 64, 4, 4), (64, 256, 8, 3), (64, 32, 4, 5),
         (128, 32, 4, 4), (64, 16, 4, 5), (128, 16, 4, 4)),
-    False: ((64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 2), (64, 16, 4, 3)),
+    "tf32": ((128, 128, 8, 3), (64, 64, 4, 4), (128, 64, 4, 4), (64, 32, 4, 5), (128, 32, 4, 4), (64, 16, 4, 5)),
+    "float32": ((64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 2), (64, 16, 4, 3)),
 }
 
 
@@ -114,7 +115,7 @@ def configurations(layer: Layer) -> tuple[Configuration, ...]:
     """What is worth measuring for a layer, best guess first."""
     pixels, channels = layer.out_size[0] * layer.out_size[1], max(16, power_of_two(layer.out_channels))
     if INTERPRETED:  # few large tiles: time goes by the number of operations, not by their size
-        block_k = max(16, min(256, power_of_two(layer.kernel ** 2 * layer.channels)))
+        block_k = max(16, min(256, power_of_two(layer.kernel ** 2 * layer.channels) // 2))
         block_m = max(POOL_TILE, min(512, power_of_two(pixels))) if layer.pooled else 512
         return (Configuration(block_m, channels, block_k, warps=1, stages=1, slices=_slices(layer, block_k)),)
     size = layer.dtype.itemsize
@@ -122,16 +123,19 @@ def configurations(layer: Layer) -> tuple[Configuration, ...]:
     block_k = next((block for block in (128 // size, 32, 16) if layer.channels % block == 0), 32)
     # A pooled layer's tiles do not span images: no wide ones where they would mostly be padding.
     widest = 9 / 8 * _padded(pixels, POOL_TILE)
-    return tuple(Configuration(block_m, block_n, block_k, warps, stages, slices)
-                 for slices in dict.fromkeys((_slices(layer, block_k), 1))
-                 for block_m, block_n, warps, stages in _TILINGS[size == 2 or layer.tf32]
-                 if block_n <= channels and not (layer.pooled and _padded(pixels, block_m) > widest))
+    tilings = [tiling for tiling in _TILINGS["tf32" if layer.tf32 else "16 bits" if size == 2 else "float32"]
+               if tiling[1] <= channels and not (layer.pooled and _padded(pixels, tiling[0]) > widest)]
+    whole = [Configuration(block_m, block_n, block_k, warps, stages) for block_m, block_n, warps, stages in tilings]
+    slices = _slices(layer, block_k)
+    # Small tiles only: there are more of them, and a program holds a tile twice, one slice and the sum of all.
+    sliced = [replace(one, slices=slices) for one in whole if slices > 1 and one.block_m * one.block_n <= 64 * 64]
+    return (*sliced, *whole)
 
 
 def _slices(layer: Layer, block_k: int) -> int:
     """Into how many slices a sum is cut, by the layer alone: docs/triton.md has the reasons for these numbers."""
     steps = -(-layer.kernel ** 2 * layer.channels // block_k)
-    if INTERPRETED:  # where there is anything to cut, so that small networks show it
+    if INTERPRETED:  # in two wherever that is possible: small networks are to show it
         return min(2, steps)
     tiles = -(-layer.out_size[0] * layer.out_size[1] // 64) * -(-layer.out_channels // 64)
     return max(1, min(8, steps // 8, 128 // tiles))
