@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import skipnet_rt as srt
 from skipnet_rt import kernels
 from skipnet_rt.kernels import tuning
-from skipnet_rt.kernels.gathered_conv import Layer, configurations
+from skipnet_rt.kernels.gathered_conv import Layer, Workspace, configurations
 from skipnet_rt.kernels.language import INTERPRETED, missing
 from skipnet_rt.packing import PackedEmbedding, pack
 
@@ -78,9 +78,10 @@ def test_convolution(benchmark: BenchmarkFixture, who: str, batch: int, shape: t
     else:
         chosen = tuning.results(x.device).get(str(layer), configurations(layer)[0])
         out = torch.empty(batch, height, width, out_channels, dtype=x.dtype, device="cuda")
+        workspace = Workspace.empty([(layer, chosen)], batch, x.device)
         timed(benchmark, lambda: kernels.gathered_conv2d(
             x, weight, bias, count, gather=rows, stride=stride, padding=kernel // 2, relu=True, out=out,
-            configuration=chosen), operations)
+            configuration=chosen, workspace=workspace), operations)
 
 
 @pytest.mark.parametrize("batch", BATCHES)

@@ -4,14 +4,19 @@ One kernel for every layer of every network. Rows of the product are output pixe
 the sum runs over taps and input channels. The grid is persistent: programs stride over the tiles of ``count`` images,
 and ``count`` is read on the device.
 
-Bits do not depend on the batch: an output element is summed in one order, block by block of BLOCK_K, which the
-configuration alone decides; a pooled sum is formed inside tiles that never span two images.
+A long sum is cut into slices. Where tiles are too few for the GPU, a program computes one slice, and whichever arrives
+last adds them all; where they are many, a program computes all slices of its tile.
+
+Bits do not depend on the batch: an output element is summed in one order, which the configuration alone decides: slice
+by slice from zero, each block by block of BLOCK_K, then the slices from first to last. A pooled sum is formed inside
+tiles that never span two images.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,6 +51,7 @@ class Layer:
         kernel, stride, padding: in pixels, the same in both directions.
         dtype: of weights and products.
         pooled: pooled sums are written too.
+        tf32: float32 operands are cut to TF32, for tensor cores.
     """
 
     height: int
@@ -57,6 +63,7 @@ class Layer:
     padding: int
     dtype: torch.dtype
     pooled: bool
+    tf32: bool = False
 
     @property
     def out_size(self) -> tuple[int, int]:
@@ -67,9 +74,9 @@ class Layer:
 
     def __str__(self) -> str:
         """All of it: ``3x3/2+1 64-128 of 56x56 float16 pooled`` has stride 2 and padding 1."""
+        dtype = "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
         return (f"{self.kernel}x{self.kernel}/{self.stride}+{self.padding} {self.channels}-{self.out_channels} of "
-                f"{self.height}x{self.width} {str(self.dtype).removeprefix('torch.')}"
-                f"{' pooled' if self.pooled else ''}")
+                f"{self.height}x{self.width} {dtype}{' pooled' if self.pooled else ''}")
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,7 @@ class Configuration:
         block_k: terms of a sum that one step adds. All configurations of a layer have the same.
         warps: warps of a program.
         stages: blocks of operands in flight.
+        slices: parts of a sum that may be formed at the same time.
     """
 
     block_m: int
@@ -89,14 +97,16 @@ class Configuration:
     block_k: int
     warps: int
     stages: int
+    slices: int = 1
 
 
-# (block_m, block_n, warps, stages) by the dtype's bytes, best guess first. The first ones fit the shared memory of
-# every GPU that we compile for; none spills registers (docs/triton.md). What is fastest is measured (tuning.py).
+# (block_m, block_n, warps, stages) by the products' format, best guess first. The first ones fit the shared
+# memory of every GPU that we compile for; none spills registers (docs/triton.md). tuning.py measures what is fastest.
 _TILINGS = {
-    2: ((128, 128, 8, 3), (64, 64, 4, 4), (64, 128, 4, 4), (128, 64, 4, 4), (64, 256, 8, 3), (64, 32, 4, 5),
+    "16 bits": ((128, 128, 8, 3), (64, 64, 4, 4), (64, 128, 4, 4), (128, 64, 4, 4), (64, 256, 8, 3), (64, 32, 4, 5),
         (128, 32, 4, 4), (64, 16, 4, 5), (128, 16, 4, 4)),
-    4: ((64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 2), (64, 16, 4, 3)),
+    "tf32": ((128, 128, 8, 3), (64, 64, 4, 4), (128, 64, 4, 4), (64, 32, 4, 5), (128, 32, 4, 4), (64, 16, 4, 5)),
+    "float32": ((64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 2), (64, 16, 4, 3)),
 }
 
 
@@ -105,22 +115,72 @@ def configurations(layer: Layer) -> tuple[Configuration, ...]:
     """What is worth measuring for a layer, best guess first."""
     pixels, channels = layer.out_size[0] * layer.out_size[1], max(16, power_of_two(layer.out_channels))
     if INTERPRETED:  # few large tiles: time goes by the number of operations, not by their size
-        block_k = max(16, min(256, power_of_two(layer.kernel ** 2 * layer.channels)))
+        block_k = max(16, min(256, power_of_two(layer.kernel ** 2 * layer.channels) // 2))
         block_m = max(POOL_TILE, min(512, power_of_two(pixels))) if layer.pooled else 512
-        return (Configuration(block_m, channels, block_k, warps=1, stages=1),)
+        return (Configuration(block_m, channels, block_k, warps=1, stages=1, slices=_slices(layer, block_k)),)
     size = layer.dtype.itemsize
     # Whole channels of one tap where they divide.
     block_k = next((block for block in (128 // size, 32, 16) if layer.channels % block == 0), 32)
     # A pooled layer's tiles do not span images: no wide ones where they would mostly be padding.
     widest = 9 / 8 * _padded(pixels, POOL_TILE)
-    return tuple(Configuration(block_m, block_n, block_k, warps, stages)
-                 for block_m, block_n, warps, stages in _TILINGS[size]
-                 if block_n <= channels and not (layer.pooled and _padded(pixels, block_m) > widest))
+    tilings = [tiling for tiling in _TILINGS["tf32" if layer.tf32 else "16 bits" if size == 2 else "float32"]
+               if tiling[1] <= channels and not (layer.pooled and _padded(pixels, tiling[0]) > widest)]
+    whole = [Configuration(block_m, block_n, block_k, warps, stages) for block_m, block_n, warps, stages in tilings]
+    slices = _slices(layer, block_k)
+    # Small tiles only: there are more of them, and a program holds a tile twice, one slice and the sum of all.
+    sliced = [replace(one, slices=slices) for one in whole if slices > 1 and one.block_m * one.block_n <= 64 * 64]
+    return (*sliced, *whole)
+
+
+def _slices(layer: Layer, block_k: int) -> int:
+    """Into how many slices a sum is cut, by the layer alone: docs/triton.md has the reasons for these numbers."""
+    steps = -(-layer.kernel ** 2 * layer.channels // block_k)
+    if INTERPRETED:  # in two wherever that is possible: small networks are to show it
+        return min(2, steps)
+    tiles = -(-layer.out_size[0] * layer.out_size[1] // 64) * -(-layer.out_channels // 64)
+    return max(1, min(8, steps // 8, 128 // tiles))
 
 
 def _padded(size: int, block: int) -> int:
     """Up to whole blocks."""
     return -(-size // block) * block
+
+
+def _tiles(layer: Layer, configuration: Configuration, batch: int) -> int:
+    """Tiles of a batch's product."""
+    pixels = layer.out_size[0] * layer.out_size[1]
+    rows = batch * (_padded(pixels, configuration.block_m) if layer.pooled else pixels)
+    return -(-rows // configuration.block_m) * -(-layer.out_channels // configuration.block_n)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Where the slices of few tiles meet: for one launch at a time.
+
+    Attributes:
+        parts: float32, flat, a tile's slices one after the other.
+        arrivals: int32, flat, how many slices of a tile are there; zero before and after a launch.
+    """
+
+    parts: Tensor
+    arrivals: Tensor
+
+    @classmethod
+    def empty(cls, plans: Iterable[tuple[Layer, Configuration]], batch: int, device: torch.device) -> Workspace:
+        """Enough for a batch in any of these layers. Tiles that fill half of the GPU are many: they need none."""
+        few = max(1, programs(device) // 2)
+        sizes = [(min(few, _tiles(layer, one, batch)), _part(one)) for layer, one in plans if one.slices > 1]
+        return cls(torch.empty(max((tiles * part for tiles, part in sizes), default=0), device=device),
+                   torch.zeros(max((tiles for tiles, _ in sizes), default=1), dtype=torch.int32, device=device))
+
+    def room(self, configuration: Configuration) -> int:
+        """Tiles that there is room for."""
+        return min(len(self.arrivals), len(self.parts) // _part(configuration))
+
+
+def _part(configuration: Configuration) -> int:
+    """A tile's values in a workspace."""
+    return configuration.slices * configuration.block_m * configuration.block_n
 
 
 def sum_tiles(size: tuple[int, int]) -> int:
@@ -152,10 +212,10 @@ def gathered_conv2d_ref(x: Tensor, weight: Tensor, bias: Tensor, count: Tensor |
     return out
 
 
-@jit(do_not_specialize=["batch"])
+@jit(do_not_specialize=["batch", "room"])
 def gathered_conv_kernel(
         x_ptr: tl.tensor,  # [N, HEIGHT, WIDTH, CHANNELS], by the strides below
-        weight_ptr: tl.tensor,  # [KERNEL, KERNEL, CHANNELS, OUT_CHANNELS]
+        weight_ptr: tl.tensor,  # [KERNEL * KERNEL * CHANNELS, OUT_CHANNELS], by the strides below
         bias_ptr: tl.tensor,  # float32 [OUT_CHANNELS]
         residual_ptr: tl.tensor,  # as out, or None
         out_ptr: tl.tensor,  # [N, OUT_HEIGHT, OUT_WIDTH, OUT_CHANNELS]
@@ -163,13 +223,16 @@ def gathered_conv_kernel(
         gather_ptr: tl.tensor,  # int32 [N]: where slot i reads; None: i
         scatter_ptr: tl.tensor,  # int32 [N]: where slot i writes; None: i
         count_ptr: tl.tensor,  # int32 [1], slots in use; None: batch
-        batch: tl.tensor,
+        parts_ptr: tl.tensor,  # float32 [room, SLICES, BLOCK_M, BLOCK_N]; None with one slice
+        arrivals_ptr: tl.tensor,  # int32 [room]: 0 before and after; None with one slice
+        batch: tl.tensor, room: tl.tensor,
         IMAGE_STRIDE: tl.constexpr, ROW_STRIDE: tl.constexpr, PIXEL_STRIDE: tl.constexpr, CHANNEL_STRIDE: tl.constexpr,
         HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
         OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr, OUT_CHANNELS: tl.constexpr,
         KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, RELU: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, POOL_TILE: tl.constexpr,
-        INTERPRETED: tl.constexpr) -> None:
+        TERM_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr, PRECISION: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr,
+        POOL_TILE: tl.constexpr, INTERPRETED: tl.constexpr) -> None:
     """See the top of the file and :func:`gathered_conv2d`."""
     PIXELS: tl.constexpr = OUT_HEIGHT * OUT_WIDTH
     TERMS: tl.constexpr = KERNEL * KERNEL * CHANNELS
@@ -179,8 +242,15 @@ def gathered_conv_kernel(
     POOL_TILES: tl.constexpr = (PIXELS + POOL_TILE - 1) // POOL_TILE
     # Rows of the product that an image takes: with pooled sums whole tiles, else just its pixels.
     SPAN: tl.constexpr = PIXELS if sums_ptr is None else PARTS * BLOCK_M
+    # Terms of a slice: whole blocks.
+    SLICE: tl.constexpr = (TERMS + SLICES * BLOCK_K - 1) // (SLICES * BLOCK_K) * BLOCK_K
     images = batch if count_ptr is None else tl.load(count_ptr)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(images * SPAN, BLOCK_M) * COLUMNS, tl.num_programs(0)):
+    tiles = tl.cdiv(images * SPAN, BLOCK_M) * COLUMNS
+    own = SLICES  # how many slices of a tile one program sums up: all, or where tiles are few, one
+    if SLICES > 1:
+        own = tl.where(tiles <= room, 1, SLICES)
+    for item in tl.range(tl.program_id(0), tiles * (SLICES // own), tl.num_programs(0)):
+        tile, first = item * own // SLICES, item * own % SLICES
         row = tile // COLUMNS * BLOCK_M + tl.arange(0, BLOCK_M)
         channel_out = tile % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)
         slot, pixel = row // SPAN, row % SPAN
@@ -190,59 +260,82 @@ def gathered_conv_kernel(
         x = (pixel % OUT_WIDTH * STRIDE - PADDING)[:, None]
         corner = source.to(tl.int64)[:, None] * IMAGE_STRIDE + y * ROW_STRIDE + x * PIXEL_STRIDE
         total = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
-        for start in tl.range(0, TERMS, BLOCK_K):
-            term = start + tl.arange(0, BLOCK_K)
-            tap = (start if WHOLE_TAPS else term[None, :]) // CHANNELS  # one for the block, or one a column
-            dy, dx = tap // KERNEL, tap % KERNEL
-            inside, known = used[:, None], (channel_out < OUT_CHANNELS)[None, :]
-            if PADDING > 0:
-                inside &= (y + dy >= 0) & (y + dy < HEIGHT) & (x + dx >= 0) & (x + dx < WIDTH)
-            if not WHOLE_TAPS:
-                inside &= (term < TERMS)[None, :]
-                known &= (term < TERMS)[:, None]
-            offset = dy * ROW_STRIDE + dx * PIXEL_STRIDE + (term[None, :] - tap * CHANNELS) * CHANNEL_STRIDE
-            a = tl.load(x_ptr + (corner + offset), mask=inside, other=0.0)
-            b = tl.load(weight_ptr + term[:, None] * OUT_CHANNELS + channel_out[None, :], mask=known, other=0.0)
-            a = a.to(b.dtype)
-            if INTERPRETED:  # it multiplies bfloat16 as the integers that it keeps them in
-                a, b = a.to(tl.float32), b.to(tl.float32)
-            total = tl.dot(a, b, total, input_precision="ieee")
-        total += tl.load(bias_ptr + channel_out, mask=channel_out < OUT_CHANNELS, other=0.0)[None, :]
-        written = slot if scatter_ptr is None else tl.load(scatter_ptr + slot, mask=used, other=0)
-        place = (written.to(tl.int64) * PIXELS + pixel)[:, None] * OUT_CHANNELS + channel_out[None, :]
-        known = used[:, None] & (channel_out < OUT_CHANNELS)[None, :]
-        if residual_ptr is not None:
-            total += tl.load(residual_ptr + place, mask=known, other=0.0).to(tl.float32)
-        if RELU:
-            total = tl.where(total < 0.0, 0.0, total)  # NaN stays
-        result = rounded(total, out_ptr.dtype.element_ty, INTERPRETED)
-        tl.store(out_ptr + place, result, mask=known)
-        if sums_ptr is not None:
-            here = tile // COLUMNS // PARTS
-            image = (here if scatter_ptr is None else tl.load(scatter_ptr + here)).to(tl.int64)
-            values = tl.where(used[:, None], result.to(tl.float32), 0.0)
-            pooled = tl.sum(tl.reshape(values, (BLOCK_M // POOL_TILE, POOL_TILE, BLOCK_N)), 1)
-            part = (tile // COLUMNS % PARTS * (BLOCK_M // POOL_TILE) + tl.arange(0, BLOCK_M // POOL_TILE))[:, None]
-            tl.store(sums_ptr + (image * POOL_TILES + part) * OUT_CHANNELS + channel_out[None, :], pooled,
-                     mask=(part < POOL_TILES) & (channel_out < OUT_CHANNELS)[None, :])
+        for begin in tl.range(first * SLICE, (first + own) * SLICE, SLICE):
+            part = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+            for start in tl.range(begin, tl.minimum(begin + SLICE, TERMS), BLOCK_K):
+                term = start + tl.arange(0, BLOCK_K)
+                tap = (start if WHOLE_TAPS else term[None, :]) // CHANNELS  # one for the block, or one a column
+                dy, dx = tap // KERNEL, tap % KERNEL
+                inside, known = used[:, None], (channel_out < OUT_CHANNELS)[None, :]
+                if PADDING > 0:
+                    inside &= (y + dy >= 0) & (y + dy < HEIGHT) & (x + dx >= 0) & (x + dx < WIDTH)
+                if not WHOLE_TAPS:
+                    inside &= (term < TERMS)[None, :]
+                    known &= (term < TERMS)[:, None]
+                offset = dy * ROW_STRIDE + dx * PIXEL_STRIDE + (term[None, :] - tap * CHANNELS) * CHANNEL_STRIDE
+                a = tl.load(x_ptr + (corner + offset), mask=inside, other=0.0)
+                b = tl.load(weight_ptr + term[:, None] * TERM_STRIDE + channel_out[None, :] * OUT_STRIDE, mask=known,
+                            other=0.0)
+                a = a.to(b.dtype)
+                if INTERPRETED:  # it multiplies bfloat16 as the integers that it keeps them in
+                    a, b = a.to(tl.float32), b.to(tl.float32)
+                part = tl.dot(a, b, part, input_precision=PRECISION)
+            total += part
+        complete = own == SLICES
+        if SLICES > 1:
+            value = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+            parts = parts_ptr + tile * SLICES * BLOCK_M * BLOCK_N + value
+            if not complete:
+                tl.store(parts + first * BLOCK_M * BLOCK_N, total)
+                tl.debug_barrier()  # all of this program's writes are done before it says so
+                complete = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == SLICES - 1
+                if complete:
+                    tl.store(arrivals_ptr + tile, 0)
+                    total = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+                    for other in tl.range(0, SLICES):
+                        # Past the first-level cache: other programs have written them just now.
+                        total += tl.load(parts + other * BLOCK_M * BLOCK_N, cache_modifier=".cg")
+        if complete:
+            total += tl.load(bias_ptr + channel_out, mask=channel_out < OUT_CHANNELS, other=0.0)[None, :]
+            written = slot if scatter_ptr is None else tl.load(scatter_ptr + slot, mask=used, other=0)
+            place = (written.to(tl.int64) * PIXELS + pixel)[:, None] * OUT_CHANNELS + channel_out[None, :]
+            known = used[:, None] & (channel_out < OUT_CHANNELS)[None, :]
+            if residual_ptr is not None:
+                total += tl.load(residual_ptr + place, mask=known, other=0.0).to(tl.float32)
+            if RELU:
+                total = tl.where(total < 0.0, 0.0, total)  # NaN stays
+            result = rounded(total, out_ptr.dtype.element_ty, INTERPRETED)
+            tl.store(out_ptr + place, result, mask=known)
+            if sums_ptr is not None:
+                here = tile // COLUMNS // PARTS
+                image = (here if scatter_ptr is None else tl.load(scatter_ptr + here)).to(tl.int64)
+                values = tl.where(used[:, None], result.to(tl.float32), 0.0)
+                pooled = tl.sum(tl.reshape(values, (BLOCK_M // POOL_TILE, POOL_TILE, BLOCK_N)), 1)
+                pool_tile = tile // COLUMNS % PARTS * (BLOCK_M // POOL_TILE) + tl.arange(0, BLOCK_M // POOL_TILE)
+                place = (image * POOL_TILES + pool_tile)[:, None] * OUT_CHANNELS + channel_out[None, :]
+                tl.store(sums_ptr + place, pooled,
+                         mask=(pool_tile < POOL_TILES)[:, None] & (channel_out < OUT_CHANNELS)[None, :])
 
 
-def constants(layer: Layer, configuration: Configuration, strides: tuple[int, ...], relu: bool) -> dict[str, Any]:
-    """The kernel's compile-time arguments. ``strides`` are the input's, image to channel."""
+def constants(layer: Layer, configuration: Configuration, strides: tuple[int, ...], weight_strides: tuple[int, ...],
+              relu: bool) -> dict[str, Any]:
+    """The kernel's compile-time arguments. Strides: the input's, image to channel; the weights', term and out."""
     image, row, pixel, channel = strides
     out_height, out_width = layer.out_size
     return dict(IMAGE_STRIDE=image, ROW_STRIDE=row, PIXEL_STRIDE=pixel, CHANNEL_STRIDE=channel,
                 HEIGHT=layer.height, WIDTH=layer.width, CHANNELS=layer.channels,
                 OUT_HEIGHT=out_height, OUT_WIDTH=out_width, OUT_CHANNELS=layer.out_channels,
                 KERNEL=layer.kernel, STRIDE=layer.stride, PADDING=layer.padding, RELU=relu,
+                TERM_STRIDE=weight_strides[0], OUT_STRIDE=weight_strides[1], PRECISION="tf32" if layer.tf32 else "ieee",
                 BLOCK_M=configuration.block_m, BLOCK_N=configuration.block_n, BLOCK_K=configuration.block_k,
-                POOL_TILE=POOL_TILE, INTERPRETED=INTERPRETED)
+                SLICES=configuration.slices, POOL_TILE=POOL_TILE, INTERPRETED=INTERPRETED)
 
 
 def gathered_conv2d(x: Tensor, weight: Tensor, bias: Tensor, count: Tensor | None = None, *,
                     gather: Tensor | None = None, scatter: Tensor | None = None, stride: int = 1, padding: int = 0,
                     relu: bool = False, residual: Tensor | None = None, out: Tensor | None = None,
-                    sums: Tensor | None = None, configuration: Configuration | None = None) -> Tensor:
+                    sums: Tensor | None = None, tf32: bool = False, configuration: Configuration | None = None,
+                    workspace: Workspace | None = None) -> Tensor:
     """Convolve ``count`` images in one launch, reading and writing by row lists; the count never reaches the host.
 
     For every slot ``i < count``: ``out[scatter[i]] = relu(conv2d(x[gather[i]]) + bias + residual[scatter[i]])``, where
@@ -250,8 +343,9 @@ def gathered_conv2d(x: Tensor, weight: Tensor, bias: Tensor, count: Tensor | Non
 
     Args:
         x: ``[N, H, W, C]`` with any strides, float32, bfloat16 or float16.
-        weight: ``[kernel, kernel, C, O]``, contiguous: PyTorch's, permuted by ``(2, 3, 1, 0)``. Products are formed in
-            its dtype, to which ``x`` is converted.
+        weight: ``[kernel, kernel, C, O]``: PyTorch's, permuted by ``(2, 3, 1, 0)``. Products are formed in its dtype,
+            to which ``x`` is converted. Its memory is contiguous in this order, or as ``[O, kernel, kernel, C]``, which
+            suits TF32.
         bias: float32 ``[O]``.
         count: int32 ``[1]``; None for all N.
         gather, scatter: int32 ``[N]``; the first ``count`` entries in ``[0, N)``, for ``scatter`` each once.
@@ -262,7 +356,10 @@ def gathered_conv2d(x: Tensor, weight: Tensor, bias: Tensor, count: Tensor | Non
             its content.
         sums: float32 ``[N, tiles, O]``, the written images' sums over every :data:`POOL_TILE` pixels of the (rounded)
             output, ``tiles`` being :func:`sum_tiles` of its size; what is not listed keeps its content.
+        tf32: cut float32 operands to TF32, for tensor cores.
         configuration: one of :func:`configurations`; by default the first.
+        workspace: for one launch at a time; made here if None. With less room than its ``empty`` gives, fewer tiles
+            are shared by programs, which changes no bit.
 
     Returns:
         ``out``.
@@ -271,11 +368,10 @@ def gathered_conv2d(x: Tensor, weight: Tensor, bias: Tensor, count: Tensor | Non
         ValueError: an argument is not as described.
         RuntimeError: no kernel can run on this machine.
     """
-    layer = _checked_layer(x, weight, stride, padding, sums is not None)
+    layer = _checked_layer(x, weight, stride, padding, sums is not None, tf32)
     batch, out_shape = len(x), (*layer.out_size, layer.out_channels)
     if out is None:
         out = torch.empty(batch, *out_shape, dtype=x.dtype, device=x.device)
-    check("weight", weight, weight.dtype, *weight.shape)
     check("bias", bias, torch.float32, layer.out_channels)
     check("count", count, torch.int32, 1)
     check("gather", gather, torch.int32, batch)
@@ -288,24 +384,37 @@ def gathered_conv2d(x: Tensor, weight: Tensor, bias: Tensor, count: Tensor | Non
     if batch == 0:
         return out
     configuration = configuration or configurations(layer)[0]
-    rows = batch * layer.out_size[0] * layer.out_size[1]
-    tiles = (batch + -(-rows // configuration.block_m)) * -(-layer.out_channels // configuration.block_n)
-    gathered_conv_kernel[(min(tiles, programs(x.device, 2)),)](
-        x, weight, bias, residual, out, sums, gather, scatter, count, batch,
-        **constants(layer, configuration, x.stride(), relu),
+    parts, arrivals, room = None, None, 0
+    if configuration.slices > 1:
+        workspace = workspace or Workspace.empty([(layer, configuration)], batch, x.device)
+        parts, arrivals, room = workspace.parts, workspace.arrivals, workspace.room(configuration)
+    grid = min(_tiles(layer, configuration, batch) * configuration.slices, programs(x.device, 2))
+    gathered_conv_kernel[(grid,)](
+        x, weight, bias, residual, out, sums, gather, scatter, count, parts, arrivals, batch, room,
+        **constants(layer, configuration, x.stride(), _by_term(weight), relu),
         num_warps=configuration.warps, num_stages=configuration.stages, **FUSED)
     return out
 
 
-def _checked_layer(x: Tensor, weight: Tensor, stride: int, padding: int, pooled: bool) -> Layer:
+def _by_term(weight: Tensor) -> tuple[int, ...]:
+    """The weights' strides as ``[kernel * kernel * C, O]``."""
+    return weight.view(-1, weight.shape[3]).stride()
+
+
+def _checked_layer(x: Tensor, weight: Tensor, stride: int, padding: int, pooled: bool, tf32: bool) -> Layer:
     if x.dim() != 4 or x.dtype not in DTYPES:
         raise ValueError(f"x must be [N, H, W, C] in {', '.join(map(str, DTYPES))}, got {x.dtype} {list(x.shape)}")
     if weight.dim() != 4 or weight.shape[0] != weight.shape[1] or weight.shape[2] != x.shape[3] \
             or weight.dtype not in DTYPES:
         raise ValueError(f"weight must be [kernel, kernel, {x.shape[3]}, O], got {weight.dtype} {list(weight.shape)}")
+    if not (weight.is_contiguous() or weight.permute(3, 0, 1, 2).is_contiguous()):
+        raise ValueError(f"weight must be contiguous as [kernel, kernel, C, O] or as [O, kernel, kernel, C], "
+                         f"got strides {list(weight.stride())} for {list(weight.shape)}")
+    if tf32 and weight.dtype != torch.float32:
+        raise ValueError(f"tf32 is for float32 weights, got {weight.dtype}")
     kernel = weight.shape[0]
     if stride < 1 or padding < 0 or min(x.shape[1:3]) + 2 * padding < kernel:
         raise ValueError(f"stride must be at least 1, and the padded input no smaller than the kernel, got stride "
                          f"{stride}, padding {padding}, input {list(x.shape[1:3])}, kernel {kernel}")
     _, height, width, channels = x.shape
-    return Layer(height, width, channels, weight.shape[3], kernel, stride, padding, weight.dtype, pooled)
+    return Layer(height, width, channels, weight.shape[3], kernel, stride, padding, weight.dtype, pooled, tf32)

@@ -55,9 +55,12 @@ def convolution(layer: Layer, configuration: Configuration, target: str) -> Reso
     tensors = dict(x_ptr=dtype, weight_ptr=dtype, bias_ptr=torch.float32, out_ptr=dtype, count_ptr=integer)
     tensors |= (dict(residual_ptr=dtype, sums_ptr=torch.float32, scatter_ptr=integer) if layer.pooled
                 else dict(gather_ptr=integer))
+    if configuration.slices > 1:
+        tensors |= dict(parts_ptr=torch.float32, arrivals_ptr=integer)
     strides = (layer.height * layer.width * layer.channels, layer.width * layer.channels, layer.channels, 1)
-    return _compiled(gathered_conv.gathered_conv_kernel, tensors, ("batch",),
-                     gathered_conv.constants(layer, configuration, strides, relu=True), target,
+    by_term = (1, layer.kernel ** 2 * layer.channels) if layer.tf32 else (layer.out_channels, 1)
+    return _compiled(gathered_conv.gathered_conv_kernel, tensors, ("batch", "room"),
+                     gathered_conv.constants(layer, configuration, strides, by_term, relu=True), target,
                      num_warps=configuration.warps, num_stages=configuration.stages)
 
 

@@ -23,7 +23,14 @@ from typing import Any
 import torch
 
 from skipnet_rt.kernels import gathered_conv
-from skipnet_rt.kernels.gathered_conv import Configuration, Layer, configurations, gathered_conv2d, sum_tiles
+from skipnet_rt.kernels.gathered_conv import (
+    Configuration,
+    Layer,
+    Workspace,
+    configurations,
+    gathered_conv2d,
+    sum_tiles,
+)
 from skipnet_rt.kernels.language import INTERPRETED, triton
 
 BATCHES = (1, 8, 64)
@@ -106,11 +113,14 @@ def _time(layer: Layer, configuration: Configuration, device: torch.device) -> f
         shape = (layer.kernel, layer.kernel, layer.channels, layer.out_channels)
         x = torch.randn(batch, layer.height, layer.width, layer.channels, device=device).to(layer.dtype)
         weight, bias = torch.randn(shape, device=device).to(layer.dtype), torch.zeros(layer.out_channels, device=device)
+        if layer.tf32:
+            weight = weight.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
         out = torch.zeros(batch, *layer.out_size, layer.out_channels, dtype=layer.dtype, device=device)
         sums = torch.zeros(batch, sum_tiles(layer.out_size), layer.out_channels, device=device)
         call = functools.partial(
             gathered_conv2d, x, weight, bias, stride=layer.stride, padding=layer.padding, relu=True, out=out,
-            residual=out if layer.pooled else None, sums=sums if layer.pooled else None, configuration=configuration)
+            residual=out if layer.pooled else None, sums=sums if layer.pooled else None, tf32=layer.tf32,
+            configuration=configuration, workspace=Workspace.empty([(layer, configuration)], batch, device))
         try:
             logarithms += math.log(triton.testing.do_bench_cudagraph(call, return_mode="median"))
         except triton.runtime.errors.OutOfResources:

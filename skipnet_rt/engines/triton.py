@@ -21,9 +21,10 @@ from skipnet_rt import kernels
 from skipnet_rt.engines.engine import Availability, Decisions, EnginePass, WalkingEngine
 from skipnet_rt.engines.graphs import Graphs
 from skipnet_rt.kernels import GateStep, tuning
-from skipnet_rt.kernels.gathered_conv import DTYPES, Configuration, Layer, configurations
+from skipnet_rt.kernels.gathered_conv import DTYPES, Configuration, Layer, Workspace, configurations
 from skipnet_rt.kernels.language import INTERPRETED, compilation_shown, missing
 from skipnet_rt.packing import PackedBlock, PackedConvolution, PackedFeedforwardGate, PackedNetwork
+from skipnet_rt.tolerances import tf32_asked
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Activation:
 
     pixels: Tensor  # [N, H, W, C] in the network's dtype
     sums: Tensor | None  # float32 [N, tiles, C], its partial sums for the pool; the stem's output has none
+    workspace: Workspace  # the walk's, which its launches use one after the other
 
 
 @dataclass
@@ -49,40 +51,43 @@ class _TritonDecisions(Decisions):
 
     Attributes:
         rows: the executing images; every gate writes it anew.
-        arrivals: int32 ``[1]``, the gate step's counter; 0 between launches.
     """
 
     rows: Rows
-    arrivals: Tensor
 
 
 class _Convolution:
-    """A layer's weights as the kernel takes them, and its configuration.
+    """A layer's weights as the kernel takes them (``copied`` bytes beyond the packed ones), and its configuration.
 
     Args:
         layer: the weights.
         size: the input's height and width.
         measured: configurations that were, by layer.
         pooled: writes the output's sums.
+        tf32: operands are cut to TF32.
     """
 
     def __init__(self, layer: PackedConvolution, size: tuple[int, int], measured: dict[str, Configuration], *,
-                 pooled: bool = False) -> None:
+                 pooled: bool = False, tf32: bool = False) -> None:
         out_channels, channels, kernel, _ = layer.weight.shape
-        self.weight = layer.weight.permute(2, 3, 1, 0).contiguous()
+        # TF32's instructions want the terms of a sum beside each other, the others' take the channels of the output.
+        self.weight = (layer.weight.permute(0, 2, 3, 1).contiguous().permute(1, 2, 3, 0) if tf32
+                       else layer.weight.permute(2, 3, 1, 0).contiguous())
         self.bias = layer.bias.float()
+        self.copied = sum(mine.nbytes for mine, packed in ((self.weight, layer.weight), (self.bias, layer.bias))
+                          if mine.data_ptr() != packed.data_ptr())
         self.layer = Layer(*size, channels, out_channels, kernel, layer.stride, layer.padding, layer.weight.dtype,
-                           pooled)
-        self._configuration = measured.get(str(self.layer), configurations(self.layer)[0])
+                           pooled, tf32)
+        self.configuration = measured.get(str(self.layer), configurations(self.layer)[0])
 
     def __call__(self, x: Tensor, count: Tensor | None = None, *, gather: Tensor | None = None,
                  scatter: Tensor | None = None, relu: bool = False, residual: Tensor | None = None,
-                 out: Tensor | None = None, sums: Tensor | None = None) -> Tensor:
+                 out: Tensor | None = None, sums: Tensor | None = None, workspace: Workspace) -> Tensor:
         """See :func:`skipnet_rt.kernels.gathered_conv2d`."""
         return kernels.gathered_conv2d(
             x, self.weight, self.bias, count, gather=gather, scatter=scatter, stride=self.layer.stride,
-            padding=self.layer.padding, relu=relu, residual=residual, out=out, sums=sums,
-            configuration=self._configuration)
+            padding=self.layer.padding, relu=relu, residual=residual, out=out, sums=sums, tf32=self.layer.tf32,
+            configuration=self.configuration, workspace=workspace)
 
     def empty(self, batch: int) -> tuple[Tensor, Tensor]:
         """Memory for a batch's output in the weights' dtype, and for its sums."""
@@ -91,21 +96,21 @@ class _Convolution:
                 torch.empty(batch, kernels.sum_tiles(size), channels, device=device))
 
 
-def _chain(layers: tuple[PackedConvolution, ...], size: tuple[int, int],
-           measured: dict[str, Configuration]) -> list[_Convolution]:
+def _chain(layers: tuple[PackedConvolution, ...], size: tuple[int, int], measured: dict[str, Configuration], *,
+           tf32: bool = False) -> list[_Convolution]:
     """Convolutions that follow one another, the first on an input of this size; the last one writes sums."""
     chain: list[_Convolution] = []
     for layer in layers:
         chain.append(_Convolution(layer, chain[-1].layer.out_size if chain else size, measured,
-                                  pooled=layer is layers[-1]))
+                                  pooled=layer is layers[-1], tf32=tf32))
     return chain
 
 
 class _Block:
-    def __init__(self, block: PackedBlock, measured: dict[str, Configuration]) -> None:
-        *self.first, self.last = _chain(block.convolutions, block.plan.in_size, measured)
+    def __init__(self, block: PackedBlock, measured: dict[str, Configuration], *, tf32: bool) -> None:
+        *self.first, self.last = _chain(block.convolutions, block.plan.in_size, measured, tf32=tf32)
         self.projection = None if block.projection is None else _Convolution(
-            block.projection, block.plan.in_size, measured, pooled=True)
+            block.projection, block.plan.in_size, measured, pooled=True, tf32=tf32)
 
 
 class _FeedforwardGate:
@@ -115,13 +120,14 @@ class _FeedforwardGate:
         self.max_pool = gate.max_pool
         self.chain = _chain(gate.convolutions, (size[0] // 2, size[1] // 2) if gate.max_pool else size, measured)
 
-    def __call__(self, x: Tensor, present: Tensor) -> tuple[Tensor, int]:
+    def __call__(self, x: Tensor, present: Tensor, workspace: Workspace) -> tuple[Tensor, int]:
         """The sums of the last feature map, and its pixels. In float32 from the first product on."""
         if self.max_pool:
             x = F.max_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
         for convolution in self.chain:
             out, sums = convolution.empty(len(x))
-            x = convolution(x, present, relu=True, out=out, sums=sums if convolution.layer.pooled else None)
+            x = convolution(x, present, relu=True, out=out, sums=sums if convolution.layer.pooled else None,
+                            workspace=workspace)
         return sums, x.shape[1] * x.shape[2]
 
 
@@ -136,13 +142,15 @@ class TritonEngine(WalkingEngine[Activation, Rows]):
         super().__init__(network)
         architecture = network.arch
         measured = tuning.results(network.device)
-        self._stem = _Convolution(network.stem, architecture.image_size, measured)
-        self._blocks = [_Block(block, measured) for block in network.blocks]
+        tf32 = network.dtype == torch.float32 and tf32_asked()
+        self._stem = _Convolution(network.stem, architecture.image_size, measured, tf32=tf32)
+        self._blocks = [_Block(block, measured, tf32=tf32) for block in network.blocks]
         self._gates = [_FeedforwardGate(gate, plan.out_size, measured) if isinstance(gate, PackedFeedforwardGate)
                        else None for plan, gate in zip(architecture.blocks, network.gates, strict=False)]
         weight = network.head_weight
         self._head = _Convolution(PackedConvolution(weight.view(*weight.shape, 1, 1), network.head_bias, 1, 0), (1, 1),
                                   measured)
+        self._plans = {(one.layer, one.configuration) for one in self._convolutions}
         self._graphs = None if INTERPRETED else Graphs(architecture, network.device, network.dtype, compilation_shown)
         self._interpreter = threading.Lock()  # it runs one program at a time
 
@@ -152,18 +160,24 @@ class TritonEngine(WalkingEngine[Activation, Rows]):
         return Availability(reason is None, reason or "")
 
     @property
-    def memory(self) -> int:
-        return super().memory + (0 if self._graphs is None else self._graphs.memory)
-
-    @property
     def layers(self) -> tuple[Layer, ...]:
         """Every kind of convolution that the network has, once: what there is to tune."""
+        return tuple(dict.fromkeys(convolution.layer for convolution in self._convolutions))
+
+    @property
+    def _convolutions(self) -> list[_Convolution]:
         convolutions = [self._stem, self._head]
         for block in self._blocks:
             convolutions += [*block.first, block.last, *([] if block.projection is None else [block.projection])]
         for gate in self._gates:
             convolutions += [] if gate is None else gate.chain
-        return tuple(dict.fromkeys(convolution.layer for convolution in convolutions))
+        return convolutions
+
+    @property
+    def memory(self) -> int:
+        """Weights, as packed and as the kernels take them, and what the graphs hold."""
+        copies = sum(convolution.copied for convolution in self._convolutions)
+        return super().memory + copies + (0 if self._graphs is None else self._graphs.memory)
 
     def run(self, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
         if self._graphs is None:
@@ -191,8 +205,7 @@ class TritonEngine(WalkingEngine[Activation, Rows]):
     def _decisions(self, batch: int, routing: Tensor | None, present: Tensor, steps: int) -> _TritonDecisions:
         integers: dict[str, Any] = dict(dtype=torch.int32, device=present.device)
         rows = Rows(torch.empty(batch, **integers), torch.empty(1, **integers), present)
-        return _TritonDecisions(**vars(self.begin(batch, steps, routing)), rows=rows,
-                                arrivals=torch.zeros(1, **integers))
+        return _TritonDecisions(**vars(self.begin(batch, steps, routing)), rows=rows)
 
     def everyone(self, decisions: Decisions) -> Rows:
         assert isinstance(decisions, _TritonDecisions)
@@ -201,45 +214,49 @@ class TritonEngine(WalkingEngine[Activation, Rows]):
         return Rows(order, present, present)
 
     def stem(self, images: Tensor) -> Activation:
-        x = self._stem(images.permute(0, 2, 3, 1), relu=True)
+        # Made for every walk: a graph's is its own, whatever runs beside it.
+        workspace = Workspace.empty(self._plans, len(images), images.device)
+        x = self._stem(images.permute(0, 2, 3, 1), relu=True, workspace=workspace)
         if self.network.arch.stem == "imagenet":
             x = F.max_pool2d(x.permute(0, 3, 1, 2), 3, stride=2, padding=1).permute(0, 2, 3, 1).contiguous()
-        return Activation(x, None)
+        return Activation(x, None, workspace)
 
     def gate_step(self, index: int, x: Activation, decisions: Decisions) -> None:
         assert isinstance(decisions, _TritonDecisions)
         assert x.sums is not None
-        rows = decisions.rows
+        rows, workspace = decisions.rows, x.workspace
         out = GateStep(decisions.gate_logits[index], decisions.probabilities[index], decisions.executed[index],
                        rows.order, rows.count)
         packed, feedforward = self.network.gates[index], self._gates[index]
         if feedforward is None:
             kernels.gate_step(x.sums, x.pixels.shape[1] * x.pixels.shape[2], packed, self.network.lstm,
                               decisions.hidden, decisions.cell, forced=decisions.forced_by(index),
-                              present=rows.present, out=out, arrivals=decisions.arrivals)
+                              present=rows.present, out=out, arrivals=workspace.arrivals[:1])
         else:
-            kernels.gate_step(*feedforward(x.pixels, rows.present), packed, forced=decisions.forced_by(index),
-                              present=rows.present, out=out, arrivals=decisions.arrivals)
+            kernels.gate_step(*feedforward(x.pixels, rows.present, workspace), packed,
+                              forced=decisions.forced_by(index), present=rows.present, out=out,
+                              arrivals=workspace.arrivals[:1])
 
     def compact(self, index: int, decisions: Decisions) -> Rows:
         assert isinstance(decisions, _TritonDecisions)
         return decisions.rows  # the gate step has listed them
 
     def run_block(self, index: int, x: Activation, rows: Rows) -> Activation:
-        block, y = self._blocks[index], x
+        block, y, workspace = self._blocks[index], x, x.workspace
         if block.projection is not None:  # everyone's shortcut; the executing images add to it below
-            y = Activation(*block.projection.empty(len(x.pixels)))
-            block.projection(x.pixels, rows.present, out=y.pixels, sums=y.sums)
+            y = Activation(*block.projection.empty(len(x.pixels)), workspace)
+            block.projection(x.pixels, rows.present, out=y.pixels, sums=y.sums, workspace=workspace)
         elif x.sums is None:
-            y = Activation(x.pixels, block.last.empty(len(x.pixels))[1])
+            y = Activation(x.pixels, block.last.empty(len(x.pixels))[1], workspace)
         first, *between = block.first
-        inner = first(x.pixels, rows.count, gather=rows.order, relu=True)
+        inner = first(x.pixels, rows.count, gather=rows.order, relu=True, workspace=workspace)
         for convolution in between:
-            inner = convolution(inner, rows.count, relu=True)
-        block.last(inner, rows.count, scatter=rows.order, relu=True, residual=y.pixels, out=y.pixels, sums=y.sums)
+            inner = convolution(inner, rows.count, relu=True, workspace=workspace)
+        block.last(inner, rows.count, scatter=rows.order, relu=True, residual=y.pixels, out=y.pixels, sums=y.sums,
+                   workspace=workspace)
         return y
 
     def head(self, x: Activation) -> Tensor:
         assert x.sums is not None
         pooled = kernels.pool(x.sums, x.pixels.shape[1] * x.pixels.shape[2], self.network.dtype)
-        return self._head(pooled.view(len(pooled), 1, 1, -1)).view(len(pooled), -1)
+        return self._head(pooled.view(len(pooled), 1, 1, -1), workspace=x.workspace).view(len(pooled), -1)
