@@ -106,23 +106,6 @@ def test_two_threads_with_streams_of_their_own(engine):
         assert list(threads.map(wrong, (0, 1))) == [0, 0]
 
 
-def test_first_calls_of_several_runtimes_at_once(engine):
-    """Each captures a graph while the others launch, allocate and want to capture."""
-    runtimes, images = [compiled("rnn", engine) for _ in range(4)], images_for("rnn", 3)
-    expected = runtimes[0].infer(images).logits
-    torch.cuda.synchronize()
-
-    def wrong(runtime):
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            results = [runtime.infer(images[:count]).logits for count in (1, 2, 3)]
-        stream.synchronize()
-        return sum(not torch.equal(result, expected[:len(result)]) for result in results)
-
-    with ThreadPoolExecutor() as threads:
-        assert list(threads.map(wrong, runtimes[1:])) == [0, 0, 0]
-
-
 def test_a_result_outlives_the_next_call(engine):
     runtime = compiled("rnn", engine)
     first, second = images_for("rnn", 4, seed=5), images_for("rnn", 4, seed=6)
@@ -142,6 +125,23 @@ def test_calls_inside_and_outside_of_inference_mode(engine, name, first):
         before = runtime.infer(images).logits.clone()
     with torch.inference_mode(not first):
         assert torch.equal(runtime.infer(images).logits, before)
+
+
+def test_first_calls_of_several_runtimes_at_once(engine):
+    """Each captures a graph while the others launch, allocate and want to capture."""
+    runtimes, images = [compiled("rnn", engine) for _ in range(4)], images_for("rnn", 3)
+    expected = runtimes[0].infer(images).logits
+    torch.cuda.synchronize()
+
+    def wrong(runtime):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            results = [runtime.infer(images[:count]).logits for count in (1, 2, 3)]
+        stream.synchronize()
+        return sum(not torch.equal(result, expected[:len(result)]) for result in results)
+
+    with ThreadPoolExecutor() as threads:
+        assert list(threads.map(wrong, runtimes[1:])) == [0, 0, 0]
 
 
 def test_inside_torch_compile_with_its_cuda_graphs(engine):
