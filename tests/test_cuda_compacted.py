@@ -1,6 +1,6 @@
 """The GPU's compacted strategy: what its captured graphs add to the promises of test_engines.py."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -77,21 +77,15 @@ def test_streams_and_threads_share_the_graphs():
     expected = [call(engine("rnn"), images) for images in batches]
     call(compacted, batches[0])
     torch.cuda.synchronize()
-    wrong = []
 
-    def work(number):
+    def wrong(number):
         with torch.cuda.stream(torch.cuda.Stream()):
             results = [call(compacted, batches[number]) for _ in range(50)]
             torch.cuda.current_stream().synchronize()
-        wrong.extend(number for result in results
-                     if not all(map(torch.equal, result, expected[number])))
+        return sum(not all(map(torch.equal, result, expected[number])) for result in results)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    with ThreadPoolExecutor() as threads:
+        assert list(threads.map(wrong, range(4))) == [0] * 4
 
 
 def test_nothing_waits_and_memory_is_stated():

@@ -1,6 +1,6 @@
 """What holds for every engine on a GPU beyond the conformance suite: graphs, streams, threads and memory."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -94,21 +94,16 @@ def test_two_threads_with_streams_of_their_own(engine):
     batches = [images_for("rnn", count, seed=count) for count in (3, 8)]
     expected = [runtime.infer(images).logits for images in batches]
     torch.cuda.synchronize()
-    wrong = []
 
-    def work(which):
+    def wrong(which):
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             results = [runtime.infer(batches[which]).logits for _ in range(50)]
         stream.synchronize()
-        wrong.extend(which for result in results if not torch.equal(result, expected[which]))
+        return sum(not torch.equal(result, expected[which]) for result in results)
 
-    threads = [threading.Thread(target=work, args=(which,)) for which in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    with ThreadPoolExecutor() as threads:
+        assert list(threads.map(wrong, (0, 1))) == [0, 0]
 
 
 def test_a_result_outlives_the_next_call(engine):
