@@ -93,7 +93,8 @@ def waves(arguments: argparse.Namespace) -> dict[str, Any]:
     """The resident engine's time in all of its plans."""
     model = srt.build(arguments.arch).eval()
     device, dtype = torch.device("cuda", torch.cuda.current_device()), getattr(torch, arguments.dtype)
-    if objection := REGISTRY["cuda"].objection(model.arch, device, dtype):
+    if objection := (REGISTRY["cuda"].objection(model.arch, device, dtype)
+                     or ResidentCudaEngine.misfit(model.arch, device, dtype)):
         raise EngineError(objection)
     network = pack(model, device, dtype)
     images = torch.randn(arguments.batch, 3, *model.arch.image_size, device=device, dtype=dtype)
