@@ -460,7 +460,8 @@ def test_doctor_says_all_that_gpus_would_take(run, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     missing = run("doctor", "--json").json["missing_for_gpus"]
     assert [line.split(" (")[0].split(":")[0] for line in missing] == [
-        "a PyTorch with CUDA", "an NVIDIA GPU and its driver", "for engine cuda, nvcc", "for engine triton, Triton"]
+        "a PyTorch with CUDA", "an NVIDIA GPU and its driver", "for engine cuda, nvcc, and skipnet-rt installed anew",
+        "for engine triton, Triton"]
     shown = run("doctor").out
     assert "Missing for GPUs" in shown
     assert "pip install 'skipnet-rt[gpu]'" in shown
