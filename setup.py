@@ -2,12 +2,16 @@
 
 SKIPNET_CUDA=0             leave the CUDA sources out
 SKIPNET_CUDA_ARCHS=90,120  build for these compute capabilities; "all" for every one that is supported
+SKIPNET_BUILD_JOBS=4       compile so many files at a time, instead of one a core
 """
 
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
@@ -38,49 +42,62 @@ def cuda_archs() -> tuple[str, ...]:
     return DEFAULT_ARCHS
 
 
+Compilation = Callable[[], str]
+"""Compiles one file; returns the object's path."""
+
+
 class BuildExtension(build_ext):
     """Compiles the .cu sources with nvcc beside the C++ ones and links cudart statically."""
 
     def build_extension(self, ext: Pybind11Extension) -> None:
         """Build one extension; without nvcc it is CPU only, and says so."""
         nvcc = find_nvcc()
+        compilations: list[Compilation] = []
         if os.environ.get("SKIPNET_CUDA") == "0":
             why = "left out: SKIPNET_CUDA=0 was set when skipnet-rt was built"
         elif nvcc is None:
             why = "left out: no nvcc was found when skipnet-rt was built"
         else:
-            why = self.add_cuda(ext, nvcc)
+            why, compilations = self.cuda(ext, nvcc)
         print(f"skipnet-rt: CUDA sources {why}")
         ext.define_macros.append(("SKIPNET_CUDA_BUILD", f'"{why}"'))
-        self.add_variants(ext)
+        ext.define_macros += MACROS
+        with ThreadPoolExecutor(int(os.environ.get("SKIPNET_BUILD_JOBS", 0)) or os.cpu_count()) as pool:
+            ext.extra_objects += pool.map(lambda compilation: compilation(), [*compilations, *self.variants(ext)])
         super().build_extension(ext)
 
-    def add_variants(self, ext: Pybind11Extension) -> None:
-        """Compile the CPU kernels for each instruction set, with fused multiply-adds where there are any."""
-        ext.define_macros += MACROS
-        for isa, width, flags in VARIANTS:
-            ext.extra_objects += self.compiler.compile(
-                [f"csrc/cpu/{name}" for name in VARIANT_SOURCES], output_dir=str(Path(self.build_temp) / isa),
+    def variants(self, ext: Pybind11Extension) -> list[Compilation]:
+        """The CPU kernels for each instruction set, with fused multiply-adds where there are any."""
+        def compilation(source: str, isa: str, width: int, flags: list[str]) -> str:
+            return self.compiler.compile(
+                [f"csrc/cpu/{source}"], output_dir=str(Path(self.build_temp) / isa),
                 macros=[("SKIPNET_ISA", isa), ("SKIPNET_WIDTH", str(width))], depends=ext.depends,
-                extra_postargs=["-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=fast", *flags])
+                extra_postargs=["-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=fast", *flags])[0]
 
-    def add_cuda(self, ext: Pybind11Extension, nvcc: str) -> str:
-        """Compile the CUDA sources to objects and add them; returns what was done."""
+        return [partial(compilation, source, *variant) for variant in VARIANTS for source in VARIANT_SOURCES]
+
+    def cuda(self, ext: Pybind11Extension, nvcc: str) -> tuple[str, list[Compilation]]:
+        """The CUDA sources, and what is being done with them."""
         archs = cuda_archs()
         codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
         newest = archs[-1].rstrip("af")
         codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
         folder = Path(self.build_temp) / "cuda"
         folder.mkdir(parents=True, exist_ok=True)
-        for source in sorted(Path("csrc/cuda").glob("*.cu")):
+
+        def compilation(source: Path) -> str:
             target = folder / f"{source.stem}.o"
             subprocess.run([nvcc, *FLAGS, "--threads=0", *codes, "-c", str(source), "-o", str(target)], check=True)
-            ext.extra_objects.append(str(target))
+            return str(target)
+
+        # The largest first: it takes longer than all others.
+        sources = sorted(Path("csrc/cuda").glob("*.cu"), key=lambda source: source.stat().st_size, reverse=True)
         root = toolkit_root(nvcc)
         ext.library_dirs += [str(path) for path in (root / "lib64", *root.glob("targets/*/lib")) if path.is_dir()]
         ext.libraries += ["cudart_static", "rt", "dl", "pthread"]
         ext.define_macros.append(("SKIPNET_CUDA_ARCHS", f'"{",".join(archs)}"'))
-        return f"built for {', '.join(f'sm_{arch}' for arch in archs)} and PTX {newest}"
+        return (f"built for {', '.join(f'sm_{arch}' for arch in archs)} and PTX {newest}",
+                [partial(compilation, source) for source in sources])
 
 
 ParallelCompile("SKIPNET_BUILD_JOBS", default=0).install()

@@ -53,9 +53,9 @@ def timed(benchmark: BenchmarkFixture, call: Callable[[], object], operations: f
                                      "TFLOP/s": round(operations / seconds / 1e12, 1)})
 
 
+@pytest.mark.parametrize("who", ["gathered", "gathered half", "cudnn"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("who", ["gathered", "gathered half", "cudnn"])
 def test_convolution(benchmark: BenchmarkFixture, who: str, batch: int, shape: tuple[int, int, int, int, int]) -> None:
     """Bias and ReLU included; ``half`` lists every other image, in as large a batch."""
     size, channels, out_channels, kernel, stride = shape

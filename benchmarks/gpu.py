@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,10 @@ import skipnet_rt as srt
 from skipnet_rt import machine
 from skipnet_rt.benchmark import BenchmarkError, benchmark, random_routing
 from skipnet_rt.engines import REGISTRY, EngineError
-from skipnet_rt.packing import PackedEmbedding, pack
+from skipnet_rt.engines.cuda_resident import ResidentCudaEngine
+from skipnet_rt.packing import PackedEmbedding, PackedNetwork, pack
 from skipnet_rt.peers import PEERS
+from skipnet_rt.runtime import usable_device
 from skipnet_rt.timing import Timing, alternate
 
 ARCH = "cifar10_rnn_gate_110"
@@ -75,26 +77,30 @@ def slope(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"architecture": str(model.arch), "dtype": arguments.dtype, "batch": arguments.batch, "engines": engines}
 
 
-def waves(arguments: argparse.Namespace) -> dict[str, Any]:
+def plans(network: PackedNetwork) -> dict[str, ResidentCudaEngine]:
     """The resident engine by the images that a block of threads takes at a time, clusters taking one included."""
-    from skipnet_rt.engines.cuda_resident import ResidentCudaEngine
-
-    model = srt.build(arguments.arch).eval()
-    device, dtype = torch.device("cuda", torch.cuda.current_device()), getattr(torch, arguments.dtype)
-    if objection := REGISTRY["cuda"].objection(model.arch, device, dtype):
-        raise EngineError(objection)
-    network = pack(model, device, dtype)
-    images = torch.randn(arguments.batch, 3, *model.arch.image_size, device=device, dtype=dtype)
-    route = random_routing(model.arch, arguments.batch, 0.5).to(device)
     engines = {"as planned": ResidentCudaEngine(network)}
     for count in (1, 2, 3):
         if engines["as planned"].fits(count):
             engines[str(count)] = ResidentCudaEngine(network, images=count)
     for cluster in (2, 4):
-        if torch.cuda.get_device_capability(device)[0] in (9, 10):
+        if torch.cuda.get_device_capability(network.device)[0] in (9, 10):
             engines[f"1/{cluster}"] = ResidentCudaEngine(network, cluster=cluster)
+    return engines
+
+
+def waves(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The resident engine's time in all of its plans."""
+    model = srt.build(arguments.arch).eval()
+    device, dtype = torch.device("cuda", torch.cuda.current_device()), getattr(torch, arguments.dtype)
+    if objection := (REGISTRY["cuda"].objection(model.arch, device, dtype)
+                     or ResidentCudaEngine.misfit(model.arch, device, dtype)):
+        raise EngineError(objection)
+    network = pack(model, device, dtype)
+    images = torch.randn(arguments.batch, 3, *model.arch.image_size, device=device, dtype=dtype)
+    route = random_routing(model.arch, arguments.batch, 0.5).to(device)
     calls = {name: (lambda engine=engine: engine.run(images, route, model.arch.num_gates))
-             for name, engine in engines.items()}
+             for name, engine in plans(network).items()}
     timings = alternate(calls, seconds=arguments.seconds, device=device, device_time=True)
     return {"architecture": str(model.arch), "dtype": arguments.dtype, "batch": arguments.batch,
             "images_of_a_block": {name: timing.to_dict() for name, timing in timings.items()}}
@@ -178,21 +184,32 @@ def touch(arguments: argparse.Namespace) -> dict[str, Any]:
     small = {"resident": srt.SkipNetArch("cifar", "basic", (1, 1, 1), (16, 32, 64), "rnn", image_size=(16, 16)),
              "compacted": srt.SkipNetArch("imagenet", "bottleneck", (1, 2), (16, 16), "rnn", image_size=(32, 32)),
              "feed-forward": srt.SkipNetArch("cifar", "basic", (2, 1), (8, 16), "feedforward1", image_size=(8, 8))}
+    device, dtype, batch = usable_device("cuda"), getattr(torch, arguments.dtype), arguments.batch
     executed = {}
     for name, arch in small.items():
-        runtime = srt.compile(srt.build(arch).eval(), engine="cuda", device="cuda",
-                              dtype=getattr(torch, arguments.dtype))
-        images = torch.randn(arguments.batch, 3, *arch.image_size, device="cuda")
-        routes = (None, *(random_routing(arch, arguments.batch, share).cuda() for share in (0.5, 1.0)))
-        executed[name] = [runtime.infer(images, routing=route).executed.sum().item() for route in routes]
+        model = srt.build(arch).eval()
+        images, route = (each.to(device) for each in (torch.randn(batch, 3, *arch.image_size),
+                                                      random_routing(arch, batch, 0.5)))
+        runtime = srt.compile(model, engine="cuda", device=device, dtype=dtype)
+        # No two calls of a kind: the second would be captured, which takes an allocator that caches.
+        results = [runtime.infer(images), runtime.infer(images, route), runtime.infer(images[1:], route[1:])]
+        executed[name] = [int(result.executed.sum()) for result in results]
+        if isinstance(runtime.engine, ResidentCudaEngine):
+            for engine in plans(runtime.engine.network).values():
+                engine.run(images.to(dtype), route, arch.num_gates)
+    torch.cuda.synchronize()
     return {"executed": executed}
 
 
 def table(folder: Path) -> None:
     """What the parts wrote, in short."""
     for path in sorted(folder.glob("*.json")):
-        document = json.loads(path.read_text())
         print(f"\n{path.stem}")
+        try:
+            document = json.loads(path.read_text())
+        except ValueError as error:
+            print(f"  cannot be read: {error}")
+            continue
         for result in document.get("results", ()):
             for name, time in result["peers"].items():
                 print(f"  {name:24} {_microseconds(time)}")
@@ -206,6 +223,22 @@ def table(folder: Path) -> None:
         for key in ("engines", "images_of_a_block", "microseconds_a_skipped_block"):
             for name, value in document.get(key, {}).items():
                 print(f"  {name:20} {json.dumps(value)}")
+        _triton(document.get("benchmarks", ()))
+
+
+def _triton(rows: Sequence[dict[str, Any]]) -> None:
+    """A line for what bench_triton.py repeats at other batch sizes: microseconds, and how cuDNN's time compares."""
+    times = {row["name"]: row["extra_info"]["us a launch"] for row in rows}
+    lines: dict[str, list[str]] = {}
+    for row in rows:
+        name, parameters, time = row["name"], row["params"], times[row["name"]]
+        if parameters.get("who") != "cudnn":
+            beside = times.get(name.replace(f"[{parameters.get('who')}-", "[cudnn-"))
+            ratio = f" ({time / beside:.2f} x cuDNN)" if beside and "who" in parameters else ""
+            what = name.removeprefix("test_").replace(f"-{parameters['batch']}", "").replace("[", " ").rstrip("]")
+            lines.setdefault(what, []).append(f"{parameters['batch']}: {time:.1f}{ratio}")
+    for what, found in lines.items():
+        print(f"  {what:48} {', '.join(found)}")
 
 
 def _microseconds(time: dict[str, float]) -> str:
@@ -231,6 +264,7 @@ def main() -> None:
         return
     torch.manual_seed(0)
     try:
+        usable_device("cuda")
         found = parts[arguments.part](arguments)
     except (BenchmarkError, EngineError) as error:
         parser.exit(1, f"{error}\n")

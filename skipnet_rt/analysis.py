@@ -251,8 +251,7 @@ def time_against_computation(found: Benchmark) -> Figure:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False, fontsize=8)
-    threads = f"{found.cpu['threads']} thread{'s' * (found.cpu['threads'] > 1)}"
-    detail = f"{found.arch}, {str(found.dtype).removeprefix('torch.')}, {threads}"
+    detail = f"{found.arch}, {str(found.dtype).removeprefix('torch.')}, {found.where}"
     _titled(figure, left, "Time against executed share", detail)
     _titled(figure, right, "Time against batch size", detail)
     return figure

@@ -20,7 +20,7 @@ from skipnet_rt.arch import SkipNetArch
 from skipnet_rt.model import SkipNet
 from skipnet_rt.peers import PEERS, PUBLISHED_WAY, Peer
 from skipnet_rt.routing import RoutingStats
-from skipnet_rt.runtime import compile
+from skipnet_rt.runtime import compile, usable_device
 from skipnet_rt.timing import Timing, alternate
 
 BATCHES = (1, 8, 64)
@@ -156,6 +156,12 @@ class Benchmark:
     results: tuple[BatchResult, ...]
     gpu: dict[str, Any] | None = None
 
+    @property
+    def where(self) -> str:
+        """The GPU's name, or how many of the CPU's threads there were."""
+        threads = self.cpu["threads"]
+        return self.gpu["name"] if self.gpu else f"{threads} thread{'s' * (threads > 1)}"
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON; the units are those of the results."""
         return {
@@ -165,7 +171,7 @@ class Benchmark:
         } | ({"gpu": self.gpu} if self.gpu else {})
 
 
-def benchmark(model: SkipNet, *, engines: Sequence[str] = ("cpu",), batches: Sequence[int] = BATCHES,
+def benchmark(model: SkipNet, *, engines: Sequence[str] = ("auto",), batches: Sequence[int] = BATCHES,
               fractions: Sequence[float] = FRACTIONS, dtype: torch.dtype = torch.float32,
               peers: Sequence[Peer] = PEERS, seconds: float = 10.0, device: torch.device | str = "cpu",
               on_progress: Callable[[str, float], None] | None = None) -> Benchmark:
@@ -184,10 +190,10 @@ def benchmark(model: SkipNet, *, engines: Sequence[str] = ("cpu",), batches: Seq
 
     Raises:
         BenchmarkError: the network has no gates, or no dense peer is left.
-        skipnet_rt.EngineError: an engine cannot take the network.
+        skipnet_rt.EngineError: an engine cannot take the network, or the device cannot be used.
     """
     report = on_progress or (lambda what, share: None)
-    place = torch.device(device)
+    place = usable_device(device)
     on_gpu = place.type == "cuda"
     left_out = {peer.name: objection for peer in peers
                 if (objection := peer.objection(dtype, place.type)) is not None}

@@ -46,7 +46,7 @@ from skipnet_rt.options import field_options
 from skipnet_rt.peers import PEERS, Peer
 from skipnet_rt.preprocessing import CIFAR, IMAGENET, SVHN, Preprocessing
 from skipnet_rt.routing import NetworkCount, count_operations
-from skipnet_rt.runtime import SkipNetRuntime, compile
+from skipnet_rt.runtime import SkipNetRuntime, compile, usable_device
 from skipnet_rt.timing import Comparison
 from skipnet_rt.train import RECIPES, TrainConfig, TrainError, train
 
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             app(args=None if argv is None else list(argv), prog_name="skipnet-rt")
         except torch.OutOfMemoryError as error:
-            _fail(f"out of memory: {str(error).splitlines()[0]}; a smaller --batch-size needs less")
+            _fail(f"out of memory: {str(error).splitlines()[0]}; a smaller batch needs less")
         except OSError as error:
             _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         except _MISTAKES as error:
@@ -166,19 +166,11 @@ def _progress() -> Iterator[Progress]:
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 ModelPath = Annotated[Path | None, typer.Option(
     "--model", metavar="CKPT", help="A checkpoint, published or .safetensors.", show_default="the bundled one")]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="A torch device: cpu, cuda, cuda:1.")]
 
 
 def _model(path: Path | None) -> SkipNet:
     return demonstration.bundled_model() if path is None else load(path)
-
-
-def _checked_device(name: str) -> str:
-    """A device that tensors can be put on."""
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA asserts
-        raise CommandError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
-    return name
 
 
 # demo ----------------------------------------------------------------------------------------------------------------
@@ -386,7 +378,7 @@ def evaluate_command(
         root: Annotated[Path, typer.Option(metavar="DIR", help="Its folder; digits needs none.")] = Path("data"),
         engine: Annotated[str, typer.Option(
             metavar="NAME", help=f"The engine: auto, {', '.join(engines())}.")] = "auto",
-        device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
+        device: Device = "cpu",
         dtype: Annotated[DTypeName, typer.Option(
             help="Of weights and activations.")] = DTypeName.float32,
         batch_size: Annotated[int, typer.Option(min=1, help="Images a call.")] = 64,
@@ -403,8 +395,7 @@ def evaluate_command(
         _prepare_plots("--plots", plots)
     paths = [model_path, *(compare or [])]
     names, models = _names(paths), [_model(path) for path in paths]
-    place = _checked_device(device)
-    runtimes = [compile(model, engine, place, getattr(torch, dtype.value)) for model in models]
+    runtimes = [compile(model, engine, device, getattr(torch, dtype.value)) for model in models]
     with contextlib.redirect_stdout(sys.stderr):  # torchvision prints while it downloads
         found = load_dataset(data, root)
     for model in models:
@@ -518,7 +509,8 @@ def benchmark_command(
             "--model", metavar="CKPT", help="A checkpoint instead, published or .safetensors.")] = None,
         engine: Annotated[list[str] | None, typer.Option(
             metavar="NAME", help=f"One of ours: auto, {', '.join(engines())}; may be given several times.",
-            show_default="cpu")] = None,
+            show_default="auto")] = None,
+        device: Device = "cpu",
         batch: Annotated[list[int] | None, typer.Option(
             min=1, help="Images a call; may be given several times.",
             show_default=", ".join(map(str, BATCHES)))] = None,
@@ -533,7 +525,7 @@ def benchmark_command(
         output: Annotated[Path | None, typer.Option(
             metavar="DIR", help="Write the JSON document and a plot there.")] = None,
         as_json: Json = False) -> None:
-    """Time our engines, skipping, beside dense engines on the CPU: all take turns, in one run."""
+    """Time our engines, skipping, beside dense engines on one device: all take turns, in one run."""
     if output:
         _prepare_plots("--output", output)
     if threads:
@@ -544,12 +536,12 @@ def benchmark_command(
     with _progress() as progress:
         task = progress.add_task("compiling", total=1.0)
         found = benchmark(
-            model, engines=engine or ["cpu"], batches=batch or BATCHES, fractions=fraction or FRACTIONS,
-            dtype=getattr(torch, dtype.value), peers=peers, seconds=seconds,
+            model, engines=engine or ["auto"], batches=batch or BATCHES, fractions=fraction or FRACTIONS,
+            dtype=getattr(torch, dtype.value), peers=peers, seconds=seconds, device=device,
             on_progress=lambda what, share: progress.update(task, description=what, completed=share))
     document = {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
                 "model": str(model_path) if model_path else None, **found.to_dict()}
-    name = f"cpu-{_names([model_path])[0] if model_path else arch_name}-{dtype.value}"
+    name = f"{torch.device(device).type}-{_names([model_path])[0] if model_path else arch_name}-{dtype.value}"
     written = _written(output, name, document, found) if output else []
     if as_json:
         _print_json(document)
@@ -583,9 +575,8 @@ def _print_batch(found: Benchmark, result: BatchResult) -> None:
         table.add_row(name, *(f"{value:.2f}" for value in timing.to_dict().values()),
                       f"{timing.speedup_over(result.best_dense):.2f}",
                       f"{timing.speedup_over(result.published):.2f}" if result.published else "", share)
-    threads = found.cpu["threads"]
-    _print_table(f"{found.arch}, batch of {result.batch}: milliseconds ({threads} thread{'s' * (threads > 1)}, "
-                 f"{str(found.dtype)[6:]}, {result.rounds} alternating rounds)", table,
+    _print_table(f"{found.arch}, batch of {result.batch}: milliseconds ({found.where}, {str(found.dtype)[6:]}, "
+                 f"{result.rounds} alternating rounds)", table,
                  f"Best dense engine: {result.best}.")
     if not result.steady:
         _out.print(_UNSTEADY)
@@ -614,7 +605,7 @@ def _train_command(as_json: bool, **options: Any) -> None:
     Defaults are those of the digits; other data sets have the published recipes. Stop with Ctrl-C, go on with --resume.
     """
     config = train_config(options)
-    _checked_device(config.device)
+    usable_device(config.device)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # torchvision prints while it downloads
             result = train(config, console=_err)
@@ -791,6 +782,8 @@ def _diagnosis_table(found: Diagnosis) -> Table:
     row("PyTorch's CUDA", f"{cuda['torch_cuda'] or 'none'}, {cuda['torch_sees']} devices")
     for name, availability in found.engines.items():
         row(f"Engine {name}", str(availability), "green" if availability else "yellow")
+    for number, needed in enumerate(found.missing_for_gpus):
+        row("" if number else "Missing for GPUs", needed, "yellow")
     row("Bundled network", problem or "there", "red" if problem else "")
     for check in found.self_checks:
         row(f"Check {check.engine} on {check.device}", f"{'passed' if check.passed else 'FAILED'}; {check.detail}",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from ctypes.util import find_library
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from skipnet_rt.engines.engine import Availability
 from skipnet_rt.engines.triton import TritonEngine
 from skipnet_rt.kernels import tuning
 from skipnet_rt.model import SkipNet
-from skipnet_rt.runtime import compile
+from skipnet_rt.runtime import compile, usable_device
 from skipnet_rt.tolerances import TOLERANCES
 
 
@@ -100,6 +102,7 @@ class Diagnosis:
         versions, cpu: of the machine; see :mod:`skipnet_rt.machine`.
         cuda: what our CUDA sources were built for, the GPUs that they and PyTorch see, and the problem if any.
         engines: every engine's availability.
+        missing_for_gpus: all that the GPU engines lack here; an engine's reason is the first thing only.
         bundled_problem: why the bundled network cannot be loaded, or None. Without it there are no self-checks.
         self_checks: one for each available engine and device.
     """
@@ -108,6 +111,7 @@ class Diagnosis:
     cpu: dict[str, Any]
     cuda: dict[str, Any]
     engines: dict[str, Availability]
+    missing_for_gpus: list[str]
     bundled_problem: str | None
     self_checks: list[SelfCheck]
 
@@ -121,6 +125,7 @@ class Diagnosis:
         return {
             "ok": self.ok, "versions": self.versions, "cpu": self.cpu, "cuda": self.cuda,
             "engines": {name: vars(availability) for name, availability in self.engines.items()},
+            "missing_for_gpus": self.missing_for_gpus,
             "bundled_model": {"present": self.bundled_problem is None, "problem": self.bundled_problem},
             "self_checks": [vars(check) for check in self.self_checks],
         }
@@ -133,7 +138,25 @@ def diagnose() -> Diagnosis:
         checks = self_check(bundled_model())
     except CheckpointError as error:
         problem = str(error)
-    return Diagnosis(machine.versions(), machine.cpu(), _cuda(), engines(), problem, checks)
+    return Diagnosis(machine.versions(), machine.cpu(), _cuda(), engines(), missing_for_gpus(), problem, checks)
+
+
+def missing_for_gpus() -> list[str]:
+    """What the GPU engines need and do not find here, and where it comes from."""
+    missing = []
+    try:
+        usable_device("cuda")
+    except EngineError as error:
+        if torch.version.cuda is None:
+            missing.append("a PyTorch with CUDA (https://pytorch.org/get-started): this one was built without")
+        if find_library("cuda") is None:
+            missing.append("an NVIDIA GPU and its driver: no driver is installed")
+        missing = missing or [str(error)]
+    if not _C.cuda_archs:
+        missing.append(f"for engine cuda, nvcc, and skipnet-rt installed anew: CUDA sources {_C.cuda_build}")
+    if find_spec("triton") is None:
+        missing.append("for engine triton, Triton: pip install 'skipnet-rt[gpu]'")
+    return missing
 
 
 def _cuda() -> dict[str, Any]:

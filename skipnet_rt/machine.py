@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("torch", "triton", "numpy", "torchvision", "matplotlib", "onnx", "onnxruntime", "openvino")
+_PACKAGES = ("triton", "numpy", "torchvision", "matplotlib", "onnx", "onnxruntime", "openvino")
 
 _INSTRUCTIONS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16",
                  "amx_int8", "asimd", "asimddp", "bf16", "i8mm", "sve")
@@ -21,7 +21,8 @@ _INSTRUCTIONS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512
 def versions() -> dict[str, str | None]:
     """Versions of ourselves, of Python, of the system and of packages; None for one that is not installed."""
     return {"skipnet-rt": _installed("skipnet-rt"), "python": platform.python_version(),
-            "platform": platform.platform(), **{name: _installed(name) for name in _PACKAGES}}
+            "platform": platform.platform(), "torch": torch.__version__,  # which says CPU or CUDA, too
+            **{name: _installed(name) for name in _PACKAGES}}
 
 
 def _installed(name: str) -> str | None:

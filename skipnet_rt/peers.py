@@ -131,7 +131,7 @@ def _compiled(model: SkipNet, images: Tensor, dtype: torch.dtype) -> Call:
     network = DenseNetwork(model, images.device, dtype, torch.channels_last)
     torch.compiler.reset()  # networks of other batch sizes count towards the limit beyond which it stops compiling
     mode = "max-autotune" if images.device.type == "cuda" else None  # with CUDA graphs
-    compiled = torch.compile(network, dynamic=False, mode=mode)
+    compiled = torch.compile(network.compute, dynamic=False, mode=mode)
 
     @torch.no_grad()  # as at the first call: in another mode it would compile again, without freezing
     def run(batch: Tensor) -> Tensor:

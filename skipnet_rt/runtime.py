@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from skipnet_rt import ops
 from skipnet_rt.arch import SkipNetArch
 from skipnet_rt.checkpoint import load
-from skipnet_rt.engines import choose_engine
+from skipnet_rt.engines import EngineError, choose_engine
 from skipnet_rt.engines.engine import Engine, EnginePass
 from skipnet_rt.model import published_output
 from skipnet_rt.packing import pack
@@ -157,6 +157,18 @@ class SkipNetRuntime(nn.Module):
         return f"{self.arch}, engine={self.engine.name}, device={self.device}, dtype={self.dtype}"
 
 
+def usable_device(device: torch.device | str) -> torch.device:
+    """A device that tensors can be put on; ``"cuda"`` means the current one.
+
+    Raises:
+        EngineError: PyTorch does not know it, or cannot use it here; the message says why.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA asserts
+        raise EngineError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from None
+
+
 def compile(model: nn.Module, engine: str = "auto", device: torch.device | str | None = None,
             dtype: torch.dtype | None = None, max_batch: int | None = None) -> SkipNetRuntime:
     """Compile a model: take a snapshot of its weights for an engine.
@@ -170,7 +182,7 @@ def compile(model: nn.Module, engine: str = "auto", device: torch.device | str |
         max_batch: split larger batches, which bounds the memory a call takes; results do not depend on it.
 
     Raises:
-        EngineError: no such engine, or it cannot take the network here; the message says why.
+        EngineError: no such engine or device, or it cannot take the network here; the message says why.
         CheckpointError: the model is none of ours and not recognised.
     """
     if not isinstance(model, nn.Module):
@@ -180,7 +192,7 @@ def compile(model: nn.Module, engine: str = "auto", device: torch.device | str |
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise TypeError(f"model must have parameters, got {type(model).__name__} without any")
-    target = torch.empty(0, device=device or parameter.device).device  # "cuda" means the current one
+    target = usable_device(device or parameter.device)
     chosen_dtype = dtype or parameter.dtype
     network = load(model)
     chosen = choose_engine(engine, network.arch, target, chosen_dtype)

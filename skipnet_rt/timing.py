@@ -148,6 +148,10 @@ class DenseNetwork(nn.Module):
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Tensor:
         """Images ``[N, in_channels, H, W]`` in the network's dtype to logits ``[N, num_classes]``."""
+        return self.compute(images)
+
+    def compute(self, images: Tensor) -> Tensor:
+        """The same in the caller's mode: PyTorch 2.11 cannot compile what enters inference mode."""
         network = self.network
         x = F.relu_(self._convolve(images.contiguous(memory_format=self.memory_format), network.stem))
         if network.arch.stem == "imagenet":

@@ -232,6 +232,7 @@ def test_command_writes_document_and_plot(run, tmp_path):
     (["--without", "TensorFlow"], "no peer is called 'TensorFlow'; known: published way, PyTorch, "),
     (["--without", "PyTorch"], "no dense engine to measure against"),
     (["--engine", "tpu"], "no engine is called 'tpu'"),
+    (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
     (["--model", "nowhere.pth"], "nowhere.pth"),
     (["--dtype", "float64"], "not measured in torch.float64"),
 ])

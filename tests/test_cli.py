@@ -19,7 +19,7 @@ from PIL import Image
 from torch.utils.data import Subset
 
 import skipnet_rt as srt
-from skipnet_rt import cli, data, demo
+from skipnet_rt import _C, cli, data, demo, doctor
 from skipnet_rt.data import DIGITS, digits_pictures
 from skipnet_rt.engines import REGISTRY
 from skipnet_rt.evaluate import evaluate
@@ -450,6 +450,21 @@ def test_doctor_is_content_with_a_sound_installation(run):
     shown = run("doctor")
     assert shown.status == 0
     assert "Check cpu on cpu" in shown.out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_doctor_says_all_that_gpus_would_take(run, monkeypatch):
+    monkeypatch.setattr(_C, "cuda_archs", "")
+    monkeypatch.setattr(doctor, "find_library", lambda name: None)
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    missing = run("doctor", "--json").json["missing_for_gpus"]
+    assert [line.split(" (")[0].split(":")[0] for line in missing] == [
+        "a PyTorch with CUDA", "an NVIDIA GPU and its driver", "for engine cuda, nvcc, and skipnet-rt installed anew",
+        "for engine triton, Triton"]
+    shown = run("doctor").out
+    assert "Missing for GPUs" in shown
+    assert "pip install 'skipnet-rt[gpu]'" in shown
 
 
 def test_doctor_finds_a_missing_network(run, monkeypatch):

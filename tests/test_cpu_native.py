@@ -1,7 +1,7 @@
 """What both of the CPU's native strategies keep: callers of many threads, forks, workspaces that are reused."""
 
 import os
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -31,20 +31,13 @@ def test_runtimes_called_at_once_get_right_answers(engines, torch_threads):
     """More callers than cores, each asking for two threads: who finds them busy computes alone."""
     torch_threads(2)
     expected = [run(*target).logits for target in engines]
-    wrong = []
 
-    def work(which):
+    def wrong(which):
         torch.set_num_threads(2)
-        for _ in range(30):
-            if not torch.equal(run(*engines[which % 2]).logits, expected[which % 2]):
-                wrong.append(which)
+        return sum(not torch.equal(run(*engines[which % 2]).logits, expected[which % 2]) for _ in range(30))
 
-    callers = [threading.Thread(target=work, args=(which,)) for which in range(4)]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join()
-    assert wrong == []
+    with ThreadPoolExecutor() as callers:
+        assert list(callers.map(wrong, range(4))) == [0] * 4
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

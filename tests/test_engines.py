@@ -1,7 +1,7 @@
 """The conformance suite: every engine that registers keeps every promise of docs/architecture.md, on every network."""
 
 import copy
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -352,16 +352,9 @@ def test_two_threads_may_call_one_runtime(target):
     runtime = compiled(small_model("rnn"), target)
     batches = [small_images("rnn", count, seed=count).to(runtime.device) for count in (3, 8)]
     expected = [runtime.infer(images).logits for images in batches]
-    wrong = []
 
-    def work(which):
-        for _ in range(20):
-            if not torch.equal(runtime.infer(batches[which]).logits, expected[which]):
-                wrong.append(which)
+    def wrong(which):
+        return sum(not torch.equal(runtime.infer(batches[which]).logits, expected[which]) for _ in range(20))
 
-    threads = [threading.Thread(target=work, args=(which,)) for which in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    with ThreadPoolExecutor() as threads:
+        assert list(threads.map(wrong, (0, 1))) == [0, 0]

@@ -27,12 +27,21 @@ def test_auto_takes_the_first_engine_that_takes_the_network():
     ({"engine": "warp"}, srt.EngineError, "no engine is called 'warp'; known: auto"),
     ({"engine": "cpu", "dtype": torch.float16}, srt.EngineError, "cpu: it computes in .*not in torch.float16"),
     ({"engine": "cpu", "device": "meta"}, srt.EngineError, "cpu: it runs on cpu, not on meta"),
+    ({"device": "quark"}, srt.EngineError, "device 'quark' cannot be used here: Expected one of cpu, cuda"),
+    ({"device": "cuda:99"}, srt.EngineError, "device 'cuda:99' cannot be used here"),
     ({"dtype": torch.int8}, srt.EngineError, "eager: it computes in"),
     ({"max_batch": 0}, ValueError, "max_batch must be at least 1, got 0"),
 ])
 def test_compile_refuses_clearly(options, error, message):
     with pytest.raises(error, match=message):
         srt.compile(small_model("rnn"), **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named_with_the_reason():
+    reason = "Torch not compiled with CUDA enabled" if torch.version.cuda is None else "Found no NVIDIA driver"
+    with pytest.raises(srt.EngineError, match=f"^device 'cuda' cannot be used here: {reason}"):
+        srt.compile(small_model("rnn"), device="cuda")
 
 
 @pytest.mark.parametrize("model", ["checkpoint.pth", nn.ReLU(), nn.Linear(3, 4)])

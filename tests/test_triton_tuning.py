@@ -7,7 +7,6 @@ import torch
 from networks import small_images, small_model
 
 import skipnet_rt as srt
-from skipnet_rt import cli
 from skipnet_rt.doctor import warm
 from skipnet_rt.kernels import tuning
 from skipnet_rt.kernels.gathered_conv import configurations
@@ -92,6 +91,9 @@ def test_a_file_of_something_else_is_refused(tmp_path, text):
 
 def test_doctor_tunes_ahead(capsys):
     """Every layer of the network, and says so; float64 is none of the engine's dtypes."""
+    pytest.importorskip("typer")
+    from skipnet_rt import cli
+
     with pytest.raises(SystemExit):
         cli.main(["doctor", "--warm", "cifar10_rnn_gate_38", "--dtype", "float64"])
     assert "it computes in" in capsys.readouterr().err
