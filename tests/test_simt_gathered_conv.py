@@ -109,8 +109,8 @@ class Case:
         sums = conv.empty((self.batch, self.tiles, self.channels_out))
         weight, bias = conv.array(as_numpy(self.weight)), conv.array(self.bias.numpy())
         for _ in range(calls):
-            conv("run_gathered_conv", self.element, self.channels_in, self.channels_out, self.kernel, self.stride, weight,
-                 bias, self.batch, *self.size, rows, count, self.gathers, self.scatters, self.relu, x,
+            conv("run_gathered_conv", self.element, self.channels_in, self.channels_out, self.kernel, self.stride,
+                 weight, bias, self.batch, *self.size, rows, count, self.gathers, self.scatters, self.relu, x,
                  shortcut if self.residual else None, y, sums, partial, arrivals, self.pixels_are_images)
         self.parts_left = 0 if partial is None else int((~np.isnan(partial)).sum())
         assert arrivals is None or not arrivals.any(), "the counters are zero between calls"
