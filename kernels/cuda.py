@@ -129,7 +129,7 @@ class RNNGate:
 
 def gathered_conv(x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, *, stride: int = 1, rows: Tensor | None = None,
                   count: Tensor | None = None, gathers: bool = True, scatters: bool = True, relu: bool = False,
-                  residual: Tensor | None = None, sums: Tensor | None = None) -> None:
+                  residual: Tensor | None = None, sums: Tensor | None = None, tf32: bool = False) -> None:
     """``y = relu(conv2d(x) + bias + residual)`` for some images of a batch, channels last.
 
     Args:
@@ -144,11 +144,14 @@ def gathered_conv(x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, *, stride:
         relu: of the sum; NaN stays NaN.
         residual: as y, and may be y itself.
         sums: float32 ``[N, ceil(H' W' / POOLED_PIXELS), O]``, receives y's sums over so many pixels each.
+        tf32: products of float32 tensors are taken in TF32, on tensor cores.
     """
     if x.dim() != 4 or x.dtype not in _ELEMENTS:
         raise ValueError(f"x: expected [N, H, W, C] in {', '.join(map(str, _ELEMENTS))}, got {x.dtype} {list(x.shape)}")
     if (rows is None) != (count is None):
         raise ValueError("rows and count: expected both or neither")
+    if tf32 and x.dtype != torch.float32:
+        raise ValueError(f"tf32: expected float32 tensors, got {x.dtype}")
     batch, height, width, channels = x.shape
     out, kernel = weight.shape[0], weight.shape[1]
     out_shape = (batch, (height - 1) // stride + 1, (width - 1) // stride + 1, out)
@@ -163,6 +166,12 @@ def gathered_conv(x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, *, stride:
     if rows is not None and count is not None:
         _check("rows", rows, (batch,), torch.int32)
         _check("count", count, (1,), torch.int32)
-    _C.cuda_gathered_conv(_ELEMENTS[x.dtype], channels, out, kernel, stride, weight.data_ptr(), bias.data_ptr(), batch,
-                          height, width, _address(rows), _address(count), gathers, scatters, relu, x.data_ptr(),
-                          _address(residual), y.data_ptr(), _address(sums), *_stream(x))
+    element = "tf32" if tf32 else _ELEMENTS[x.dtype]
+    partial, arrivals = None, None  # where the sums' parts are left, and how many of a tile's are there
+    if floats := _C.cuda_partial_sums(element, channels, out, kernel, stride, batch, height, width):
+        partial = torch.empty(floats, device=x.device)
+        arrivals = torch.zeros(_C.cuda_partial_tiles, dtype=torch.int32, device=x.device)
+    _C.cuda_gathered_conv(element, channels, out, kernel, stride, weight.data_ptr(), bias.data_ptr(), batch, height,
+                          width, _address(rows), _address(count), gathers, scatters, relu, x.data_ptr(),
+                          _address(residual), y.data_ptr(), _address(sums), _address(partial), _address(arrivals),
+                          *_stream(x))

@@ -1,14 +1,16 @@
 """The GPU's compacted strategy: what its captured graphs add to the promises of test_engines.py."""
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from networks import small_images, small_model
+from networks import SMALL, plain_logits, relative_error, small_images, small_model
 
 from skipnet_rt.engines.cuda import CudaEngine
 from skipnet_rt.engines.cuda_compacted import CompactedCudaEngine
 from skipnet_rt.packing import pack
+from skipnet_rt.tolerances import TOLERANCES
 
 pytestmark = [pytest.mark.gpu,
               pytest.mark.skipif(not CudaEngine.availability(), reason=f"cuda: {CudaEngine.availability()}")]
@@ -57,6 +59,28 @@ def test_replays_equal_the_direct_launches(name, dtype, forced):
         routing = torch.rand(6, gates, generator=torch.Generator().manual_seed(seed)) < 0.5 if forced else None
         routing = None if routing is None else routing.cuda()
         assert_same(call(compacted, images, routing), call_directly(compacted, images, routing))
+
+
+def test_tf32_where_it_is_asked_for():
+    """Read once, when the engine is built; as exact as plain PyTorch with the same setting."""
+    model, images = small_model("bottleneck"), images_of("bottleneck", 6, torch.float32)
+    routing = torch.rand(6, SMALL["bottleneck"].num_gates, generator=torch.Generator().manual_seed(3)) < 0.5
+    exact = plain_logits(copy.deepcopy(model).double(), images.double().cpu(), routing)
+    ordinary = engine("bottleneck", torch.float32)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        asked = engine("bottleneck", torch.float32)
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True):
+            plain = plain_logits(copy.deepcopy(model).cuda(), images, routing.cuda()).cpu()
+        strict = call(ordinary, images, routing.cuda())[0].cpu()
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    rounded = call(asked, images, routing.cuda())[0].cpu()
+    assert relative_error(strict, exact) < TOLERANCES[torch.float32].logits
+    assert 1e-5 < relative_error(rounded, exact) <= 2 * relative_error(plain, exact)
+    alone = call(asked, images[2:3], routing[2:3].cuda())[0].cpu()
+    assert torch.equal(alone[0], rounded[2])
 
 
 def test_results_outlive_the_next_replay():

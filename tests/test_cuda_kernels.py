@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 import torch
 from test_simt_gate_step import GateStep, assert_equals_oracle
-from test_simt_gathered_conv import DTYPES, Case
+from test_simt_gathered_conv import ELEMENTS, Case
 
 from skipnet_rt import _C
 from skipnet_rt.engines import engines
@@ -50,9 +50,10 @@ def test_gate_step(batch, channels, tiles, forced):
 
 
 class ConvOnGpu(Case):
-    def run(self, seed, multiprocessors=None):
+    def run(self, seed, multiprocessors=None, calls=1):
         arguments, options = self.on_gpu()
-        kernels.gathered_conv(*arguments, **options)
+        for _ in range(calls):
+            kernels.gathered_conv(*arguments, **options)
         return arguments[-1].cpu(), options["sums"].cpu()
 
     def on_gpu(self):
@@ -72,11 +73,11 @@ class ConvOnGpu(Case):
         tiles = -(-self.out_size[0] * self.out_size[1] // kernels.POOLED_PIXELS)
         sums = torch.full((self.batch, tiles, self.channels_out), torch.nan, device="cuda")
         options = dict(stride=self.stride, rows=rows, count=count, gathers=self.gathers, scatters=self.scatters,
-                       relu=self.relu, residual=shortcut if self.residual else None, sums=sums)
+                       relu=self.relu, residual=shortcut if self.residual else None, sums=sums, tf32=self.tf32)
         return (x.cuda(), self.weight.cuda(), self.bias.cuda(), y), options
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "tf32"), ELEMENTS)
 @pytest.mark.parametrize("case", [
     dict(channels_in=16, channels_out=16, size=(32, 32), batch=9, rows=(1, 2, 8), residual=True, in_place=True),
     dict(channels_in=64, channels_out=64, size=(56, 56), batch=4, rows=(0, 3), gathers=False),
@@ -86,14 +87,18 @@ class ConvOnGpu(Case):
     dict(channels_in=1024, channels_out=256, kernel=1, size=(14, 14), batch=64, rows=tuple(range(0, 64, 3))),
     dict(channels_in=40, channels_out=136, size=(9, 13), batch=3, rows=()),
 ], ids=lambda case: "-".join(f"{value}" for value in case.values()))
-def test_gathered_conv(case, dtype):
-    ConvOnGpu(**case, dtype=dtype).check(seed=0)
+def test_gathered_conv(case, dtype, tf32):
+    ConvOnGpu(**case, dtype=dtype, tf32=tf32).check(seed=0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_an_image_does_not_see_its_batch(dtype):
-    """Bitwise the same in a batch of 64, which takes large tiles, and alone, which takes small ones; every time."""
-    whole = ConvOnGpu(64, 256, size=(14, 14), batch=64, dtype=dtype)
+@pytest.mark.parametrize("channels", [64, 256])
+@pytest.mark.parametrize(("dtype", "tf32"), ELEMENTS)
+def test_an_image_does_not_see_its_batch(dtype, tf32, channels):
+    """Bitwise the same in a batch of 64, which takes large tiles, and alone, which takes small ones; every time.
+
+    The sums of 256 channels have parts: alone, they are computed at the same time.
+    """
+    whole = ConvOnGpu(channels, 256, size=(14, 14), batch=64, dtype=dtype, tf32=tf32)
     y, sums = whole.run(seed=0)
     for _ in range(20):
         for value, expected in zip(whole.run(seed=0), (y, sums), strict=True):
@@ -102,6 +107,30 @@ def test_an_image_does_not_see_its_batch(dtype):
     alone.x, alone.shortcut = whole.x[7:8], whole.shortcut[7:8]
     for value, expected in zip(alone.run(seed=0), (y, sums), strict=True):
         assert torch.equal(value[0], expected[7])
+
+
+@pytest.mark.parametrize(("dtype", "tf32"), ELEMENTS)
+def test_parts_of_a_sum_are_the_same_bits_every_time(dtype, tf32):
+    """A race between the blocks that leave them and the one that adds them would show."""
+    arguments, options = ConvOnGpu(512, 512, size=(7, 7), batch=2, rows=(1,), dtype=dtype, tf32=tf32).on_gpu()
+    kernels.gathered_conv(*arguments, **options)
+    y, sums = arguments[-1][1].clone(), options["sums"][1].clone()
+    differing = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(1000):
+        arguments[-1].fill_(torch.nan)
+        kernels.gathered_conv(*arguments, **options)
+        differing += (arguments[-1][1] != y).sum() + (options["sums"][1] != sums).sum()
+    assert differing.item() == 0
+
+
+def test_tf32_is_as_exact_as_pytorch_s():
+    case = ConvOnGpu(256, 256, size=(14, 14), batch=4, relu=False, tf32=True)
+    x, weight = (value.cuda().permute(0, 3, 1, 2) for value in (case.x, case.weight))
+    exact = case.expected()[0]
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True):
+        plain = torch.nn.functional.conv2d(x, weight, case.bias.cuda(), padding=1).permute(0, 2, 3, 1).cpu()
+    ours, _ = case.run(seed=0)
+    assert 1e-5 < (ours - exact).norm() / exact.norm() <= 2 * (plain - exact).norm() / exact.norm()
 
 
 def test_nothing_waits_for_the_device_and_a_graph_replays_it():
@@ -132,6 +161,8 @@ def test_nothing_waits_for_the_device_and_a_graph_replays_it():
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"executed: expected torch.bool \[3\].*got torch.float32"):
         kernels.compact(torch.ones(3, device="cuda"))
+    with pytest.raises(ValueError, match=r"tf32: expected float32 tensors, got torch.float16"):
+        kernels.gathered_conv(*(torch.ones(1, 4, 4, 8, device="cuda").half() for _ in range(4)), tf32=True)
     x, weight, bias = torch.ones(1, 4, 4, 8).cuda(), torch.ones(8, 3, 3, 16).cuda(), torch.ones(8).cuda()
     with pytest.raises(ValueError, match=r"weight: expected torch.float32 \[8, 3, 3, 8\]"):
         kernels.gathered_conv(x, weight, bias, torch.empty_like(x))

@@ -19,7 +19,7 @@ from simt import library
 
 import skipnet_rt as srt
 from skipnet_rt import _C
-from skipnet_rt.engines.cuda_compacted import CompactedWeights, Description
+from skipnet_rt.engines.cuda_compacted import CompactedWeights, Description, element
 from skipnet_rt.packing import pack
 from skipnet_rt.tolerances import TOLERANCES
 
@@ -123,7 +123,7 @@ def test_golden_cases(name, count):
 
 @pytest.mark.parametrize(("dtype", "tf32"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)])
 def test_wide_networks(dtype, tf32):
-    """As many channels as the two wider tiles and sums in parts are for; which tile, and who adds, makes no difference."""
+    """As many channels as the two wider tiles and sums in parts are for; neither which tile nor who adds shows."""
     arch = srt.SkipNetArch("imagenet", "bottleneck", (1, 2), (32, 128), "rnn", image_size=(40, 36))
     model = with_seeded_weights(srt.build(arch), 3, 0.0, 1.0)
     images = torch.randn(3, 3, 40, 36, generator=torch.Generator().manual_seed(1))
@@ -140,7 +140,7 @@ def test_wide_networks(dtype, tf32):
         plain = plain_logits(copy.deepcopy(model).to(dtype), images.to(dtype), routing)
         bar = 2 * relative_error(plain, exact)
     error = relative_error(large, exact)
-    assert (1e-4 < error < 2e-3) if tf32 else (error <= bar)
+    assert 1e-5 < error < 1e-3 if tf32 else error <= bar
 
 
 @pytest.mark.parametrize("name", ["rnn", "feedforward2"])
@@ -208,6 +208,16 @@ def test_an_empty_batch():
     assert executed.shape == (0, 6)
 
 
+def test_tf32_is_for_float32_and_only_where_it_is_asked_for():
+    precision = torch.get_float32_matmul_precision()
+    try:
+        for asked, expected in (("highest", "float32"), ("high", "tf32")):
+            torch.set_float32_matmul_precision(asked)
+            assert [element(dtype) for dtype in DTYPES] == [expected, "float16", "bfloat16"]
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 @pytest.mark.skipif(not hasattr(_C, "CudaCompacted"), reason=f"CUDA sources {_C.cuda_build}")
 @pytest.mark.parametrize("name", ["cifar10_rnn_gate_38", "cifar10_feedforward_38", "cifar10_feedforward_110",
                                   "imagenet_rnn_gate_18", "imagenet_rnn_gate_50"])
@@ -218,6 +228,7 @@ def test_the_extension_takes_the_published_networks(name):
     addresses = dict(elements=weights.elements.data_ptr(), floats=weights.floats.data_ptr())
     native = _C.CudaCompacted(0, "bfloat16", **vars(description), **addresses,
                               elements_count=len(weights.elements), floats_count=len(weights.floats))
-    assert 0 < 7 * native.workspace_bytes(1) <= native.workspace_bytes(8) <= 8 * native.workspace_bytes(1)
+    # All grows with it but the partial sums, which are 8 MiB at most.
+    assert 0 < 6 * native.workspace_bytes(1) <= native.workspace_bytes(8) <= 8 * native.workspace_bytes(1)
     with pytest.raises(ValueError, match=r"weights: expected \d+ elements and \d+ floats, got 3 and 4"):
         _C.CudaCompacted(0, "bfloat16", **vars(description), **addresses, elements_count=3, floats_count=4)

@@ -21,15 +21,13 @@ constexpr int kChunks = 4;         // of a row of a stage: K advances by 32 16-b
 constexpr int kPooledPixels = 64;  // of a pooled tile, whatever the tile of the product is
 constexpr int kPack = 8;           // channels that a thread of the epilogue takes together
 
-// How a sum over K is taken. In parts, each part begins at zero and they are added in order.
-enum class Order { ascending, parts };
-
-template <typename ElementOf, int blockM, int blockN, int warpsM, int warpsN, Order order>
+// Sums over K are taken in ascending order; inParts, each part of K is summed by itself and parts are added in order.
+template <typename ElementOf, int blockM, int blockN, int warpsM, int warpsN, bool inParts>
 struct Tile {
     using Element = ElementOf;
     static constexpr int kBlockM = blockM, kBlockN = blockN, kWarpsN = warpsN;
     static constexpr int kThreads = 32 * warpsM * warpsN;
-    static constexpr bool kInParts = order == Order::parts;
+    static constexpr bool kInParts = inParts;
     static constexpr bool kOnTensorCores = !std::is_same_v<Element, float>;
     static constexpr int kWarpM = blockM / warpsM, kWarpN = blockN / warpsN;  // a warp's part of the tile
     static constexpr int kSums = kWarpM * kWarpN / 32;                        // of a thread
@@ -439,11 +437,11 @@ void launch_tiles(Arguments call, Stream stream) {
 }
 
 template <typename Element>
-using Narrow = Tile<Element, 128, 32, 4, 1, Order::ascending>;
+using Narrow = Tile<Element, 128, 32, 4, 1, false>;
 template <typename Element>
-using Small = Tile<Element, 64, 64, 2, 2, Order::parts>;
-template <typename Element, Order order>
-using Large = Tile<Element, 128, 128, 2, 4, order>;
+using Small = Tile<Element, 64, 64, 2, 2, true>;
+template <typename Element, bool inParts>
+using Large = Tile<Element, 128, 128, 2, 4, inParts>;
 
 // How many tiles an image's product has.
 template <typename Tile>
@@ -463,17 +461,20 @@ int parts_of_sums(const Convolution& layer, int pixels) {
     return std::max(1, std::min(parts, kMultiprocessors / tiles<Small<Element>>(pixels, layer.out)));
 }
 
+// Whether a product is too large for small tiles in both directions.
+bool wants_large_tiles(int pixels, int channels) { return pixels > 64 && channels > 64; }
+
 // The largest tile that still gives every multiprocessor one. Results do not depend on the choice: products are summed
 // over K and pooled sums over pixels in the same order, except in the narrow tile, which the layer alone decides.
 template <typename Element>
 void launch_element(const Convolution& layer, Arguments call, bool pixels_are_images, Stream stream) {
-    using InOrder = Large<Element, Order::ascending>;
-    using InParts = Large<Element, Order::parts>;
+    using InOrder = Large<Element, false>;
+    using InParts = Large<Element, true>;
     static_assert(Small<Element>::kBlockK == InParts::kBlockK, "parts are of as many steps");
     static_assert(Small<Element>::kRowsAtOnce == InParts::kRowsAtOnce, "the order of pooled sums");
     call.parts = parts_of_sums<Element>(layer, pixels_are_images ? 1 : call.out_pixels);
     if (call.out <= Narrow<Element>::kBlockN) return launch_tiles<Narrow<Element>>(call, stream);
-    if (call.out <= 64 || call.out_pixels <= 64 ||
+    if (!wants_large_tiles(call.out_pixels, call.out) ||
         call.batch * tiles<InOrder>(call.out_pixels, call.out) < multiprocessors())
         return launch_tiles<Small<Element>>(call, stream);
     if (call.parts > 1) return launch_tiles<InParts>(call, stream);
@@ -483,11 +484,13 @@ void launch_element(const Convolution& layer, Arguments call, bool pixels_are_im
 // What an image's parts of sums take in either tile.
 template <typename Element>
 int partial_sums_of_image(const Convolution& layer, int pixels) {
-    using InParts = Large<Element, Order::parts>;
-    const int parts = parts_of_sums<Element>(layer, pixels);
+    const auto sums = [&](auto tile) {
+        using Tile = decltype(tile);
+        return tiles<Tile>(pixels, layer.out) * Tile::kBlockM * Tile::kBlockN;
+    };
+    const int parts = parts_of_sums<Element>(layer, pixels), small = sums(Small<Element>{});
     if (parts == 1) return 0;
-    return parts * std::max(tiles<Small<Element>>(pixels, layer.out) * Small<Element>::kBlockM * Small<Element>::kBlockN,
-                            tiles<InParts>(pixels, layer.out) * InParts::kBlockM * InParts::kBlockN);
+    return parts * (wants_large_tiles(pixels, layer.out) ? std::max(small, sums(Large<Element, true>{})) : small);
 }
 
 // work(Element{}) for the type that kernels know.

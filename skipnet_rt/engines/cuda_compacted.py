@@ -17,6 +17,7 @@ from skipnet_rt.engines.cuda import CudaEngine
 from skipnet_rt.engines.engine import EnginePass
 from skipnet_rt.engines.graphs import Graphs
 from skipnet_rt.packing import PackedConvolution, PackedEmbedding, PackedFeedforwardGate, PackedNetwork
+from skipnet_rt.tolerances import tf32_asked
 
 Shape = tuple[int, int, int, int]
 """A convolution's input channels, output channels, kernel and stride. Its padding is half of the kernel."""
@@ -119,6 +120,11 @@ class CompactedWeights:
         return cls(torch.cat([_weight(layer) for layer in layers]), torch.cat(floats))
 
 
+def element(dtype: torch.dtype) -> str:
+    """What convolutions compute in, as csrc/cuda/element.h names it: the network's dtype, or TF32 where asked for."""
+    return "tf32" if dtype == torch.float32 and tf32_asked() else str(dtype).removeprefix("torch.")
+
+
 class CompactedCudaEngine(CudaEngine):
     """A few launches a block, none of which waits for the host; for most batches a CUDA graph of :class:`Graphs`."""
 
@@ -128,7 +134,7 @@ class CompactedCudaEngine(CudaEngine):
         device = network.device
         self._native = _C.CudaCompacted(
             torch.cuda.current_device() if device.index is None else device.index,
-            str(network.dtype).removeprefix("torch."), **vars(Description.of(network)),
+            element(network.dtype), **vars(Description.of(network)),
             elements=self._weights.elements.data_ptr(), elements_count=len(self._weights.elements),
             floats=self._weights.floats.data_ptr(), floats_count=len(self._weights.floats))
         self._graphs = Graphs(network.arch, device, network.dtype)
