@@ -88,7 +88,7 @@ def test_best_guesses_of_published_layers(layer, target):
     """What runs where nothing has been measured, on AMD's smaller shared memory too."""
     used = resources.convolution(layer, configurations(layer)[0], target)
     assert_within_limits(used, target)
-    assert used.stack in (0, None)
+    assert (used.stack or 0) <= 16, "registers spill"
     if layer.dtype != torch.float32 or layer.tf32:
         assert all(name.startswith(PRODUCT[target]) for name in used.instructions)
         assert used.instructions
