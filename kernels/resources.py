@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,13 +41,13 @@ class Resources:
         shared: bytes of shared memory a program has.
         registers: of a thread; None for AMD.
         stack: bytes of local memory a thread has, to which registers spill; None for AMD.
-        instructions: the matrix instructions in it, such as ``wgmma.mma_async``.
+        instructions: the matrix instructions in it, such as ``wgmma.mma_async``, and how many.
     """
 
     shared: int
     registers: int | None
     stack: int | None
-    instructions: tuple[str, ...]
+    instructions: Mapping[str, int]
 
 
 def convolution(layer: Layer, configuration: Configuration, target: str) -> Resources:
@@ -101,7 +102,7 @@ def _compiled(kernel: Any, tensors: Mapping[str, torch.dtype], integers: tuple[s
     text = compiled.asm["ptx" if nvidia else "amdgcn"]
     instructions = re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma_\w+", text)
     registers, stack = _usage(compiled.asm["cubin"]) if nvidia else (None, None)
-    return Resources(compiled.metadata.shared, registers, stack, tuple(dict.fromkeys(instructions)))
+    return Resources(compiled.metadata.shared, registers, stack, Counter(instructions))
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:

@@ -31,6 +31,7 @@ AT_ODDS = INSTALLED and metadata.version("triton") < "3.7" and np.lib.NumpyVersi
 PARTS = {
     "kernels": ["test_triton_kernels.py"],
     "tuning": ["test_triton_tuning.py"],
+    "TF32": ["test_triton_tf32.py"],
     "golden case": ["test_engines.py", "-k",
                     "triton and cifar10_feedforward_38 and (test_golden_cases or error_bar and bfloat16)"],
     "right": ["test_engines.py", "-k", "triton and (agrees_with_the_model or test_a_call_returns and 1-bottleneck)"],

@@ -1,6 +1,7 @@
 """Every kernel and every configuration compiles for GPUs that are not here, within their limits."""
 
 import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,6 +26,12 @@ PRODUCT = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.m
 # The heaviest main loop with the heaviest epilogue: a basic block's last convolution, wide enough for every tiling.
 HEAVIEST = {dtype: Layer(56, 56, 256, 256, 3, 1, 1, dtype, pooled=True)
             for dtype in (torch.float16, torch.bfloat16, torch.float32)}
+TF32 = replace(HEAVIEST[torch.float32], tf32=True)
+
+
+def in_slices(layer):
+    """The same of a small image, whose sums are cut."""
+    return replace(layer, height=14, width=14)
 
 
 def assert_within_limits(used, target):
@@ -34,23 +41,35 @@ def assert_within_limits(used, target):
 
 
 def tilings():
-    """Every configuration in float16 and float32; bfloat16 differs by one word of the instruction."""
-    for dtype in (torch.float16, torch.float32):
-        for one in configurations(HEAVIEST[dtype]):
-            yield pytest.param(dtype, one, id=f"{dtype}-{one.block_m}x{one.block_n}")
-    first = configurations(HEAVIEST[torch.bfloat16])[0]
-    yield pytest.param(torch.bfloat16, first, id=f"{torch.bfloat16}-{first.block_m}x{first.block_n}")
+    """Every configuration in float16, float32 and TF32; bfloat16 differs by one word of the instruction."""
+    whole = [HEAVIEST[torch.float16], HEAVIEST[torch.float32], TF32]
+    plans = [(layer, one) for layer in whole for one in configurations(layer)]
+    plans += [(layer, one) for layer in map(in_slices, whole) for one in configurations(layer) if one.slices > 1]
+    plans.append((HEAVIEST[torch.bfloat16], configurations(HEAVIEST[torch.bfloat16])[0]))
+    for layer, one in plans:
+        dtype = "tf32" if layer.tf32 else layer.dtype
+        yield pytest.param(layer, one, id=f"{dtype}-{one.block_m}x{one.block_n}-{one.slices}")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", NVIDIA)
-@pytest.mark.parametrize(("dtype", "configuration"), list(tilings()))
-def test_every_configuration(dtype, configuration, target):
-    used = resources.convolution(HEAVIEST[dtype], configuration, target)
+@pytest.mark.parametrize(("layer", "configuration"), list(tilings()))
+def test_every_configuration(layer, configuration, target):
+    used = resources.convolution(layer, configuration, target)
     assert_within_limits(used, target)
     assert used.stack <= 16, "registers spill"
-    if dtype != torch.float32:  # which has no tensor cores of its own precision
-        assert used.instructions == (PRODUCT[target],)
+    if layer.dtype != torch.float32 or layer.tf32:  # float32 has no tensor cores of its own precision
+        assert list(used.instructions) == [PRODUCT[target]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize("layer", [in_slices(HEAVIEST[torch.float16]), in_slices(TF32)], ids=str)
+def test_one_main_loop_serves_both_ways(layer, target):
+    """Whether a program sums one slice or all, the same instructions do it: none more than without slices."""
+    sliced, *_ = (one for one in configurations(layer) if one.slices > 1)
+    products = [resources.convolution(layer, one, target).instructions for one in (sliced, replace(sliced, slices=1))]
+    assert products[0] == products[1] != {}
 
 
 @pytest.mark.slow
@@ -61,13 +80,18 @@ def test_every_configuration(dtype, configuration, target):
     Layer(14, 14, 256, 1024, 1, 1, 0, torch.float16, pooled=True),
     Layer(56, 56, 256, 512, 1, 2, 0, torch.bfloat16, pooled=True),
     Layer(32, 32, 16, 16, 3, 1, 1, torch.float32, pooled=True),
+    Layer(7, 7, 512, 512, 3, 1, 1, torch.float16, pooled=False),
+    Layer(56, 56, 128, 128, 3, 2, 1, torch.float32, pooled=False, tf32=True),
+    Layer(224, 224, 3, 64, 7, 2, 3, torch.float32, pooled=False, tf32=True),
 ], ids=str)
 def test_best_guesses_of_published_layers(layer, target):
     """What runs where nothing has been measured, on AMD's smaller shared memory too."""
     used = resources.convolution(layer, configurations(layer)[0], target)
     assert_within_limits(used, target)
-    if layer.dtype != torch.float32:
-        assert used.instructions[0].startswith(PRODUCT[target])
+    assert (used.stack or 0) <= 16, "registers spill"
+    if layer.dtype != torch.float32 or layer.tf32:
+        assert all(name.startswith(PRODUCT[target]) for name in used.instructions)
+        assert used.instructions
 
 
 @pytest.mark.slow
@@ -103,18 +127,20 @@ def absent_gpu(monkeypatch):
     monkeypatch.setattr(triton.runtime.driver, "_active", AbsentGPU())
 
 
-def test_a_convolution_is_one_binary_for_all_batches(absent_gpu):
+@pytest.mark.parametrize("slices", [1, 4])
+def test_a_convolution_is_one_binary_for_all_batches(slices, absent_gpu):
     layer = Layer(8, 8, 16, 16, 3, 1, 1, torch.float16, pooled=True)
-    one = configurations(layer)[0]
+    one = replace(configurations(layer)[0], slices=slices)
 
-    def compiled(batch):
+    def compiled(batch, room):
         x = torch.empty(batch, 8, 8, 16, dtype=torch.float16)
         weight, bias, sums = torch.empty(3, 3, 16, 16, dtype=torch.float16), torch.empty(16), torch.empty(batch, 1, 16)
         rows, count = torch.empty(batch, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
-        return gathered_conv_kernel.warmup(x, weight, bias, x, x, sums, None, rows, count, batch, grid=(1,),
-                                           **constants(layer, one, x.stride(), True))
+        shared = (None, None) if slices == 1 else (torch.empty(99 * room), torch.empty(room, dtype=torch.int32))
+        return gathered_conv_kernel.warmup(x, weight, bias, x, x, sums, None, rows, count, *shared, batch, room,
+                                           grid=(1,), **constants(layer, one, x.stride(), (16, 1), True))
 
-    assert compiled(1) is compiled(5) is compiled(16)
+    assert compiled(1, 0) is compiled(5, 1) is compiled(16, 16)
 
 
 def test_a_gate_step_is_one_binary_for_all_batches_and_gates(absent_gpu):

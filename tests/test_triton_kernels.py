@@ -5,7 +5,7 @@ import torch
 from networks import small_model
 
 from skipnet_rt import kernels
-from skipnet_rt.kernels.gathered_conv import POOL_TILE
+from skipnet_rt.kernels.gathered_conv import POOL_TILE, Configuration, Layer, Workspace, configurations
 from skipnet_rt.kernels.language import INTERPRETED, missing
 from skipnet_rt.packing import PackedFeedforwardGate, pack
 
@@ -112,6 +112,14 @@ def test_gathered_conv2d_reads_planar_images(generator):
                  kernels.gathered_conv2d_ref(x, weight, bias, padding=1), scale=5)
 
 
+def test_gathered_conv2d_takes_weights_either_way(generator):
+    x, bias = normal(2, 6, 5, 16, generator=generator), normal(24, generator=generator)
+    weight = normal(3, 3, 16, 24, generator=generator)
+    by_output = weight.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
+    assert torch.equal(kernels.gathered_conv2d(x, weight, bias, padding=1),
+                       kernels.gathered_conv2d(x, by_output, bias, padding=1))
+
+
 def test_gathered_conv2d_converts_to_the_weights_dtype(generator):
     """A feed-forward gate is float32 whatever the activation is."""
     x = normal(2, 6, 6, 16, generator=generator, dtype=torch.float16)
@@ -136,6 +144,75 @@ def test_gathered_conv2d_bits_do_not_depend_on_the_batch(dtype, generator):
         assert torch.equal(kernels.gathered_conv2d(x[start:stop], weight, bias, padding=1), plain[start:stop])
 
 
+def workspace(tiles, configuration):
+    """Room for so many tiles, filled with NaN."""
+    part = configuration.slices * configuration.block_m * configuration.block_n
+    return Workspace(torch.full((tiles * part,), float("nan"), device=DEVICE),
+                     torch.zeros(tiles, dtype=torch.int32, device=DEVICE))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(7, 9, 16, 24, 3, 2, 1), (9, 8, 32, 12, 3, 1, 1), (3, 2, 70, 10, 1, 1, 0)], ids=str)
+@pytest.mark.parametrize("slices", [2, 4])
+def test_slices_give_the_same_bits_however_programs_share_them(shape, slices, dtype, generator):
+    """Of several tiles, with every epilogue: all in one program, or each in one; also where one has nothing to add."""
+    height, width, channels, out_channels, kernel, stride, padding = shape
+    batch, count = 4, 3
+    x = normal(batch, height, width, channels, generator=generator, dtype=dtype)
+    weight = normal(kernel, kernel, channels, out_channels, generator=generator) / (kernel * channels ** 0.5)
+    weight, bias = weight.to(dtype), normal(out_channels, generator=generator)
+    rows, number = listed(batch, count, generator)
+    one = Configuration(64, 16, 16, warps=4, stages=2, slices=slices)
+    expected = kernels.gathered_conv2d_ref(x, weight, bias, number, gather=rows, stride=stride, padding=padding)
+    size = expected.shape[1:3]
+    tiles = count * kernels.sum_tiles(size) * -(-out_channels // 16)  # with pooled sums, whose tiles are images' own
+
+    def run(room):
+        memory = workspace(room, one)
+        plain = torch.zeros_like(expected)
+        kernels.gathered_conv2d(x, weight, bias, number, gather=rows, stride=stride, padding=padding, out=plain,
+                                configuration=one, workspace=memory)
+        out = torch.ones(batch, *size, out_channels, dtype=dtype, device=DEVICE)
+        sums = torch.zeros(batch, kernels.sum_tiles(size), out_channels, device=DEVICE)
+        kernels.gathered_conv2d(x, weight, bias, number, gather=rows, scatter=rows, stride=stride, padding=padding,
+                                relu=True, residual=out, out=out, sums=sums, configuration=one, workspace=memory)
+        assert not memory.arrivals.any()
+        assert not memory.parts.isnan().any(), "a slice was not written"
+        return plain, out, sums
+
+    shared, alone = run(tiles), run(0)
+    for value, other in zip(shared, alone, strict=True):
+        assert torch.equal(value, other)
+    assert_close(shared[0][:count], expected[:count])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_count_may_decide_who_sums_and_changes_no_bit(dtype, generator):
+    x = normal(6, 8, 8, 40, generator=generator, dtype=dtype)
+    weight, bias = normal(3, 3, 40, 16, generator=generator, dtype=dtype) / 20, normal(16, generator=generator)
+    one = Configuration(64, 16, 32, warps=4, stages=2, slices=4)
+    memory = workspace(2, one)
+    whole = kernels.gathered_conv2d(x, weight, bias, padding=1, configuration=one, workspace=memory)
+    assert memory.parts.isnan().all()  # six tiles
+    for images in (1, 2, 3, 5):
+        count = torch.tensor([images], dtype=torch.int32, device=DEVICE)
+        out = kernels.gathered_conv2d(x, weight, bias, count, padding=1, configuration=one, workspace=memory)
+        assert torch.equal(out[:images], whole[:images])
+    assert not memory.parts.isnan().any()  # of one and of two tiles
+
+
+def test_a_workspace_suits_every_layer_it_was_made_for():
+    layers = [Layer(*shape, torch.float16, False) for shape in (
+        (7, 7, 512, 512, 3, 1, 1), (1, 1, 2048, 1000, 1, 1, 0), (56, 56, 16, 16, 1, 1, 0))]
+    plans = [(layer, configurations(layer)[0]) for layer in layers]
+    memory = Workspace.empty(plans, 3, DEVICE)
+    for layer, one in plans:
+        alone = Workspace.empty([(layer, one)], 3, DEVICE)
+        assert memory.room(one) >= alone.room(one)
+        assert alone.room(one) > 0 or one.slices == 1
+    assert len(Workspace.empty([], 3, DEVICE).arrivals) == 1  # for the gate step
+
+
 @pytest.mark.parametrize("relu", [False, True])
 def test_gathered_conv2d_keeps_nan_and_its_neighbours(relu, generator):
     x = normal(3, 4, 4, 16, generator=generator)
@@ -157,6 +234,8 @@ def test_gathered_conv2d_keeps_nan_and_its_neighbours(relu, generator):
     (dict(out=torch.zeros(2, 8, 4, 4).permute(0, 2, 3, 1)), "out must be contiguous .* not contiguous"),
     (dict(sums=torch.zeros(2, 2, 8)), r"sums must be contiguous torch.float32 \[2, 1, 8\], got .* \[2, 2, 8\]"),
     (dict(stride=0), "stride must be at least 1.*got stride 0"),
+    (dict(tf32=True, weight=torch.zeros(3, 3, 16, 8).half()), "tf32 is for float32 weights, got torch.float16"),
+    (dict(weight=torch.zeros(3, 3, 8, 16).transpose(2, 3)), r"weight must be contiguous as .*, got strides \[384, 12"),
     (dict(padding=-1), r"got stride 1, padding -1, input \[4, 4\]"),
     (dict(residual=torch.zeros(2, 4, 4, 8, device="meta")), "residual must be on .*, got meta"),
 ])

@@ -142,7 +142,8 @@ class TritonEngine(WalkingEngine[Activation, Rows]):
         super().__init__(network)
         architecture = network.arch
         measured = tuning.results(network.device)
-        tf32 = network.dtype == torch.float32 and tf32_asked()
+        # Of AMD's GPUs few have it: Triton refuses it for the others.
+        tf32 = network.dtype == torch.float32 and torch.version.hip is None and tf32_asked()
         self._stem = _Convolution(network.stem, architecture.image_size, measured, tf32=tf32)
         self._blocks = [_Block(block, measured, tf32=tf32) for block in network.blocks]
         self._gates = [_FeedforwardGate(gate, plan.out_size, measured) if isinstance(gate, PackedFeedforwardGate)
