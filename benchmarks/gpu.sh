@@ -53,7 +53,7 @@ compare() {
 }
 
 triton() {
-    limited 120 triton "${pytest[@]}" benchmarks/bench_triton.py --benchmark-enable --benchmark-max-time=0.1 \
+    limited 120 triton "${pytest[@]}" benchmarks/bench_triton.py --benchmark-enable --benchmark-max-time=0.05 \
         --benchmark-json="$out/triton.json"
 }
 
