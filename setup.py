@@ -64,6 +64,7 @@ class BuildExtension(build_ext):
         ext.define_macros += MACROS
         with ThreadPoolExecutor(int(os.environ.get("SKIPNET_BUILD_JOBS", 0)) or os.cpu_count()) as pool:
             ext.extra_objects += pool.map(lambda compilation: compilation(), [*compilations, *self.variants(ext)])
+        self.force = True  # setuptools knows nothing of these objects: it would keep an earlier build's library
         super().build_extension(ext)
 
     def variants(self, ext: Pybind11Extension) -> list[Compilation]:

@@ -227,18 +227,18 @@ def table(folder: Path) -> None:
 
 
 def _triton(rows: Sequence[dict[str, Any]]) -> None:
-    """A line for what bench_triton.py repeats at other batch sizes: microseconds, and how cuDNN's time compares."""
-    times = {row["name"]: row["extra_info"]["us a launch"] for row in rows}
-    lines: dict[str, list[str]] = {}
+    """What bench_triton.py timed, one line for all batch sizes."""
+    times: dict[str, dict[int, list[str]]] = {}
     for row in rows:
-        name, parameters, time = row["name"], row["params"], times[row["name"]]
-        if parameters.get("who") != "cudnn":
-            beside = times.get(name.replace(f"[{parameters.get('who')}-", "[cudnn-"))
-            ratio = f" ({time / beside:.2f} x cuDNN)" if beside and "who" in parameters else ""
-            what = name.removeprefix("test_").replace(f"-{parameters['batch']}", "").replace("[", " ").rstrip("]")
-            lines.setdefault(what, []).append(f"{parameters['batch']}: {time:.1f}{ratio}")
-    for what, found in lines.items():
-        print(f"  {what:48} {', '.join(found)}")
+        if row["extra_info"]:  # else it was interrupted
+            parameters = {name: value for name, value in row["params"].items() if name != "who"}
+            batch = parameters.pop("batch")
+            what = " ".join([row["name"].partition("[")[0].removeprefix("test_"), *map(str, parameters.values())])
+            times.setdefault(what, {}).setdefault(batch, []).append(f"{row['extra_info']['us a launch']:.1f}")
+    if times:
+        print("  microseconds by batch size; of convolutions over all images, over half of them, and cuDNN's over all")
+    for what, batches in times.items():
+        print(f"  {what:40}", *(f"{batch}: {' '.join(found):18}" for batch, found in batches.items()))
 
 
 def _microseconds(time: dict[str, float]) -> str:

@@ -41,7 +41,7 @@ build() { limited 180 build python3 -m pip install --no-build-isolation --no-dep
 tests() {
     local files workers=()
     files=$(grep -lE 'mark\.gpu|engine_devices|missing\(\)' tests/test_*.py)
-    if python3 -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
+    if python3 -c 'import xdist' 2>/dev/null; then workers=(-n $(($(nproc) / 2))); fi
     # shellcheck disable=SC2086
     OMP_NUM_THREADS=2 limited 150 "$1" "${pytest[@]}" "${workers[@]}" --continue-on-collection-errors -k "$2" --junitxml="$out/$1.xml" $files
 }
@@ -53,7 +53,7 @@ compare() {
 }
 
 triton() {
-    limited 120 triton "${pytest[@]}" benchmarks/bench_triton.py --benchmark-enable --benchmark-max-time=0.1 \
+    limited 120 triton "${pytest[@]}" benchmarks/bench_triton.py --benchmark-enable --benchmark-max-time=0.05 \
         --benchmark-json="$out/triton.json"
 }
 

@@ -10,6 +10,7 @@ calls, by the compiler, the target and every option.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import json
@@ -47,8 +48,15 @@ def identity(device: torch.device) -> dict[str, str]:
     source = hashlib.sha256(Path(gathered_conv.__file__).read_bytes()).hexdigest()
     if INTERPRETED:
         return dict(source=source, triton=triton.__version__, device="interpreter", driver="none")
-    driver = torch.version.hip or str(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]
+    driver = torch.version.hip or _cuda_driver()
     return dict(source=source, triton=triton.__version__, device=torch.cuda.get_device_name(device), driver=driver)
+
+
+def _cuda_driver() -> str:
+    """The version of CUDA that the driver brings, in its own words: not every PyTorch tells."""
+    version = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return str(version.value)
 
 
 def path(device: torch.device) -> Path:

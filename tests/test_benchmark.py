@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,6 +171,34 @@ def test_a_peer_that_objects_is_left_out_with_its_reason():
 def test_what_cannot_be_measured_is_refused(case, options, why):
     with pytest.raises(BenchmarkError, match=why):
         benchmark(small_model(case), **{"peers": QUICK, **options})
+
+
+# benchmarks/gpu.py ---------------------------------------------------------------------------------------------------
+
+GPU_SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_fails_with_one_line(tmp_path):
+    done = subprocess.run([sys.executable, GPU_SCRIPT, "compare", "--output", tmp_path], capture_output=True, text=True,
+                          check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"device 'cuda' cannot be used here: .*\n", done.stderr)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_table_prints_whatever_there_is(tmp_path):
+    found = benchmark(small_model("rnn"), batches=[2], peers=QUICK, seconds=0).to_dict()
+    rows = [{"name": "test_convolution[1-(8, 3)-gathered]", "params": {"who": "gathered", "batch": 1, "shape": [8, 3]},
+             "extra_info": {"us a launch": 2.5}},
+            {"name": "test_compaction[1]", "params": {"batch": 1}, "extra_info": {}}]
+    for name, text in (("compare", json.dumps(found)), ("cut", "{"), ("triton", json.dumps({"benchmarks": rows}))):
+        (tmp_path / f"{name}.json").write_text(text)
+    done = subprocess.run([sys.executable, GPU_SCRIPT, "table", tmp_path], capture_output=True, text=True, check=True)
+    for expected in ("PyTorch ", "cpu,  50% executed ", "% of the ceiling", "cannot be read", "convolution [8, 3]",
+                     "1: 2.5"):
+        assert expected in done.stdout
+    assert "compaction" not in done.stdout
 
 
 # The command ---------------------------------------------------------------------------------------------------------
