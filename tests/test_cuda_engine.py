@@ -35,7 +35,7 @@ def test_which_gpus_the_build_runs_on(monkeypatch, archs, capability, expected):
 @built
 @pytest.mark.parametrize(("change", "message"), [
     ({"element": "float32"}, "element: expected float16 or bfloat16, got float32"),
-    ({"element": "int8"}, "element: expected float32, float16 or bfloat16, got int8"),
+    ({"element": "int8"}, "element: expected float32, tf32, float16 or bfloat16, got int8"),
     ({"in_channels": 17}, "in: expected 1 to 16 channels, got 17"),
     ({"blocks": [1, 1, 1, 1]}, "blocks: expected 1 to 3 groups, got 4"),
     ({"blocks": [1, 0]}, "blocks: expected 1 or more in a group, got 0"),
