@@ -201,6 +201,24 @@ def test_the_count_may_decide_who_sums_and_changes_no_bit(dtype, generator):
     assert not memory.parts.isnan().any()  # of one and of two tiles
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_slices_meet_in_order_every_time(dtype, generator):
+    """A race would show on a GPU: launches follow one another over one workspace, as in a graph."""
+    x = normal(2, 7, 7, 256, generator=generator, dtype=dtype)
+    weight, bias = normal(3, 3, 256, 64, generator=generator, dtype=dtype) / 48, normal(64, generator=generator)
+    layer = Layer(7, 7, 256, 64, 3, 1, 1, dtype, pooled=False)
+    one = configurations(layer)[0]
+    assert one.slices > 1
+    whole = kernels.gathered_conv2d(x, weight, bias, padding=1, configuration=one, workspace=workspace(0, one))
+    memory = Workspace.empty([(layer, one)], 2, DEVICE)
+    assert memory.room(one) > 0
+    differing = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    for _ in range(2 if INTERPRETED else 1000):
+        differing += (kernels.gathered_conv2d(x, weight, bias, padding=1, configuration=one, workspace=memory)
+                      != whole).sum()
+    assert differing.item() == 0
+
+
 def test_a_workspace_suits_every_layer_it_was_made_for():
     layers = [Layer(*shape, torch.float16, False) for shape in (
         (7, 7, 512, 512, 3, 1, 1), (1, 1, 2048, 1000, 1, 1, 0), (56, 56, 16, 16, 1, 1, 0))]
