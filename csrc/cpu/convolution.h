@@ -54,15 +54,15 @@ struct Plane {
     int at(int y, int x) const { return (y + 1) * row() + (x + 1) * channels; }  // -1 is the border
 };
 
-// sums[t][k] += sum over c < depth of x[t * step + c] * weight[c, k], in ascending c. It is `packs` from a pack of weights
-// to the next, `columns` to the next column's.
+// sums[t][k] += sum over c < depth of x[t * step + c] * weight[c, k], in ascending c. It is `packs` from a pack of
+// weights to the next, `columns` to the next column's.
 template <typename Operand, int T, int K>
 inline __attribute__((always_inline)) void accumulate(Vector (&sums)[T][K], const typename Operand::Element* x,
-                                                      int step, const typename Operand::Element* weight, int depth,
-                                                      int packs, int columns) {
+                                                      std::ptrdiff_t step, const typename Operand::Element* weight,
+                                                      int depth, std::ptrdiff_t packs, std::ptrdiff_t columns) {
     constexpr int kPack = Operand::kPack;
 #pragma GCC unroll 1
-    for (int c = 0; c < depth; c += kPack, weight += packs) {
+    for (std::ptrdiff_t c = 0; c < depth; c += kPack, weight += packs) {
         typename Operand::Pack w[K];
 #pragma GCC unroll 4
         for (int k = 0; k < K; ++k) w[k] = Operand::load_pack(weight + k * columns);
@@ -100,19 +100,19 @@ constexpr int most_columns(int in) {
 // Elements from a point's `size` to the next point's: a line of the cache more. All points of a tile, or of a pair of
 // channels, are written together, and a power of two apart they would meet in a few sets of the cache.
 template <typename Element>
-constexpr int apart(int size) {
+constexpr std::ptrdiff_t apart(int size) {
     return size + 64 / static_cast<int>(sizeof(Element));
 }
 
 // Elements from a column's transformed weights to the next column's.
 template <typename Operand>
-constexpr std::size_t weights_apart(int in) {
+constexpr std::ptrdiff_t weights_apart(int in) {
     return kPoints * apart<typename Operand::Element>(in * kWidth);
 }
 
 // Elements from a block's transformed inputs to the next block's.
 template <typename Operand>
-constexpr std::size_t inputs_apart(int in) {
+constexpr std::ptrdiff_t inputs_apart(int in) {
     return kPoints * apart<typename Operand::Element>(kTileBlock<Operand> * in);
 }
 
@@ -230,11 +230,13 @@ private:
     }
 
     // The four steps are never inlined: where they are called must not change how they round. They keep members in
-    // variables: for all the compiler knows, storing a vector could change a member.
+    // variables: for all the compiler knows, storing a vector could change a member. Distances are as wide as pointers:
+    // Python's own compiler flags let an int wrap around.
 
     __attribute__((noinline)) void transform_kernels(const Share& columns, Scratch<Operand>& scratch) const {
         constexpr int kPack = Operand::kPack, kKernel = kTaps * kWidth;
-        const int in = in_, step = apart<Element>(in * kWidth);
+        const int in = in_;
+        const std::ptrdiff_t step = apart<Element>(in * kWidth);
         const Element* kernel = kernels_.get() + static_cast<std::size_t>(columns.begin) * in * kKernel;
         for (int column = columns.begin; column < columns.end; ++column) {
             Element* to = scratch.weights.get() + (column - columns.begin) * weights_apart<Operand>(in);
@@ -264,7 +266,7 @@ private:
     struct Six {
         Vector d0, d1, d2, d3, d4, d5;
 
-        Six(const float* d, int step)
+        Six(const float* d, std::ptrdiff_t step)
             : d0(load(d)), d1(load(d + step)), d2(load(d + 2 * step)), d3(load(d + 3 * step)),
               d4(load(d + 4 * step)), d5(load(d + 5 * step)) {}
         Six(const Vector (&d)[kPatch]) : d0(d[0]), d1(d[1]), d2(d[2]), d3(d[3]), d4(d[4]), d5(d[5]) {}
@@ -286,9 +288,9 @@ private:
     __attribute__((noinline)) void transform_input(const Plane& plane, const float* image, int tile, int place,
                                                    Element* to) const {
         const int y = tile / plane.tiles_across() * kTile, x = tile % plane.tiles_across() * kTile;
-        const int in = in_, row_step = plane.row(), step = apart<Element>(kBlock * in);
+        const std::ptrdiff_t in = in_, row_step = plane.row(), step = apart<Element>(kBlock * in_);
         const float* corner = image + plane.at(y - 1, x - 1);
-        const int run = run_of<Operand>(in), next = run == in ? kWidth : kBlock * kWidth;
+        const int run = run_of<Operand>(in_), next = run == in ? kWidth : kBlock * kWidth;
         to += place * run;
         for (int c = 0; c < in; c += kWidth, corner += kWidth, to += next) {
             const auto finish = [&](int row, const Vector (&half)[kPatch]) __attribute__((always_inline)) {
@@ -317,8 +319,9 @@ private:
     __attribute__((noinline)) void multiply(int count, const Share& columns, const Element* inputs,
                                             Scratch<Operand>& scratch) const {
         constexpr int kPacked = kWidth * Operand::kPack;
-        const int in = in_, out = out_, next = weights_apart<Operand>(in), weight_step = apart<Element>(in * kWidth);
-        const int x_step = apart<Element>(kBlock * in), step = apart<float>(kBlock * out);
+        const int in = in_;
+        const std::ptrdiff_t out = out_, next = weights_apart<Operand>(in), weight_step = apart<Element>(in * kWidth);
+        const std::ptrdiff_t x_step = apart<Element>(kBlock * in), step = apart<float>(kBlock * out_);
         const Element* weights = scratch.weights.get();
         float* products = scratch.products.get() + columns.begin * kWidth;
 #ifdef __AMX_BF16__
@@ -337,7 +340,7 @@ private:
             for_blocks(count, 0, columns.end - columns.begin, [=](auto t, auto k, int row, int column) {
                 constexpr int T = decltype(t)::value, K = decltype(k)::value;
                 Vector sums[T][K] = {};
-                for (int c = 0; c < in; c += kWidth)
+                for (std::ptrdiff_t c = 0; c < in; c += kWidth)
                     accumulate<Operand, T, K>(sums, x + c * kBlock + row * kWidth, kWidth,
                                               weight + c * kWidth + column * next, kWidth, kPacked, next);
 #pragma GCC unroll 16
@@ -361,7 +364,7 @@ private:
     __attribute__((noinline)) void transform_output(const Plane& plane, float* image, int tile, int place, int column,
                                                     bool add_outputs, float* tile_sums, const float* products) const {
         const int y = tile / plane.tiles_across() * kTile, x = tile % plane.tiles_across() * kTile;
-        const int out = out_, row_step = plane.row(), step = apart<float>(kBlock * out);
+        const std::ptrdiff_t out = out_, row_step = plane.row(), step = apart<float>(kBlock * out_);
         const float* from = products + place * out + column * kWidth;
         Vector half[kTile * kPatch], result[kTile * kTile];
         for (int j = 0; j < kPatch; ++j, from += step) {
