@@ -107,9 +107,11 @@ class SkipNetRuntime(nn.Module):
             logits = torch.empty(0, self.arch.num_classes, dtype=self.dtype, device=self.device)
             return EnginePass(logits, self.engine.begin(0, steps, forced))
         size = self.max_batch or len(images)
+        if len(images) <= size:
+            return self.engine.run(images, forced, steps)
         passes = [self.engine.run(part, None if forced is None else forced[start:start + size], steps)
                   for start, part in zip(range(0, len(images), size), torch.split(images, size), strict=True)]
-        return passes[0] if len(passes) == 1 else EnginePass.joined(passes)
+        return EnginePass.joined(passes)
 
     def _check_images(self, images: Tensor) -> None:
         if not isinstance(images, Tensor):

@@ -6,11 +6,11 @@
 #include "compacted.h"
 
 #include <cstring>
-#include <mutex>
 
 #include "gates.h"
 #include "variant.h"
 #include "winograd.h"
+#include "workspaces.h"
 
 namespace skipnet::cpu {
 namespace {
@@ -20,6 +20,8 @@ using namespace blocked;
 // Images that go through the network together and share a pass over the weights, at most: as many as fill the threads
 // and the caches.
 constexpr int kTogether = 8;
+
+constexpr std::chrono::microseconds kPatience(4000);  // with late threads, for each image: less than one takes
 
 template <typename Operand>
 using LayerOf = std::unique_ptr<Layer<Operand, Operand>>;
@@ -169,7 +171,6 @@ private:
     int map(const Plane& plane, Use use);
 
     std::unique_ptr<Workspace> take_workspace(int guests, int threads);
-    void return_workspace(std::unique_ptr<Workspace> space);
     Guest make_guest() const;
 
     struct Map {
@@ -198,8 +199,7 @@ private:
     int most_channels_ = 0;
     std::size_t most_shared_ = 0, most_own_ = 0, most_sums_ = 0;
 
-    std::mutex mutex_;
-    std::vector<std::unique_ptr<Workspace>> idle_;  // under mutex_
+    Workspaces<Workspace> spaces_;
 };
 
 int halved(int size) { return (size + 1) / 2; }
@@ -331,14 +331,7 @@ auto Network<Operand>::make_guest() const -> Guest {
 
 template <typename Operand>
 auto Network<Operand>::take_workspace(int guests, int threads) -> std::unique_ptr<Workspace> {
-    std::unique_ptr<Workspace> space;
-    {
-        std::lock_guard<std::mutex> lock(mutex_);
-        if (!idle_.empty()) {
-            space = std::move(idle_.back());
-            idle_.pop_back();
-        }
-    }
+    std::unique_ptr<Workspace> space = spaces_.take();
     if (!space)
         space.reset(new Workspace{{}, {}, BufferOf<Element>(most_shared_), Buffer(image_.size()),
                                   BufferOf<Element>(max_pool_ ? stem_plane_.size() : 0)});
@@ -349,33 +342,28 @@ auto Network<Operand>::take_workspace(int guests, int threads) -> std::unique_pt
 }
 
 template <typename Operand>
-void Network<Operand>::return_workspace(std::unique_ptr<Workspace> space) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    idle_.push_back(std::move(space));
-}
-
-template <typename Operand>
 void Network<Operand>::run(const Call& call) {
     struct Tour {
         const Network& network;
         const Call& call;
         Workspace& space;
+        const int threads;
         Barrier barrier;
     };
-    const int threads = call.threads < 1 ? 1 : call.threads;
-    std::unique_ptr<Workspace> space = take_workspace(call.batch < kTogether ? call.batch : kTogether, threads);
-    Tour tour{*this, call, *space, Barrier(threads)};
-    run_threads(threads, [](void* context, int rank, int given) {
+    Crew crew(call.threads, call.batch * kPatience);
+    std::unique_ptr<Workspace> space = take_workspace(call.batch < kTogether ? call.batch : kTogether, crew.size());
+    Tour tour{*this, call, *space, crew.size(), Barrier(crew.size())};
+    crew.run([](void* context, int rank) {
         Tour& tour = *static_cast<Tour*>(context);
         Scratch& scratch = tour.space.scratch[rank];
         const Memory<Operand> memory{tour.space.shared.get(), scratch.own.get(), scratch.runs.data()};
         const int batch = tour.call.batch, visits = (batch + kTogether - 1) / kTogether;
         for (int visit = 0; visit < visits; ++visit) {
             const int first = batch * visit / visits, count = batch * (visit + 1) / visits - first;
-            tour.network.walk({tour.call, tour.space, first, count, Team{rank, given, &tour.barrier}, memory});
+            tour.network.walk({tour.call, tour.space, first, count, Team{rank, tour.threads, &tour.barrier}, memory});
         }
     }, &tour);
-    return_workspace(std::move(space));
+    spaces_.give_back(std::move(space));
 }
 
 template <typename Operand>
@@ -430,10 +418,7 @@ void Network<Operand>::stem(const Worker& worker) const {
                     worker.call.images[from + static_cast<std::size_t>(row) * width + x];
         if (team.rank == 0) {
             guest.executes = true;
-            if (cell_) {
-                std::memset(guest.hidden.get(), 0, cell_->lanes() * sizeof(float));
-                std::memset(guest.cell.get(), 0, cell_->lanes() * sizeof(float));
-            }
+            if (cell_) cell_->begin(guest.hidden.get(), guest.cell.get());
         }
         team.meet();
         const float* input = space.image.get();
@@ -545,11 +530,7 @@ void Network<Operand>::head(const Worker& worker) const {
         const Guest& guest = worker.space.guests[i];
         const std::size_t image = worker.first + i;
         std::memcpy(worker.call.logits + image * classes_, guest.logits.get(), classes_ * sizeof(float));
-        if (cell_) {
-            const std::size_t size = cell_->hidden();
-            std::memcpy(worker.call.hidden + image * size, guest.hidden.get(), size * sizeof(float));
-            std::memcpy(worker.call.cell + image * size, guest.cell.get(), size * sizeof(float));
-        }
+        if (cell_) cell_->finish(guest.hidden.get(), guest.cell.get(), worker.call, image);
     }
     worker.team.meet();
 }

@@ -32,6 +32,15 @@ template <>
 constexpr int kTileBlock<AmxBFloat16> = kTileRows;
 #endif
 
+// Of a tile's `in` channels, those that lie together when it is transformed; then come the block's other tiles.
+template <typename Operand>
+constexpr int run_of([[maybe_unused]] int in) {
+#ifdef __AMX_BF16__
+    if constexpr (std::is_same_v<Operand, AmxBFloat16>) return in;
+#endif
+    return kWidth;  // a constant: its multiples need no registers
+}
+
 // An image's activation: channels last, channels padded to whole vectors, with a border of zeros that nobody writes:
 // one pixel all around, and as much more below and to the right as makes the inside whole tiles.
 struct Plane {
@@ -45,18 +54,23 @@ struct Plane {
     int at(int y, int x) const { return (y + 1) * row() + (x + 1) * channels; }  // -1 is the border
 };
 
-// accumulators[t][k] += sum over c of x[t * step + c] * weight[c, k * kWidth ...], in ascending c.
+// sums[t][k] += sum over c < depth of x[t * step + c] * weight[c, k], in ascending c. It is `packs` from a pack of
+// weights to the next, `columns` to the next column's.
 template <typename Operand, int T, int K>
-inline __attribute__((always_inline)) void accumulate(Vector (&accumulators)[T][K], const typename Operand::Element* x,
-                                                      int step, const typename Operand::Element* weight, int depth,
-                                                      int columns) {
+inline __attribute__((always_inline)) void accumulate(Vector (&sums)[T][K], const typename Operand::Element* x,
+                                                      std::ptrdiff_t step, const typename Operand::Element* weight,
+                                                      int depth, std::ptrdiff_t packs, std::ptrdiff_t columns) {
     constexpr int kPack = Operand::kPack;
-    for (int c = 0; c < depth; c += kPack, weight += columns * kPack) {
+#pragma GCC unroll 1
+    for (std::ptrdiff_t c = 0; c < depth; c += kPack, weight += packs) {
         typename Operand::Pack w[K];
-        for (int k = 0; k < K; ++k) w[k] = Operand::load_pack(weight + k * kWidth * kPack);
+#pragma GCC unroll 4
+        for (int k = 0; k < K; ++k) w[k] = Operand::load_pack(weight + k * columns);
+#pragma GCC unroll 16
         for (int t = 0; t < T; ++t) {
             const typename Operand::Pack value = Operand::broadcast_pack(x + t * step + c);
-            for (int k = 0; k < K; ++k) accumulators[t][k] = Operand::multiply_add(value, w[k], accumulators[t][k]);
+#pragma GCC unroll 4
+            for (int k = 0; k < K; ++k) sums[t][k] = Operand::multiply_add(value, w[k], sums[t][k]);
         }
     }
 }
@@ -83,9 +97,24 @@ constexpr int most_columns(int in) {
     return bytes < kBytes ? kBytes / bytes : 1;
 }
 
-// Elements from a point's weights to the next point's. Not a power of two: the points of one pair of channels, which are
-// written together, would meet in one set of the cache.
-constexpr int points_apart(int in, int out) { return in * out + 64; }
+// Elements from a point's `size` to the next point's: a line of the cache more. All points of a tile, or of a pair of
+// channels, are written together, and a power of two apart they would meet in a few sets of the cache.
+template <typename Element>
+constexpr std::ptrdiff_t apart(int size) {
+    return size + 64 / static_cast<int>(sizeof(Element));
+}
+
+// Elements from a column's transformed weights to the next column's.
+template <typename Operand>
+constexpr std::ptrdiff_t weights_apart(int in) {
+    return kPoints * apart<typename Operand::Element>(in * kWidth);
+}
+
+// Elements from a block's transformed inputs to the next block's.
+template <typename Operand>
+constexpr std::ptrdiff_t inputs_apart(int in) {
+    return kPoints * apart<typename Operand::Element>(kTileBlock<Operand> * in);
+}
 
 // Where a thread works. One a thread.
 template <typename Operand>
@@ -93,9 +122,9 @@ struct Scratch {
     using Element = typename Operand::Element;
     static constexpr int kBlock = kTileBlock<Operand>;
 
-    BufferOf<Element> weights;  // [kPoints, points_apart(in, out)] of [channels in, channels out]
-    BufferOf<Element> inputs;   // [blocks of tiles, kPoints, kBlock, channels in]
-    Buffer products;            // [kPoints, kBlock, channels out]
+    BufferOf<Element> weights;  // [columns, kPoints, apart] of [channels in / kPack, kWidth, kPack]
+    BufferOf<Element> inputs;   // [blocks of tiles, kPoints, apart] of [channels in / run_of, kBlock, run_of]
+    Buffer products;            // [kPoints, apart] of [kBlock, channels out]
     BufferOf<Element> rows;     // three rows of a plane, for a direct convolution
 
     // For convolutions of `images` images from any of `planes` to as many channels or fewer.
@@ -106,9 +135,9 @@ struct Scratch {
             const int channels = plane.channels, most = most_columns<Operand>(channels) * kWidth;
             const bool at_once = channels <= most;
             const int blocks = at_once ? 1 : (images * plane.tiles() + kBlock - 1) / kBlock;
-            raise(most_weights, kPoints * points_apart(channels, at_once ? channels : most));
-            raise(most_inputs, static_cast<std::size_t>(blocks) * kPoints * kBlock * channels);
-            raise(most_products, kPoints * kBlock * channels);
+            raise(most_weights, (at_once ? channels : most) / kWidth * weights_apart<Operand>(channels));
+            raise(most_inputs, blocks * inputs_apart<Operand>(channels));
+            raise(most_products, kPoints * apart<float>(kBlock * channels));
             raise(most_rows, 3 * plane.row());
         }
         weights = BufferOf<Element>(most_weights);
@@ -133,8 +162,9 @@ public:
             bias_.get()[o] = layer.bias[o];
             for (int c = 0; c < layer.in; ++c)
                 for (int tap = 0; tap < kTaps; ++tap)
-                    kernels_.get()[(static_cast<std::size_t>(c) * kTaps + tap) * out_ + o] = Operand::rounded(
-                        layer.weight[(static_cast<std::size_t>(o) * layer.in + c) * kTaps + tap]);
+                    kernels_.get()[((static_cast<std::size_t>(o / kWidth) * in_ + c) * kTaps + tap) * kWidth +
+                                   o % kWidth] =
+                        Operand::rounded(layer.weight[(static_cast<std::size_t>(o) * layer.in + c) * kTaps + tap]);
         }
     }
 
@@ -159,7 +189,7 @@ public:
                 const int begin = block * kBlock;
                 const int count = tiles - begin < kBlock ? tiles - begin : kBlock;
                 Element* transformed = scratch.inputs.get();
-                if (!at_once) transformed += static_cast<std::size_t>(block - mine.begin) * kPoints * kBlock * in_;
+                if (!at_once) transformed += (block - mine.begin) * inputs_apart<Operand>(in_);
                 if (first == columns.begin)
                     for (int t = 0; t < count; ++t) {
                         const int image = (begin + t) / per_image, tile = (begin + t) % per_image;
@@ -182,55 +212,61 @@ private:
     static constexpr int kTaps = 9;
 
     // The transforms interpolate at 0, +-a, +-b and infinity. The customary +-1 and +-2 round worse by a factor of two;
-    // docs/numerics.md. The rows of +-a are scaled by 1/a and those of +-b by 1/b^2 in A^T, the other way in G.
+    // docs/numerics.md.
     static constexpr float kA = 0.625f, kB = 1.5f, kA2 = kA * kA, kB2 = kB * kB;
+    // The denominators of G's rows, left out there: they and a power of kA wait until the outputs are finished.
+    static constexpr float kZero = kA2 * kB2, kInner = 2 * kA2 * (kA2 - kB2), kOuter = 2 * kB2 * (kB2 - kA2);
+    static constexpr float kFactors[kTile] = {1 / kZero, kA / kInner, kA2 / kInner, 1};
 
-    // One dimension of G g: three values to six.
+    // One dimension of G g but for its denominators: three values to six.
     static inline void transform_three(Vector g0, Vector g1, Vector g2, Vector (&to)[kPatch]) {
-        constexpr float inner = 1 / (2 * kA * (kA2 - kB2)), outer = 1 / (2 * (kB2 - kA2));
-        const Vector p = inner * g0 + (inner * kA2) * g2, q = (inner * kA) * g1;
-        const Vector r = outer * g0 + (outer * kB2) * g2, s = (outer * kB) * g1;
-        to[0] = (1 / (kA2 * kB2)) * g0;
-        to[1] = p + q;
-        to[2] = p - q;
-        to[3] = r + s;
-        to[4] = r - s;
+        const Vector p = g0 + kA2 * g2, r = g0 + kB2 * g2;
+        to[0] = g0;
+        to[1] = p + kA * g1;
+        to[2] = p - kA * g1;
+        to[3] = r + kB * g1;
+        to[4] = r - kB * g1;
         to[5] = g2;
     }
 
-    // To [kPoints, in, own columns]. Never inlined: where it is called must not change how it rounds.
+    // The four steps are never inlined: where they are called must not change how they round. They keep members in
+    // variables: for all the compiler knows, storing a vector could change a member. Distances are as wide as pointers:
+    // Python's own compiler flags let an int wrap around.
+
     __attribute__((noinline)) void transform_kernels(const Share& columns, Scratch<Operand>& scratch) const {
-        constexpr int kPack = Operand::kPack;
-        const int width = (columns.end - columns.begin) * kWidth;
-        Element* to = scratch.weights.get();
-        for (int c = 0; c < in_; c += kPack, to += kPack * width)
-            for (int column = 0; column < width; column += kWidth) {
+        constexpr int kPack = Operand::kPack, kKernel = kTaps * kWidth;
+        const int in = in_;
+        const std::ptrdiff_t step = apart<Element>(in * kWidth);
+        const Element* kernel = kernels_.get() + static_cast<std::size_t>(columns.begin) * in * kKernel;
+        for (int column = columns.begin; column < columns.end; ++column) {
+            Element* to = scratch.weights.get() + (column - columns.begin) * weights_apart<Operand>(in);
+            for (int c = 0; c < in; c += kPack, kernel += kPack * kKernel, to += kPack * kWidth) {
                 Vector half[kPack][3][kPatch];  // rows along the kernel's columns
-                for (int i = 0; i < kPack; ++i) {
-                    const Element* kernel = kernels_.get() + static_cast<std::size_t>(c + i) * kTaps * out_ +
-                                            columns.begin * kWidth + column;
-                    for (int x = 0; x < 3; ++x)
-                        transform_three(Operand::widen(kernel + x * out_), Operand::widen(kernel + (3 + x) * out_),
-                                        Operand::widen(kernel + (6 + x) * out_), half[i][x]);
-                }
+                for (int i = 0; i < kPack; ++i)
+                    for (int x = 0; x < 3; ++x) {
+                        const Element* top = kernel + i * kKernel + x * kWidth;
+                        transform_three(Operand::widen(top), Operand::widen(top + 3 * kWidth),
+                                        Operand::widen(top + 6 * kWidth), half[i][x]);
+                    }
                 for (int row = 0; row < kPatch; ++row) {
                     Vector whole[kPack][kPatch];
                     for (int i = 0; i < kPack; ++i)
                         transform_three(half[i][0][row], half[i][1][row], half[i][2][row], whole[i]);
-                    for (int point = 0; point < kPatch; ++point) {
+                    for (int j = 0; j < kPatch; ++j) {
                         Vector weights[kPack];
-                        for (int i = 0; i < kPack; ++i) weights[i] = whole[i][point];
-                        Operand::pack(to + (row * kPatch + point) * points_apart(in_, width) + column * kPack, weights);
+                        for (int i = 0; i < kPack; ++i) weights[i] = whole[i][j];
+                        Operand::pack(to + (row * kPatch + j) * step, weights);
                     }
                 }
             }
+        }
     }
 
     // One dimension of B^T d: six values to six, of which outer() gives rows 0, 1, 2 and 5, inner() 3 and 4.
     struct Six {
         Vector d0, d1, d2, d3, d4, d5;
 
-        Six(const float* d, int step)
+        Six(const float* d, std::ptrdiff_t step)
             : d0(load(d)), d1(load(d + step)), d2(load(d + 2 * step)), d3(load(d + 3 * step)),
               d4(load(d + 4 * step)), d5(load(d + 5 * step)) {}
         Six(const Vector (&d)[kPatch]) : d0(d[0]), d1(d[1]), d2(d[2]), d3(d[3]), d4(d[4]), d5(d[5]) {}
@@ -249,87 +285,102 @@ private:
         }
     };
 
-    void transform_input(const Plane& plane, const float* image, int tile, int place, Element* to) const {
+    __attribute__((noinline)) void transform_input(const Plane& plane, const float* image, int tile, int place,
+                                                   Element* to) const {
         const int y = tile / plane.tiles_across() * kTile, x = tile % plane.tiles_across() * kTile;
-        for (int c = 0; c < in_; c += kWidth) {
-            const float* corner = image + plane.at(y - 1, x - 1) + c;
-            const auto finish = [&](int row, const Vector (&half)[kPatch]) {
+        const std::ptrdiff_t in = in_, row_step = plane.row(), step = apart<Element>(kBlock * in_);
+        const float* corner = image + plane.at(y - 1, x - 1);
+        const int run = run_of<Operand>(in_), next = run == in ? kWidth : kBlock * kWidth;
+        to += place * run;
+        for (int c = 0; c < in; c += kWidth, corner += kWidth, to += next) {
+            const auto finish = [&](int row, const Vector (&half)[kPatch]) __attribute__((always_inline)) {
                 Vector result[kPatch];
                 const Six six(half);
                 six.outer(result[0], result[1], result[2], result[5]);
                 six.inner(result[3], result[4]);
-                for (int j = 0; j < kPatch; ++j)
-                    Operand::narrow(to + ((row * kPatch + j) * kBlock + place) * in_ + c, result[j]);
+                Element* point = to + row * kPatch * step;
+                for (int j = 0; j < kPatch; ++j, point += step) Operand::narrow(point, result[j]);
             };
             // Columns first, in two passes over the patch: all six rows at once do not fit the registers.
             Vector row0[kPatch], row1[kPatch], row2[kPatch], row5[kPatch];
             for (int j = 0; j < kPatch; ++j)
-                Six(corner + j * plane.channels, plane.row()).outer(row0[j], row1[j], row2[j], row5[j]);
+                Six(corner + j * in, row_step).outer(row0[j], row1[j], row2[j], row5[j]);
             finish(0, row0);
             finish(1, row1);
             finish(2, row2);
             finish(5, row5);
             Vector row3[kPatch], row4[kPatch];
-            for (int j = 0; j < kPatch; ++j) Six(corner + j * plane.channels, plane.row()).inner(row3[j], row4[j]);
+            for (int j = 0; j < kPatch; ++j) Six(corner + j * in, row_step).inner(row3[j], row4[j]);
             finish(3, row3);
             finish(4, row4);
         }
     }
 
-    void multiply(int count, const Share& columns, const Element* inputs, Scratch<Operand>& scratch) const {
-        const int width = (columns.end - columns.begin) * kWidth;
+    __attribute__((noinline)) void multiply(int count, const Share& columns, const Element* inputs,
+                                            Scratch<Operand>& scratch) const {
+        constexpr int kPacked = kWidth * Operand::kPack;
+        const int in = in_;
+        const std::ptrdiff_t out = out_, next = weights_apart<Operand>(in), weight_step = apart<Element>(in * kWidth);
+        const std::ptrdiff_t x_step = apart<Element>(kBlock * in), step = apart<float>(kBlock * out_);
+        const Element* weights = scratch.weights.get();
+        float* products = scratch.products.get() + columns.begin * kWidth;
 #ifdef __AMX_BF16__
         if constexpr (std::is_same_v<Operand, AmxBFloat16>) {
-            const Tiles tiles(in_);
+            const Tiles tiles(in);
             for (int point = 0; point < kPoints; ++point)
-                for (int column = 0; column < width; column += kWidth)
-                    tiles.multiply(inputs + point * kBlock * in_, in_,
-                                   scratch.weights.get() + point * points_apart(in_, width) + column * Operand::kPack,
-                                   width * Operand::kPack, in_,
-                                   scratch.products.get() + point * kBlock * out_ + columns.begin * kWidth + column, out_);
+                for (int column = 0; column < columns.end - columns.begin; ++column)
+                    tiles.multiply(inputs + point * x_step, in, weights + column * next + point * weight_step,
+                                   kPacked, in, products + point * step + column * kWidth, out);
             return;
         }
 #endif
         for (int point = 0; point < kPoints; ++point) {
-            const Element* x = inputs + point * kBlock * in_;
-            const Element* weight = scratch.weights.get() + point * points_apart(in_, width);
-            float* products = scratch.products.get() + point * kBlock * out_ + columns.begin * kWidth;
-            for_blocks(count, 0, width / kWidth, [&](auto t, auto k, int row, int column) {
+            const Element *const x = inputs + point * x_step, *const weight = weights + point * weight_step;
+            float* const to = products + point * step;
+            for_blocks(count, 0, columns.end - columns.begin, [=](auto t, auto k, int row, int column) {
                 constexpr int T = decltype(t)::value, K = decltype(k)::value;
                 Vector sums[T][K] = {};
-                accumulate<Operand, T, K>(sums, x + row * in_, in_, weight + column * kWidth * Operand::kPack, in_,
-                                          width);
+                for (std::ptrdiff_t c = 0; c < in; c += kWidth)
+                    accumulate<Operand, T, K>(sums, x + c * kBlock + row * kWidth, kWidth,
+                                              weight + c * kWidth + column * next, kWidth, kPacked, next);
+#pragma GCC unroll 16
                 for (int i = 0; i < T; ++i)
-                    for (int j = 0; j < K; ++j) store(products + (row + i) * out_ + (column + j) * kWidth, sums[i][j]);
+#pragma GCC unroll 4
+                    for (int j = 0; j < K; ++j) store(to + (row + i) * out + (column + j) * kWidth, sums[i][j]);
             });
         }
     }
 
-    // One dimension of A^T m: six values to four.
+    // One dimension of A^T m but for kFactors: six values to four.
     static inline void transform_four(const Vector* m, int step, Vector* to, int to_step) {
         const Vector a = m[step] + m[2 * step], b = m[step] - m[2 * step];
         const Vector c = m[3 * step] + m[4 * step], d = m[3 * step] - m[4 * step];
-        to[0] = m[0] + (1 / kA) * a + (1 / kB2) * c;
-        to[to_step] = b + (1 / kB) * d;
-        to[2 * to_step] = kA * a + c;
-        to[3 * to_step] = m[5 * step] + kA2 * b + kB * d;
+        to[0] = m[0] + (kZero / kInner) * a + (kZero / kOuter) * c;
+        to[to_step] = b - (kA / kB) * d;
+        to[2 * to_step] = a - c;
+        to[3 * to_step] = m[5 * step] + (kA * kA2 / kInner) * b + (kB * kB2 / kOuter) * d;
     }
 
-    void transform_output(const Plane& plane, float* image, int tile, int place, int column, bool add_outputs,
-                          float* tile_sums, const float* products) const {
+    __attribute__((noinline)) void transform_output(const Plane& plane, float* image, int tile, int place, int column,
+                                                    bool add_outputs, float* tile_sums, const float* products) const {
         const int y = tile / plane.tiles_across() * kTile, x = tile % plane.tiles_across() * kTile;
-        Vector m[kPoints], half[kTile * kPatch], result[kTile * kTile];
-        for (int point = 0; point < kPoints; ++point)
-            m[point] = load(products + (point * kBlock + place) * out_ + column * kWidth);
-        for (int j = 0; j < kPatch; ++j) transform_four(m + j, kPatch, half + j, kPatch);
+        const std::ptrdiff_t out = out_, row_step = plane.row(), step = apart<float>(kBlock * out_);
+        const float* from = products + place * out + column * kWidth;
+        Vector half[kTile * kPatch], result[kTile * kTile];
+        for (int j = 0; j < kPatch; ++j, from += step) {
+            Vector m[kPatch];
+            for (int i = 0; i < kPatch; ++i) m[i] = load(from + i * kPatch * step);
+            transform_four(m, 1, half + j, kPatch);
+        }
         for (int i = 0; i < kTile; ++i) transform_four(half + i * kPatch, 1, result + i * kTile, 1);
         const Vector bias = load(bias_.get() + column * kWidth);
+        float* corner = image + plane.at(y, x) + column * kWidth;
         Vector sum = {};
         const auto finish = [&](int rows, int pixels) __attribute__((always_inline)) {
             for (int i = 0; i < rows; ++i)
                 for (int j = 0; j < pixels; ++j) {
-                    float* to = image + plane.at(y + i, x + j) + column * kWidth;
-                    Vector value = result[i * kTile + j] + bias;
+                    float* to = corner + i * row_step + j * out;
+                    Vector value = (kFactors[i] * kFactors[j]) * result[i * kTile + j] + bias;
                     if (add_outputs) value += load(to);
                     value = relu(value);
                     store(to, value);
@@ -341,11 +392,11 @@ private:
             finish(kTile, kTile);  // with constants the result stays in registers
         else
             finish(down < kTile ? down : kTile, across < kTile ? across : kTile);
-        if (tile_sums) store(tile_sums + tile * out_ + column * kWidth, sum);
+        if (tile_sums) store(tile_sums + tile * out + column * kWidth, sum);
     }
 
     int in_, out_;               // channels as they lie in memory
-    BufferOf<Element> kernels_;  // [in, kTaps, out]
+    BufferOf<Element> kernels_;  // [columns, in, kTaps, kWidth]
     Buffer bias_;                // [out]
 };
 
@@ -411,7 +462,7 @@ private:
                     sums, corner + i * in.row() + pixel * stride_ * in_, stride_ * in_,
                     weight_.get() + static_cast<std::size_t>(i) * kernel_ * in_ * out_ +
                         column * kWidth * Operand::kPack,
-                    kernel_ * in_, out_);
+                    kernel_ * in_, out_ * Operand::kPack, kWidth * Operand::kPack);
             for (int i = 0; i < T; ++i)
                 for (int j = 0; j < K; ++j)
                     store(to + (pixel + i) * out_ + (column + j) * kWidth, with_relu ? relu(sums[i][j]) : sums[i][j]);

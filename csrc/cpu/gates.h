@@ -30,7 +30,14 @@ public:
     int hidden() const { return hidden_; }
     int lanes() const { return lanes_; }
 
-    // Advances hidden and cell, [lanes], from the embedded feature, [embed]; returns the execute logit.
+    // An image's state before its first step; hidden and cell as for step().
+    void begin(float* hidden, float* cell) const {
+        std::memset(hidden, 0, lanes_ * sizeof(float));
+        std::memset(cell, 0, lanes_ * sizeof(float));
+    }
+
+    // Advances hidden, [lanes], and cell, [2 * lanes] of which the second half is scratch, from the embedded
+    // feature, [embed]; returns the execute logit.
     float step(const float* feature, float* hidden, float* cell) const {
         for (int lane = 0; lane < lanes_; lane += kWidth) {
             Vector gates[4];
@@ -49,6 +56,12 @@ public:
         float logit = projection_bias_;
         for (int unit = 0; unit < hidden_; ++unit) logit += projection_.get()[unit] * hidden[unit];
         return logit;
+    }
+
+    // Hands over an image's state after its last step.
+    void finish(const float* hidden, const float* cell, const Call& call, std::size_t image) const {
+        std::memcpy(call.hidden + image * hidden_, hidden, hidden_ * sizeof(float));
+        std::memcpy(call.cell + image * hidden_, cell, hidden_ * sizeof(float));
     }
 
 private:

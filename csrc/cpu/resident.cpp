@@ -5,11 +5,11 @@
 #include "resident.h"
 
 #include <atomic>
-#include <mutex>
 
 #include "convolution.h"
 #include "gates.h"
 #include "variant.h"
+#include "workspaces.h"
 
 namespace skipnet::cpu {
 namespace {
@@ -17,6 +17,8 @@ namespace {
 // Images that share a pass over the weights, at most. The transformed weights of SkipNet-110 are 27 MB: a pass for one
 // image alone waits for memory; docs/performance.md has the figures.
 constexpr int kGroup = 8;
+
+constexpr std::chrono::microseconds kPatience(100);  // with late threads, for each image: less than one takes
 
 struct Block {
     int group;       // of its output, from 0
@@ -158,7 +160,6 @@ private:
     const float* pooled(int group, Guest& guest) const;
 
     std::unique_ptr<Workspace> take_workspace(int threads);
-    void return_workspace(std::unique_ptr<Workspace> space);
     Room make_room(int group) const;
 
     // What a feed-forward gate's last convolution reads and writes in a group.
@@ -191,8 +192,7 @@ private:
     std::unique_ptr<RnnCell> cell_;
     std::unique_ptr<Linear> head_;
 
-    std::mutex mutex_;
-    std::vector<std::unique_ptr<Workspace>> idle_;  // under mutex_
+    Workspaces<Workspace> spaces_;
 };
 
 template <typename Operand>
@@ -253,14 +253,7 @@ Room Network<Operand>::make_room(int group) const {
 
 template <typename Operand>
 auto Network<Operand>::take_workspace(int threads) -> std::unique_ptr<Workspace> {
-    std::unique_ptr<Workspace> space;
-    {
-        std::lock_guard<std::mutex> lock(mutex_);
-        if (!idle_.empty()) {
-            space = std::move(idle_.back());
-            idle_.pop_back();
-        }
-    }
+    std::unique_ptr<Workspace> space = spaces_.take();
     if (!space) {
         space = std::make_unique<Workspace>();
         const int lanes = cell_ ? cell_->lanes() : 0;
@@ -277,12 +270,6 @@ auto Network<Operand>::take_workspace(int threads) -> std::unique_ptr<Workspace>
         space->gate_scratch.emplace_back(gate_winograd_.empty() ? std::vector<Plane>() : planes_, kGroup);
     }
     return space;
-}
-
-template <typename Operand>
-void Network<Operand>::return_workspace(std::unique_ptr<Workspace> space) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    idle_.push_back(std::move(space));
 }
 
 // Few images: all threads work on each. Many: every thread takes a few at a time, as long as there are any.
@@ -304,8 +291,8 @@ void Network<Operand>::run(const Call& call) {
             visit.count = left < group ? left : group;
         }
     };
-    const int threads = call.threads < 1 ? 1 : call.threads;
-    const int team_size = call.batch < threads ? threads / call.batch : 1, teams = threads / team_size;
+    Crew crew(call.threads, call.batch * kPatience);
+    const int team_size = call.batch < crew.size() ? crew.size() / call.batch : 1, teams = crew.size() / team_size;
     const int rounds = (call.batch + teams * kGroup - 1) / (teams * kGroup);
     Tour tour{*this, call, team_size, (call.batch + teams * rounds - 1) / (teams * rounds), {}, {}, {}};
     for (int team = 0; team < teams; ++team) {
@@ -313,10 +300,11 @@ void Network<Operand>::run(const Call& call) {
         tour.visits.push_back(std::unique_ptr<Visit>(new Visit{call, tour.spaces.back()->guests.data(), 0, 0}));
         tour.barriers.push_back(std::make_unique<Barrier>(team_size));
     }
-    run_threads(teams * team_size, [](void* context, int rank, int given) {
+    crew.run([](void* context, int rank) {
         Tour& tour = *static_cast<Tour*>(context);
-        const int size = given == 1 ? 1 : tour.team_size, number = rank / size;
-        const Team team{rank % size, size, tour.barriers[number].get()};
+        const int number = rank / tour.team_size;
+        if (number == static_cast<int>(tour.spaces.size())) return;  // too few are left for a team
+        const Team team{rank % tour.team_size, tour.team_size, tour.barriers[number].get()};
         Visit& visit = *tour.visits[number];
         const Worker worker{visit, team, tour.spaces[number]->scratch[team.rank],
                             tour.spaces[number]->gate_scratch[team.rank]};
@@ -328,7 +316,7 @@ void Network<Operand>::run(const Call& call) {
             team.meet();
         }
     }, &tour);
-    for (auto& space : tour.spaces) return_workspace(std::move(space));
+    for (auto& space : tour.spaces) spaces_.give_back(std::move(space));
 }
 
 template <typename Operand>
@@ -358,10 +346,7 @@ void Network<Operand>::stem(const Worker& worker) const {
                         visit.call.images[from + c * pixels + y * image_.width + x];
         if (worker.team.rank == 0) {
             guest.executes = true;
-            if (cell_) {
-                std::memset(guest.hidden.get(), 0, cell_->lanes() * sizeof(float));
-                std::memset(guest.cell.get(), 0, cell_->lanes() * sizeof(float));
-            }
+            if (cell_) cell_->begin(guest.hidden.get(), guest.cell.get());
         }
     }
     worker.team.meet();
@@ -474,11 +459,7 @@ void Network<Operand>::head(const Worker& worker) const {
         Guest& guest = visit.guests[i];
         const std::size_t image = visit.first + i;
         head_->run(pooled(static_cast<int>(planes_.size()) - 1, guest), visit.call.logits + image * classes_);
-        if (cell_) {
-            const std::size_t size = cell_->hidden();
-            std::memcpy(visit.call.hidden + image * size, guest.hidden.get(), size * sizeof(float));
-            std::memcpy(visit.call.cell + image * size, guest.cell.get(), size * sizeof(float));
-        }
+        if (cell_) cell_->finish(guest.hidden.get(), guest.cell.get(), visit.call, image);
     }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 
 namespace skipnet::cpu {
 
@@ -27,9 +28,26 @@ struct Team {
     }
 };
 
-// Runs work(context, rank) for rank 0 .. threads - 1 and returns when all are done. The caller is rank 0; the others
-// are kept between calls and spin for a moment before they sleep. Where the threads are busy with another caller's
-// work, or cannot be had, `threads` is 1: so no machine is oversubscribed. Returns nothing to wait for after a fork.
-void run_threads(int threads, void (*work)(void* context, int rank, int threads), void* context);
+// The caller and the threads that join it for a call. The others are kept between calls and spin for a moment before
+// they sleep. Where they are busy with another caller's work, or cannot be had, the caller is alone: so no machine is
+// oversubscribed. A forked child hires threads of its own.
+class Crew {
+public:
+    // Calls for threads - 1 others and goes without those that have not come after `patience`: a thread in whose place
+    // the system runs something else would hold up everyone at the first barrier, for milliseconds.
+    Crew(int threads, std::chrono::microseconds patience);
+    ~Crew();
+    Crew(const Crew&) = delete;
+    Crew& operator=(const Crew&) = delete;
+
+    int size() const { return size_; }
+
+    // Runs work(context, rank) for rank 0 .. size() - 1, of which the caller is 0; returns when all are done. Once.
+    void run(void (*work)(void* context, int rank), void* context);
+
+private:
+    class Pool* pool_ = nullptr;  // null where the caller is alone, or done
+    int size_ = 1;
+};
 
 }  // namespace skipnet::cpu
