@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py compare --batch 128 --output DIR
     python benchmarks/gpu.py slope --batch 1 --output DIR
+    python benchmarks/gpu.py crossover --output DIR
     python benchmarks/gpu.py waves --batch 1024 --output DIR
     python benchmarks/gpu.py gates --output DIR
     python benchmarks/gpu.py kernels --output DIR
@@ -25,7 +26,8 @@ from torch.nn import functional as F
 
 import skipnet_rt as srt
 from skipnet_rt import machine
-from skipnet_rt.benchmark import BenchmarkError, benchmark, random_routing
+from skipnet_rt.benchmark import BenchmarkError, benchmark, measure_crossover, random_routing
+from skipnet_rt.crossover import keep
 from skipnet_rt.engines import REGISTRY, EngineError
 from skipnet_rt.engines.cuda_resident import ResidentCudaEngine
 from skipnet_rt.packing import PackedEmbedding, PackedNetwork, pack
@@ -75,6 +77,16 @@ def slope(arguments: argparse.Namespace) -> dict[str, Any]:
             "share_that_skipping_saves": 1 - times[0] / times[-1],
         }
     return {"architecture": str(model.arch), "dtype": arguments.dtype, "batch": arguments.batch, "engines": engines}
+
+
+def crossover(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Which engine wins, by batch size and executed share; kept, so that ``"auto"`` goes by it here."""
+    model = srt.build(arguments.arch).eval()
+    device, dtype = torch.device("cuda", torch.cuda.current_device()), getattr(torch, arguments.dtype)
+    found = measure_crossover(model, device, dtype, seconds=arguments.seconds)
+    keep(found, model.arch, device, dtype)
+    return {"architecture": str(model.arch), "dtype": arguments.dtype, "milliseconds": found.milliseconds,
+            "winners": found.winners, "order": found.order()}
 
 
 def plans(network: PackedNetwork) -> dict[str, ResidentCudaEngine]:
@@ -219,7 +231,7 @@ def table(folder: Path) -> None:
                       f"{one['speedup_over'][best]:.2f} x {best}")
         for name, time in document.get("kernels", {}).items():
             print(f"  {name:44} {_microseconds(time)}")
-        for key in ("engines", "images_of_a_block", "microseconds_a_skipped_block"):
+        for key in ("engines", "winners", "images_of_a_block", "microseconds_a_skipped_block"):
             for name, value in document.get(key, {}).items():
                 print(f"  {name:20} {json.dumps(value)}")
         _triton(document.get("benchmarks", ()))
@@ -247,7 +259,7 @@ def _microseconds(time: dict[str, float]) -> str:
 
 def main() -> None:
     """One part of the measurements."""
-    parts = {part.__name__: part for part in (compare, slope, waves, gates, kernels, touch)}
+    parts = {part.__name__: part for part in (compare, slope, crossover, waves, gates, kernels, touch)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=[*parts, "table"])
     parser.add_argument("folder", nargs="?", type=Path, help="of the table")

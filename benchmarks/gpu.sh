@@ -3,7 +3,7 @@
 #
 #   benchmarks/gpu.sh OUT [PART...]
 #
-# Parts: build tests tests-triton sanitize kernels compare-N slope-N waves-N gates triton, where N is a batch size.
+# Parts: build tests tests-triton sanitize kernels compare-N slope-N crossover waves-N gates triton, where N is a batch size.
 # Without any: all of them, compare and slope at 1 and 128, compare-1024 and waves-1024, as far as the time reaches. Logs
 # and JSON go to OUT, a short table comes last. A part that runs out of time keeps what it has written.
 #
@@ -16,7 +16,7 @@ PATH=$PATH:/usr/local/cuda/bin
 out=$(mkdir -p "${1:?usage: benchmarks/gpu.sh OUT [PART...]}" && cd "$1" && pwd) || exit
 shift
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(build tests compare-1 compare-128 slope-1 slope-128 gates waves-1 waves-1024 kernels
+[ ${#parts[@]} -gt 0 ] || parts=(build tests compare-1 compare-128 slope-1 slope-128 crossover gates waves-1 waves-1024 kernels
                                   tests-triton sanitize compare-1024 triton)
 deadline=$((SECONDS + 520))
 failed=()
@@ -88,7 +88,7 @@ for part in "${parts[@]}"; do
         tests-triton) tests tests-triton "triton and not tunes_ahead" ;;  # which compiles everything there is
         compare-*) compare "$part" ;;
         slope-* | waves-*) limited 60 "$part" "${measure[@]}" "${part%-*}" --batch "${part#*-}" --seconds 3 ;;
-        gates | kernels) limited 60 "$part" "${measure[@]}" "$part" --seconds 2 ;;
+        gates | kernels | crossover) limited 90 "$part" "${measure[@]}" "$part" --seconds 2 ;;
         *) echo "no such part" >"$out/$part.log" && false ;;
     esac && word=done || { word=FAILED; failed+=("$part"); }
     reason=$(tail -qn 1 "$out/$part.log" 2>/dev/null)

@@ -15,7 +15,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import astuple
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 
+from skipnet_rt import measured
 from skipnet_rt.kernels import gathered_conv
 from skipnet_rt.kernels.gathered_conv import (
     Configuration,
@@ -60,10 +60,8 @@ def _cuda_driver() -> str:
 
 
 def path(device: torch.device) -> Path:
-    """Where this machine's results are kept: in ``$XDG_CACHE_HOME/skipnet-rt``, usually ``~/.cache/skipnet-rt``."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skipnet-rt"
-    name = hashlib.sha256(json.dumps(identity(device), sort_keys=True).encode()).hexdigest()[:16]
-    return folder / f"tuning-{name}.json"
+    """Where this machine's results are kept."""
+    return measured.path("tuning", identity(device))
 
 
 def results(device: torch.device) -> dict[str, Configuration]:
@@ -150,9 +148,5 @@ def _read(file: Path, device: torch.device) -> dict[str, Configuration]:
 
 
 def _write(file: Path, device: torch.device, layers: dict[str, Configuration]) -> None:
-    """In one step, so that another process never reads half of it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    document = dict(identity=identity(device), layers={layer: astuple(one) for layer, one in sorted(layers.items())})
-    part = file.with_name(f"{file.name}.{os.getpid()}")
-    part.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    part.replace(file)
+    measured.write(file, dict(identity=identity(device),
+                              layers={layer: astuple(one) for layer, one in sorted(layers.items())}))

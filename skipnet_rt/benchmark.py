@@ -17,6 +17,8 @@ from torch import Tensor
 
 from skipnet_rt import machine
 from skipnet_rt.arch import SkipNetArch
+from skipnet_rt.crossover import Crossover
+from skipnet_rt.engines import REGISTRY
 from skipnet_rt.model import SkipNet
 from skipnet_rt.peers import PEERS, PUBLISHED_WAY, Peer
 from skipnet_rt.routing import RoutingStats
@@ -230,3 +232,41 @@ def benchmark(model: SkipNet, *, engines: Sequence[str] = ("auto",), batches: Se
         results.append(BatchResult(batch, tuple(Contestant(*ours[name], timings[name]) for name in ours),
                                    {peer.name: timings[peer.name] for peer in measured}, wall))
     return Benchmark(model.arch, dtype, versions, cpu, load, left_out, tuple(results), machine.gpu(place))
+
+
+def measure_crossover(model: SkipNet, device: torch.device, dtype: torch.dtype, *,
+                      batches: Sequence[int] = (1, 8, 64, 256),
+                      fractions: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+                      seconds: float = 5.0, on_progress: Callable[[float], None] | None = None) -> Crossover:
+    """Time those of our engines against each other that take a network without waiting for the device.
+
+    Args:
+        model: a gated network; its weights do not matter.
+        device, dtype: where and in what to compute.
+        batches, fractions: what to measure; see :func:`random_routing`.
+        seconds: for each batch size.
+        on_progress: told the share that is done, 0 to 1.
+
+    Raises:
+        BenchmarkError: the network has no gates, or no engine takes it there.
+    """
+    if not model.arch.gated:
+        raise BenchmarkError(f"{model.arch} is a dense network: it has nothing to skip")
+    names = [name for name, engine in REGISTRY.items()
+             if device.type not in engine.waits_for and engine.objection(model.arch, device, dtype) is None]
+    if not names:
+        raise BenchmarkError(f"no engine takes {model.arch} on {device} in {dtype}")
+    runtimes = {name: compile(model, engine=name, device=device, dtype=dtype) for name in names}
+    found: dict[str, dict[int, dict[float, float]]] = {name: {} for name in names}
+    for number, batch in enumerate(batches):
+        images = torch.randn(batch, model.arch.in_channels, *model.arch.image_size).to(device, dtype)
+        routes = {fraction: random_routing(model.arch, batch, fraction).to(device) for fraction in fractions}
+        calls: dict[str, Callable[[], object]] = {
+            _name(name, fraction): partial(runtime.infer, images, routing=routing)
+            for name, runtime in runtimes.items() for fraction, routing in routes.items()}
+        timings = alternate(calls, seconds=seconds, device=device)
+        for name in names:
+            found[name][batch] = {fraction: 1e3 * timings[_name(name, fraction)].median for fraction in fractions}
+        if on_progress:
+            on_progress((number + 1) / len(batches))
+    return Crossover(found)

@@ -742,7 +742,7 @@ def convert_command(
 def doctor(
         names: Annotated[list[str] | None, typer.Option(
             "--warm", metavar="NAME", help="First tune and compile the Triton kernels of this published network for "
-                                           "this GPU; may be given several times.")] = None,
+                                           "this GPU, and find its fastest engine; several times for several.")] = None,
         dtype: Annotated[DTypeName, typer.Option(help="What --warm compiles for.")] = DTypeName.float16,
         as_json: Json = False) -> None:
     """Say what this installation can do, and check that it does it right. Exit status 1 if it does not."""

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from skipnet_rt import _C, machine
+from skipnet_rt import _C, crossover, machine
+from skipnet_rt.benchmark import measure_crossover
 from skipnet_rt.checkpoint import CheckpointError
 from skipnet_rt.demo import bundled_model, devices, held_out_digits, spread
 from skipnet_rt.engines import EngineError, engines
@@ -66,7 +67,7 @@ def self_check(model: SkipNet, images: int = 16) -> list[SelfCheck]:
 
 
 def warm(model: SkipNet, dtype: torch.dtype, on_progress: Callable[[str, float], None]) -> int:
-    """Choose and compile a network's Triton kernels ahead: tune its layers, then compile what it runs.
+    """Choose and compile a network's Triton kernels ahead, and find its fastest engine: what ``"auto"`` will take.
 
     Args:
         model: the network; its weights do not matter.
@@ -87,10 +88,14 @@ def warm(model: SkipNet, dtype: torch.dtype, on_progress: Callable[[str, float],
     if not (status := TritonEngine.availability()):
         raise EngineError(f"engine 'triton' is {status}")
     engine = build()
-    tuning.tune(engine.layers, engine.network.device,
-                on_progress=lambda layer, done, total: on_progress(f"measuring {layer}", done / (total + 1)))
-    on_progress("compiling", 1 - 1 / (len(engine.layers) + 1))
+    device, steps = engine.network.device, len(engine.layers) + 2
+    tuning.tune(engine.layers, device,
+                on_progress=lambda layer, done, total: on_progress(f"measuring {layer}", done / (total + 2)))
+    on_progress("compiling", 1 - 2 / steps)
     build().prepare([1])
+    if device.type == "cuda" and model.arch.gated:  # in the interpreter there is nothing to compare
+        on_progress("comparing engines", 1 - 1 / steps)
+        crossover.keep(measure_crossover(model, device, dtype), model.arch, device, dtype)
     return len(engine.layers)
 
 

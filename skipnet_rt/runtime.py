@@ -178,7 +178,8 @@ def compile(model: nn.Module, engine: str = "auto", device: torch.device | str |
     Args:
         model: a :class:`skipnet_rt.SkipNet`, or an instance of the published code's own classes (recognised by its
             state dict). It is left as it is; later training does not reach the runtime.
-        engine: a name of :func:`skipnet_rt.engines`, or ``"auto"`` for the fastest that takes the network.
+        engine: a name of :func:`skipnet_rt.engines`, or ``"auto"`` for the fastest that takes the network: as measured
+            here (crossover.py), or in the registry's order.
         device: where to run; the model's own by default.
         dtype: float32, bfloat16, float16 or float64, as the engine allows; the model's own by default.
         max_batch: split larger batches, which bounds the memory a call takes; results do not depend on it.
@@ -197,5 +198,5 @@ def compile(model: nn.Module, engine: str = "auto", device: torch.device | str |
     target = usable_device(device or parameter.device)
     chosen_dtype = dtype or parameter.dtype
     network = load(model)
-    chosen = choose_engine(engine, network.arch, target, chosen_dtype)
+    chosen = choose_engine(engine, network.arch, target, chosen_dtype, max_batch)
     return SkipNetRuntime(chosen.build(pack(network, target, chosen_dtype)), parameter.dtype, max_batch)

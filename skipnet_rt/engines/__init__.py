@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from skipnet_rt import crossover
 from skipnet_rt.arch import SkipNetArch
 from skipnet_rt.engines.cpu import CpuEngine
 from skipnet_rt.engines.cuda import CudaEngine
@@ -13,7 +14,7 @@ from skipnet_rt.engines.triton import TritonEngine
 
 REGISTRY: dict[str, type[Engine]] = {
     engine.name: engine for engine in (CudaEngine, CpuEngine, TritonEngine, EagerEngine)}
-"""Engines by name, in the order in which ``"auto"`` prefers them."""
+"""Engines by name, in the order in which ``"auto"`` prefers them where they have not been measured."""
 
 
 class EngineError(ValueError):
@@ -25,19 +26,32 @@ def engines() -> dict[str, Availability]:
     return {name: engine.availability() for name, engine in REGISTRY.items()}
 
 
-def choose_engine(name: str, architecture: SkipNetArch, device: torch.device, dtype: torch.dtype) -> type[Engine]:
+def choose_engine(name: str, architecture: SkipNetArch, device: torch.device, dtype: torch.dtype,
+                  max_batch: int | None = None) -> type[Engine]:
     """The engine of a name, or for ``"auto"`` the first that takes the network on this device in this dtype.
+
+    The order is the measured one, for batches up to ``max_batch``, where there is one (crossover.py), then the
+    registry's.
 
     Raises:
         EngineError: no such engine, or none that takes it; the message says why not, engine by engine.
     """
     if name != "auto" and name not in REGISTRY:
         raise EngineError(f"no engine is called {name!r}; known: auto, {', '.join(REGISTRY)}")
-    asked = REGISTRY if name == "auto" else {name: REGISTRY[name]}
+    names = [*_measured_order(architecture, device, dtype, max_batch), *REGISTRY] if name == "auto" else [name]
     objections = []
-    for candidate in asked.values():
+    for candidate in (REGISTRY[name] for name in dict.fromkeys(names)):
         objection = candidate.objection(architecture, device, dtype)
         if objection is None:
             return candidate
         objections.append(f"{candidate.name}: {objection}")
     raise EngineError(f"no engine for {architecture} on {device} in {dtype}: {'; '.join(objections)}")
+
+
+def _measured_order(architecture: SkipNetArch, device: torch.device, dtype: torch.dtype,
+                    max_batch: int | None) -> list[str]:
+    try:
+        known = crossover.kept(architecture, device, dtype)
+    except crossover.CrossoverError as error:
+        raise EngineError(str(error)) from error
+    return [name for name in known.order(max_batch) if name in REGISTRY] if known else []
