@@ -8,8 +8,9 @@ SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 demo: $(VENV)/installed
 	$(BIN)/skipnet-rt demo
 
+# Two files at a time: most tests keep one core busy.
 test: $(VENV)/developing
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/developing
 	$(BIN)/ruff check .
