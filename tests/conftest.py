@@ -1,7 +1,11 @@
 """Fixtures of several test files."""
 
+import os
+
 import pytest
 import torch
+
+os.environ.pop("COLUMNS", None)  # tables are as wide as without a terminal, whatever the tests run in
 
 
 @pytest.fixture(scope="module")
