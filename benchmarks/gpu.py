@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 import skipnet_rt as srt
 from skipnet_rt import machine
-from skipnet_rt.benchmark import BenchmarkError, benchmark, measure_crossover, random_routing
+from skipnet_rt.benchmark import BenchmarkError, benchmark, measure_crossover, random_routing, unwaiting_engines
 from skipnet_rt.crossover import keep
 from skipnet_rt.engines import REGISTRY, EngineError
 from skipnet_rt.engines.cuda_resident import ResidentCudaEngine
@@ -38,17 +38,12 @@ from skipnet_rt.timing import Timing, alternate
 ARCH = "cifar10_rnn_gate_110"
 
 
-def ours(model: srt.SkipNet, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Our engines that take the network there."""
-    return [name for name, engine in REGISTRY.items()
-            if name != "eager" and engine.objection(model.arch, device, dtype) is None]
-
-
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everyone at one batch size, half of the gated blocks executed and all of them."""
     model = srt.build(arguments.arch).eval()
     device, dtype = torch.device("cuda"), getattr(torch, arguments.dtype)
-    found = benchmark(model, engines=ours(model, device, dtype), batches=[arguments.batch], fractions=(0.5, 1.0),
+    engines = unwaiting_engines(model.arch, device, dtype)
+    found = benchmark(model, engines=engines, batches=[arguments.batch], fractions=(0.5, 1.0),
                       dtype=dtype, peers=[peer for peer in PEERS if peer.name not in arguments.without],
                       seconds=arguments.seconds, device=device,
                       on_progress=lambda what, share: print(f"{share:6.1%} {what}", flush=True))
@@ -63,7 +58,7 @@ def slope(arguments: argparse.Namespace) -> dict[str, Any]:
     fractions = (0.0, 0.25, 0.5, 0.75, 1.0)
     routes = {fraction: random_routing(model.arch, arguments.batch, fraction).to(device) for fraction in fractions}
     runtimes = {name: srt.compile(model, engine=name, device=device, dtype=dtype)
-                for name in ours(model, device, dtype)}
+                for name in unwaiting_engines(model.arch, device, dtype)}
     calls = {f"{name} {fraction}": (lambda runtime=runtime, route=route: runtime.infer(images, routing=route))
              for name, runtime in runtimes.items() for fraction, route in routes.items()}
     timings = alternate(calls, seconds=arguments.seconds, device=device, device_time=True)

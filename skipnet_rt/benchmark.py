@@ -234,6 +234,12 @@ def benchmark(model: SkipNet, *, engines: Sequence[str] = ("auto",), batches: Se
     return Benchmark(model.arch, dtype, versions, cpu, load, left_out, tuple(results), machine.gpu(place))
 
 
+def unwaiting_engines(architecture: SkipNetArch, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Names of those of our engines that take a network there without waiting for the device."""
+    return [name for name, engine in REGISTRY.items()
+            if device.type not in engine.waits_for and engine.objection(architecture, device, dtype) is None]
+
+
 def measure_crossover(model: SkipNet, device: torch.device, dtype: torch.dtype, *,
                       batches: Sequence[int] = (1, 8, 64, 256),
                       fractions: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
@@ -252,8 +258,7 @@ def measure_crossover(model: SkipNet, device: torch.device, dtype: torch.dtype, 
     """
     if not model.arch.gated:
         raise BenchmarkError(f"{model.arch} is a dense network: it has nothing to skip")
-    names = [name for name, engine in REGISTRY.items()
-             if device.type not in engine.waits_for and engine.objection(model.arch, device, dtype) is None]
+    names = unwaiting_engines(model.arch, device, dtype)
     if not names:
         raise BenchmarkError(f"no engine takes {model.arch} on {device} in {dtype}")
     runtimes = {name: compile(model, engine=name, device=device, dtype=dtype) for name in names}

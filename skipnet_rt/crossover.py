@@ -55,15 +55,11 @@ class Crossover:
         return sorted(self.milliseconds, key=mean)
 
 
-def path(architecture: SkipNetArch, device: torch.device, dtype: torch.dtype) -> Path:
-    """Where a network's times on this machine are kept."""
-    return measured.path("crossover", _identity(architecture, device, dtype))
-
-
 def keep(found: Crossover, architecture: SkipNetArch, device: torch.device, dtype: torch.dtype) -> Path:
     """Keep a network's times on this machine; returns the file."""
-    file = path(architecture, device, dtype)
-    measured.write(file, {"identity": _identity(architecture, device, dtype), "milliseconds": found.milliseconds})
+    identity = _identity(architecture, device, dtype)
+    file = measured.path("crossover", identity)
+    measured.write(file, {"identity": identity, "milliseconds": found.milliseconds})
     return file
 
 
@@ -73,7 +69,7 @@ def kept(architecture: SkipNetArch, device: torch.device, dtype: torch.dtype) ->
     Raises:
         CrossoverError: the file is damaged.
     """
-    file = path(architecture, device, dtype)
+    file = measured.path("crossover", _identity(architecture, device, dtype))
     try:
         engines = json.loads(file.read_text(encoding="utf-8"))["milliseconds"]
         return Crossover({name: {int(batch): {float(share): float(time) for share, time in times.items()}
