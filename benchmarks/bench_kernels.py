@@ -16,7 +16,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 import skipnet_rt as srt
 from skipnet_rt import _C
 from skipnet_rt.kernels import gate_step_ref
-from skipnet_rt.packing import PackedEmbedding, PackedNetwork, pack
+from skipnet_rt.model.packing import PackedEmbedding, PackedNetwork, pack
 
 BATCHES = (1, 8, 64, 512)
 

@@ -19,7 +19,7 @@ from skipnet_rt import kernels
 from skipnet_rt.kernels import tuning
 from skipnet_rt.kernels.gathered_conv import Layer, Workspace, configurations
 from skipnet_rt.kernels.language import INTERPRETED, missing
-from skipnet_rt.packing import PackedEmbedding, pack
+from skipnet_rt.model.packing import PackedEmbedding, pack
 
 REASON = "times in the interpreter say nothing" if INTERPRETED else missing()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))

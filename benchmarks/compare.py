@@ -9,7 +9,7 @@ they mean. ``--help`` lists the options.
 
 import sys
 
-from skipnet_rt.cli import main
+from skipnet_rt.cli.app import main
 
 if __name__ == "__main__":
     main(["benchmark", *sys.argv[1:]])

@@ -25,15 +25,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import skipnet_rt as srt
-from skipnet_rt import machine
-from skipnet_rt.benchmark import BenchmarkError, benchmark, measure_crossover, random_routing, unwaiting_engines
-from skipnet_rt.crossover import keep
-from skipnet_rt.engines import REGISTRY, EngineError
+from skipnet_rt.engines.autoselect import keep
 from skipnet_rt.engines.cuda_resident import ResidentCudaEngine
-from skipnet_rt.packing import PackedEmbedding, PackedNetwork, pack
-from skipnet_rt.peers import PEERS
+from skipnet_rt.engines.registry import REGISTRY, EngineError
+from skipnet_rt.measure.baselines import PEERS
+from skipnet_rt.measure.benchmark import BenchmarkError, benchmark, measure_crossover, random_routing, unwaiting_engines
+from skipnet_rt.measure.clock import Timing, alternate
+from skipnet_rt.model.packing import PackedEmbedding, PackedNetwork, pack
 from skipnet_rt.runtime import usable_device
-from skipnet_rt.timing import Timing, alternate
+from skipnet_rt.util import machine
 
 ARCH = "cifar10_rnn_gate_110"
 

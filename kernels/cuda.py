@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from skipnet_rt import _C
-from skipnet_rt.packing import PackedEmbedding, PackedLSTM
+from skipnet_rt.model.packing import PackedEmbedding, PackedLSTM
 
 POOLED_PIXELS = 64
 """Pixels of one partial sum of a global average pool."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from skipnet_rt.kernels.compaction import list_executing
 from skipnet_rt.kernels.language import FUSED, INTERPRETED, check, check_device, jit, power_of_two, rounded, tl
-from skipnet_rt.packing import PackedEmbedding, PackedFeedforwardGate, PackedLSTM
+from skipnet_rt.model.packing import PackedEmbedding, PackedFeedforwardGate, PackedLSTM
 
 
 @dataclass(frozen=True)

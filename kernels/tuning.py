@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 
-from skipnet_rt import measured
 from skipnet_rt.kernels import gathered_conv
 from skipnet_rt.kernels.gathered_conv import (
     Configuration,
@@ -33,6 +32,7 @@ from skipnet_rt.kernels.gathered_conv import (
     sum_tiles,
 )
 from skipnet_rt.kernels.language import INTERPRETED, triton
+from skipnet_rt.util import cache as measured
 
 BATCHES = (1, 8, 64)
 """What a configuration is measured on; the least geometric mean wins."""

@@ -1,7 +1,7 @@
 """The data sets: pictures with labels, and the preprocessing that turns them into inputs.
 
 Every split is a map-style data set of ``(image, label)`` pairs: a normalised float32 image ``[3, H, W]`` and an int.
-Held-out images come out of :class:`skipnet_rt.preprocessing.Preprocessing` alone, the way ``skipnet-rt predict``
+Held-out images come out of :class:`skipnet_rt.model.preprocessing.Preprocessing` alone, the way ``skipnet-rt predict``
 treats a user's picture. Training images are augmented as pictures before they are normalised; the random numbers
 are torch's, so that seeding torch fixes them.
 """
@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
-from skipnet_rt.preprocessing import CIFAR, IMAGENET, SVHN, Preprocessing
+from skipnet_rt.model.preprocessing import CIFAR, IMAGENET, SVHN, Preprocessing
 
 Transform = Callable[[Image.Image], Tensor]
 Split = Dataset[tuple[Tensor, int]]

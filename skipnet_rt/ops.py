@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from skipnet_rt.engines.engine import Decisions, EnginePass
+from skipnet_rt.engines.base import Decisions, EnginePass
 
 if TYPE_CHECKING:
     from skipnet_rt.runtime import SkipNetRuntime
@@ -44,7 +44,7 @@ def _runtime(number: int) -> SkipNetRuntime:
 
 @torch.library.custom_op("skipnet_rt::run", mutates_args=(), schema=_SCHEMA)
 def run(images: Tensor, routing: Tensor | None, runtime: int, steps: int) -> Results:
-    """From images to logits; see :meth:`skipnet_rt.engines.engine.Engine.run`.
+    """From images to logits; see :meth:`skipnet_rt.engines.base.Engine.run`.
 
     Args:
         images: ``[N, in_channels, H, W]`` in the runtime's dtype, on its device, contiguous.

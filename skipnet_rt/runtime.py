@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from skipnet_rt import ops
-from skipnet_rt.arch import SkipNetArch
-from skipnet_rt.checkpoint import load
-from skipnet_rt.engines import EngineError, choose_engine
-from skipnet_rt.engines.engine import Engine, EnginePass
-from skipnet_rt.model import published_output
-from skipnet_rt.packing import pack
-from skipnet_rt.routing import InferenceResult
+from skipnet_rt.checkpoint.files import load
+from skipnet_rt.engines.base import Engine, EnginePass
+from skipnet_rt.engines.registry import EngineError, choose_engine
+from skipnet_rt.model.arch import SkipNetArch
+from skipnet_rt.model.network import published_output
+from skipnet_rt.model.packing import pack
+from skipnet_rt.model.routing import InferenceResult
 
 _IMAGE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -101,7 +101,7 @@ class SkipNetRuntime(nn.Module):
         """The engine on checked arguments, part by part where ``max_batch`` says so.
 
         Args:
-            images, forced, steps: as for :meth:`skipnet_rt.engines.engine.Engine.run`; N may be 0.
+            images, forced, steps: as for :meth:`skipnet_rt.engines.base.Engine.run`; N may be 0.
         """
         if len(images) == 0:
             logits = torch.empty(0, self.arch.num_classes, dtype=self.dtype, device=self.device)

@@ -1,4 +1,4 @@
-// How kernels are launched, and what a launcher asks of the device. On the CPU tests/simt runs the grid.
+// How kernels are launched, and what a launcher asks of the device. On the CPU tests/simulated/simt runs the grid.
 #pragma once
 
 #include "stream.h"

@@ -1,4 +1,4 @@
-// All PTX of this project, one function an instruction. On the CPU tests/simt gives the same functions a meaning.
+// All PTX of this project, one function an instruction. On the CPU tests/simulated/simt gives the same functions a meaning.
 #pragma once
 
 #include <cstdint>

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from skipnet_rt.arch import SkipNetArch
-from skipnet_rt.engines.engine import Engine
-from skipnet_rt.packing import PackedNetwork
+from skipnet_rt.engines.base import Engine
+from skipnet_rt.model.arch import SkipNetArch
+from skipnet_rt.model.packing import PackedNetwork
 
 
 class CpuEngine(Engine):

@@ -14,9 +14,15 @@ import torch
 from torch import Tensor
 
 from skipnet_rt import _C
+from skipnet_rt.engines.base import EnginePass
 from skipnet_rt.engines.cpu import CpuEngine
-from skipnet_rt.engines.engine import EnginePass
-from skipnet_rt.packing import PackedConvolution, PackedEmbedding, PackedFeedforwardGate, PackedLSTM, PackedNetwork
+from skipnet_rt.model.packing import (
+    PackedConvolution,
+    PackedEmbedding,
+    PackedFeedforwardGate,
+    PackedLSTM,
+    PackedNetwork,
+)
 
 
 def _array(tensor: Tensor) -> np.ndarray:

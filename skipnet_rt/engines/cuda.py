@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from skipnet_rt import _C
-from skipnet_rt.arch import SkipNetArch
-from skipnet_rt.engines.engine import Availability, Decisions, Engine
-from skipnet_rt.packing import PackedNetwork
+from skipnet_rt.engines.base import Availability, Decisions, Engine
+from skipnet_rt.model.arch import SkipNetArch
+from skipnet_rt.model.packing import PackedNetwork
 
 
 class CudaEngine(Engine):

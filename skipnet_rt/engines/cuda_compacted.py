@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skipnet_rt import _C
+from skipnet_rt.engines.base import EnginePass
 from skipnet_rt.engines.cuda import CudaEngine
-from skipnet_rt.engines.engine import EnginePass
-from skipnet_rt.engines.graphs import Graphs
-from skipnet_rt.packing import PackedConvolution, PackedEmbedding, PackedFeedforwardGate, PackedNetwork
-from skipnet_rt.tolerances import tf32_asked
+from skipnet_rt.engines.cuda_graphs import Graphs
+from skipnet_rt.engines.tolerances import tf32_asked
+from skipnet_rt.model.packing import PackedConvolution, PackedEmbedding, PackedFeedforwardGate, PackedNetwork
 
 Shape = tuple[int, int, int, int]
 """A convolution's input channels, output channels, kernel and stride. Its padding is half of the kernel."""

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skipnet_rt import _C
-from skipnet_rt.arch import SkipNetArch
+from skipnet_rt.engines.base import EnginePass
 from skipnet_rt.engines.cuda import CudaEngine
-from skipnet_rt.engines.engine import EnginePass
-from skipnet_rt.packing import PackedConvolution, PackedEmbedding, PackedNetwork
+from skipnet_rt.model.arch import SkipNetArch
+from skipnet_rt.model.packing import PackedConvolution, PackedEmbedding, PackedNetwork
 
 WIDTHS = (16, 32, 64)
 """Channels that the groups compute with; fewer are padded with zeros."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from skipnet_rt.engines.engine import Decisions, EnginePass, WalkingEngine
-from skipnet_rt.packing import PackedConvolution, PackedEmbedding, PackedFeedforwardGate, PackedLSTM
+from skipnet_rt.engines.base import Decisions, EnginePass, WalkingEngine
+from skipnet_rt.model.packing import PackedConvolution, PackedEmbedding, PackedFeedforwardGate, PackedLSTM
 
 
 def _convolve(x: Tensor, layer: PackedConvolution) -> Tensor:

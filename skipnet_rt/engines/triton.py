@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skipnet_rt import kernels
-from skipnet_rt.engines.engine import Availability, Decisions, EnginePass, WalkingEngine
-from skipnet_rt.engines.graphs import Graphs
+from skipnet_rt.engines.base import Availability, Decisions, EnginePass, WalkingEngine
+from skipnet_rt.engines.cuda_graphs import Graphs
+from skipnet_rt.engines.tolerances import tf32_asked
 from skipnet_rt.kernels import GateStep, tuning
 from skipnet_rt.kernels.gathered_conv import DTYPES, Configuration, Layer, Workspace, configurations
 from skipnet_rt.kernels.language import INTERPRETED, compilation_shown, missing
-from skipnet_rt.packing import PackedBlock, PackedConvolution, PackedFeedforwardGate, PackedNetwork
-from skipnet_rt.tolerances import tf32_asked
+from skipnet_rt.model.packing import PackedBlock, PackedConvolution, PackedFeedforwardGate, PackedNetwork
 
 
 @dataclass(frozen=True)

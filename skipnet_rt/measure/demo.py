@@ -1,0 +1,122 @@
+"""The bundled network on the bundled pictures: the demonstration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import resources
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from skipnet_rt.checkpoint.files import load
+from skipnet_rt.data import DIGITS, Pictures, digits_pictures
+from skipnet_rt.engines.base import Availability
+from skipnet_rt.engines.registry import engines
+from skipnet_rt.measure.clock import Comparison, compare_with_dense
+from skipnet_rt.measure.evaluate import Evaluation, evaluate
+from skipnet_rt.model.network import SkipNet
+from skipnet_rt.runtime import compile
+
+BUNDLED = "skipnet38-digits.safetensors"
+"""SkipNet-38 with RNNGate, trained on the handwritten digits; see the card inside."""
+
+BATCHES = {1: 16, 64: 64}
+"""Batch sizes that the demonstration times, and the images a round: enough for their routes to be typical."""
+
+_SECONDS = {1: 4.0, 64: 7.0}
+"""How long each is timed."""
+
+
+def bundled_model() -> SkipNet:
+    """The network that ships with the package.
+
+    Raises:
+        skipnet_rt.CheckpointError: the installation lacks its file, or it is damaged.
+    """
+    with resources.as_file(resources.files("skipnet_rt.assets") / BUNDLED) as path:
+        return load(path)
+
+
+def held_out_digits() -> Pictures:
+    """The 360 held-out digits as a data set."""
+    pictures, labels = digits_pictures(held_out=True)
+    return Pictures(pictures, labels, DIGITS)
+
+
+def spread(digits: Pictures, count: int) -> Tensor:
+    """So many of the digits, evenly spread, as one batch ``[count, 3, 32, 32]``."""
+    return torch.stack([digits[len(digits) * place // count][0] for place in range(count)])
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """What :func:`demonstrate` found.
+
+    Attributes:
+        evaluation: of the held-out digits with the engine that ``"auto"`` chooses.
+        pictures: the digits as they are, 8x8 and grey.
+        comparisons: each engine beside dense execution, one entry a device and batch size.
+        engines: every engine's availability.
+    """
+
+    evaluation: Evaluation
+    pictures: list[Image.Image]
+    comparisons: list[Comparison]
+    engines: dict[str, Availability]
+
+    @property
+    def easiest(self) -> int:
+        """The image that ran the fewest blocks."""
+        return self.evaluation.easiest_first[0]
+
+    @property
+    def hardest(self) -> int:
+        """The image that ran the most blocks."""
+        return self.evaluation.easiest_first[-1]
+
+    def _image(self, number: int) -> dict[str, Any]:
+        evaluation = self.evaluation
+        return {"image": number, "class": int(evaluation.targets[number]),
+                "prediction": int(evaluation.predictions[number]), "blocks_run": int(evaluation.blocks_run[number])}
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, in the units of its parts."""
+        return {
+            "evaluation": self.evaluation.to_dict(),
+            "easiest": self._image(self.easiest),
+            "hardest": self._image(self.hardest),
+            "timings": [comparison.to_dict() for comparison in self.comparisons],
+            "engines": {name: vars(availability) for name, availability in self.engines.items()},
+        }
+
+
+def devices() -> list[str]:
+    """Where engines may run on this machine: the CPU, and the current GPU if there is one."""
+    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def demonstrate(on_progress: Callable[[str, float], None] | None = None) -> Demonstration:
+    """Classify the held-out digits with the bundled network, then time every engine beside dense execution.
+
+    Args:
+        on_progress: told what is being done and the share of it that is done, 0 to 1.
+
+    Raises:
+        skipnet_rt.CheckpointError: see :func:`bundled_model`.
+    """
+    report = on_progress or (lambda what, share: None)
+    model, digits = bundled_model(), held_out_digits()
+    evaluation = evaluate(compile(model), digits,
+                          on_progress=lambda done: report("classifying the digits", done / len(digits)))
+    comparisons = []
+    for device in devices():
+        for batch, count in BATCHES.items():
+            progress = partial(report, f"timing batches of {batch} on {device}")
+            progress(0)
+            comparisons.append(compare_with_dense(model, spread(digits, count), batch, device=device,
+                                                  seconds=_SECONDS[batch], on_progress=progress))
+    return Demonstration(evaluation, list(digits.pictures), comparisons, engines())

@@ -1,0 +1,1 @@
+"""What a SkipNet is: its architecture, the trainable network, its weights as engines take them, what it counts."""

@@ -1,0 +1,1 @@
+"""The paper's Algorithm 1: supervised training, then hybrid reinforcement learning."""

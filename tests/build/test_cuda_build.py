@@ -1,0 +1,33 @@
+"""The CUDA sources compile for every architecture without a warning; no kernel takes more than docs/cuda.md says."""
+
+import pytest
+from cuda_resources import ROOT, TABLE_ROW, compile_all, find_nvcc
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")]
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return compile_all()
+
+
+@pytest.fixture(scope="module")
+def budgets():
+    """Registers a thread by kernel, from the table in docs/cuda.md."""
+    rows = TABLE_ROW.finditer((ROOT / "docs" / "cuda.md").read_text())
+    return {row["kernel"]: int(row["registers"]) for row in rows}
+
+
+def test_nothing_spills(kernels):
+    """Registers suffice, and no array was left in local memory."""
+    assert [kernel for kernel in kernels if kernel.spilled or kernel.stack] == []
+
+
+def test_shared_memory_is_dynamic(kernels):
+    """Its size is the launcher's to say (csrc/cuda/ptx.cuh)."""
+    assert [kernel for kernel in kernels if kernel.static_shared] == []
+
+
+def test_registers_stay_within_the_table(kernels, budgets):
+    assert {kernel.name for kernel in kernels} == set(budgets), "run python tests/build/cuda_resources.py"
+    assert [kernel for kernel in kernels if kernel.registers > budgets[kernel.name]] == []

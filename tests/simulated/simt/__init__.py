@@ -1,0 +1,85 @@
+"""Builds CUDA sources for the CPU and runs them; see README.md beside this file."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+FOLDER = Path(__file__).parent
+CSRC = FOLDER.parents[2] / "csrc"
+FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-fno-strict-aliasing",
+         "-U_FORTIFY_SOURCE", "-ftrivial-auto-var-init=pattern", "-Wno-unused-function", "-Wno-unknown-pragmas"]
+
+
+class SimtError(RuntimeError):
+    """What a kernel or a launcher did wrong."""
+
+
+class Library:
+    """Entries of one driver, ``tests/simulated/simt/NAME.cpp``: extern "C" functions that return null or a message."""
+
+    def __init__(self, path: Path) -> None:
+        self._library = ctypes.CDLL(str(path))
+        self._library.simt_allocate.restype = ctypes.c_void_p
+        self._library.simt_allocate.argtypes = [ctypes.c_size_t]
+
+    def configure(self, seed: int, multiprocessors: int = 3) -> None:
+        """Frees all arrays; ``seed`` decides every order from now on."""
+        self._library.simt_release()
+        self._library.simt_configure(ctypes.c_uint(seed), multiprocessors)
+
+    def empty(self, shape: int | tuple[int, ...], dtype: np.typing.DTypeLike = np.float32) -> np.ndarray:
+        """An array full of poison (NaN, -1) whose neighbouring memory faults; valid until :meth:`configure`."""
+        dtype, shape = np.dtype(dtype), (shape,) if isinstance(shape, int) else shape
+        size = int(np.prod(shape)) * dtype.itemsize
+        memory = (ctypes.c_char * size).from_address(self._library.simt_allocate(size))
+        return np.frombuffer(memory, dtype).reshape(shape)
+
+    def array(self, values: np.ndarray) -> np.ndarray:
+        """A copy in guarded memory."""
+        copy = self.empty(values.shape, values.dtype)
+        copy[...] = values
+        return copy
+
+    def __call__(self, entry: str, *arguments: object) -> None:
+        """Calls an entry with arrays (as pointers; None is null), ints, bools and floats; raises SimtError."""
+        function = getattr(self._library, entry)
+        function.restype = ctypes.c_char_p
+        message = function(*map(_as_c, arguments))
+        if message is not None:
+            raise SimtError(message.decode())
+
+
+def _as_c(argument: object) -> object:
+    if argument is None:
+        return ctypes.c_void_p(None)
+    if isinstance(argument, np.ndarray):
+        assert argument.flags.c_contiguous
+        return ctypes.c_void_p(argument.ctypes.data)
+    if isinstance(argument, float):
+        return ctypes.c_float(argument)
+    return ctypes.c_int(int(argument))  # type: ignore[call-overload]
+
+
+def build(name: str, csrc: Path = CSRC) -> Library:
+    """The driver ``tests/simulated/simt/NAME.cpp``, compiled with the sources in a folder."""
+    folder = Path(tempfile.mkdtemp(prefix="skipnet-simt-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    target = folder / f"{name}.so"
+    done = subprocess.run(["g++", *FLAGS, "-I", FOLDER, "-I", csrc, FOLDER / f"{name}.cpp", "-o", target],
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return Library(target)
+
+
+@cache
+def library(name: str) -> Library:
+    """A driver with the sources as they are, compiled once a session."""
+    return build(name)

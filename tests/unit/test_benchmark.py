@@ -1,0 +1,282 @@
+"""The benchmark: its routes, its figure of merit, and that all contestants compute the same network; never a time."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from networks import GoldenCase, relative_error, small_images, small_model
+
+import skipnet_rt as srt
+from skipnet_rt.cli import app as cli
+from skipnet_rt.measure.baselines import PEERS, PUBLISHED_WAY, Peer, onnx_graph
+from skipnet_rt.measure.benchmark import BatchResult, BenchmarkError, Contestant, benchmark, random_routing
+from skipnet_rt.measure.clock import MIN_ROUNDS, DenseNetwork, Timing
+from skipnet_rt.model.packing import pack
+from skipnet_rt.model.routing import count_operations
+
+QUICK = tuple(peer for peer in PEERS if peer.name in (PUBLISHED_WAY.name, "PyTorch"))
+ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+"""Relative norm between two engines' logits; of bfloat16 only a rough one, for it is rounded in different places."""
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# Routes --------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("fraction", "executed"), [(0, 0), (0.25, 13), (0.5, 26), (0.75, 40), (1, 53)])
+def test_every_image_executes_exactly_the_fraction(fraction, executed):
+    routing = random_routing(srt.arch("cifar10_rnn_gate_110"), 20, fraction)
+    assert routing.shape == (20, 53)
+    assert routing.dtype == torch.bool
+    assert routing.sum(dim=1).tolist() == [executed] * 20
+
+
+def test_routes_differ_between_images_and_repeat_with_the_seed():
+    architecture = srt.arch("cifar10_rnn_gate_110")
+    routing = random_routing(architecture, 20, 0.5, seed=3)
+    assert len(routing.unique(dim=0)) == 20
+    assert torch.equal(routing, random_routing(architecture, 20, 0.5, seed=3))
+    assert not torch.equal(routing, random_routing(architecture, 20, 0.5, seed=4))
+
+
+# The figure of merit -------------------------------------------------------------------------------------------------
+
+def test_share_of_the_ceiling_is_formed_within_rounds():
+    dense, ours = Timing((8.0, 4.0, 100.0)), Timing((2.0, 2.0, 20.0))  # ratios 4, 2 and 5; of the medians it were 4 too
+    assert Contestant("cpu", 0.5, 0.25, ours).share_of_ceiling(dense) == 1
+    assert Contestant("cpu", 0.5, 0.51, Timing((4.0, 4.0, 10.0))).share_of_ceiling(dense) == pytest.approx(0.51 * 2)
+    assert Contestant("cpu", 1 / 3, 0.5, ours).name == "cpu, 33.3% executed"
+
+
+def test_the_best_dense_engine_is_the_ceiling_and_never_the_published_way():
+    result = BatchResult(8, (Contestant("cpu", 0.5, 0.5, Timing((1.0, 1.0, 1.0))),), {
+        PUBLISHED_WAY.name: Timing((0.5, 0.5, 0.5)), "slow": Timing((3.0, 3.0, 3.0)), "fast": Timing((2.0, 2.0, 9.0))})
+    assert result.best == "fast"
+    assert result.rounds == 3
+    assert not result.steady
+    document = result.to_dict()
+    assert document["best_dense"] == "fast"
+    assert document["peers"]["fast"]["median"] == 2000
+    (ours,) = document["engines"]
+    assert ours["share_of_ceiling"] == 100
+    assert ours["multiply_adds_share"] == 50
+    assert ours["speedup_over"] == {PUBLISHED_WAY.name: 0.5, "slow": 3, "fast": 2}
+
+
+# Peers compute what they are measured for ----------------------------------------------------------------------------
+
+def dense_logits(model: srt.SkipNet, images: torch.Tensor) -> torch.Tensor:
+    everything = torch.ones(model.arch.num_gates, dtype=torch.bool)
+    return srt.compile(model, engine="eager").infer(images, routing=everything).logits
+
+
+@pytest.mark.parametrize(("peer", "dtype"), [
+    pytest.param(peer, dtype, id=f"{peer.name}, {str(dtype)[6:]}",
+                 marks=[pytest.mark.slow] if peer.name == "torch.compile" else [])
+    for peer in PEERS if peer is not PUBLISHED_WAY for dtype in peer.dtypes])
+def test_a_peer_runs_the_dense_network(peer, dtype):
+    if objection := peer.objection(dtype):
+        pytest.skip(objection)
+    model, images = small_model("rnn"), small_images("rnn", 3)
+    call = peer.build(model, images, dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logits = [call(part) for part in (images, images.flip(0))]
+    expected = dense_logits(model, images)
+    assert relative_error(logits[0], expected) < ERROR[dtype]
+    assert relative_error(logits[1], expected.flip(0)) < ERROR[dtype]
+
+
+@pytest.mark.parametrize("case", ["rnn", "bottleneck", "imagenet-reinforced", "feedforward2"])
+def test_the_onnx_graph_is_the_dense_network(case):
+    """Both stems, both kinds of blocks, images that are not square."""
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    model, images = small_model(case), small_images(case, 2)
+    network = pack(model, torch.device("cpu"), torch.float32)
+    session = runtime.InferenceSession(onnx_graph(network, 2), providers=["CPUExecutionProvider"])
+    (logits,) = session.run(["logits"], {"images": images.numpy()})
+    assert relative_error(torch.from_numpy(logits), dense_logits(model, images)) < ERROR[torch.float32]
+    plain = DenseNetwork(model, torch.device("cpu"), torch.float32, torch.contiguous_format)
+    assert relative_error(plain(images), dense_logits(model, images)) < ERROR[torch.float32]
+
+
+@pytest.mark.parametrize("case", ["rnn", "rnn-reinforced", "feedforward1", "bottleneck", "imagenet-reinforced"])
+@pytest.mark.parametrize("count", [1, 9])
+def test_the_published_way_takes_its_own_decisions(case, count):
+    model, images = small_model(case), small_images(case, count)
+    logits = PUBLISHED_WAY.build(model, images, torch.float32)(images)
+    own = srt.compile(model, engine="eager").infer(images)
+    assert not own.executed.all()  # or it would be the dense network
+    assert relative_error(logits, own.logits) < ERROR[torch.float32]
+
+
+def test_the_published_way_agrees_with_the_published_code():
+    case = GoldenCase("cifar10_rnn_gate_38-s15")
+    logits = PUBLISHED_WAY.build(case.model, case.images, torch.float32)(case.images.float())
+    assert relative_error(logits, case.logits) < ERROR[torch.float32]
+
+
+def test_what_is_not_installed_or_not_meant_objects():
+    peer = Peer("nowhere", ("torch", "not_a_package"), (torch.float32,), lambda model, images, dtype: None)
+    assert peer.objection(torch.float32) == "not installed: not_a_package"
+    assert PUBLISHED_WAY.objection(torch.float32) is None
+    assert PUBLISHED_WAY.objection(torch.bfloat16) == "not measured in torch.bfloat16"
+
+
+# The whole of it -----------------------------------------------------------------------------------------------------
+
+def test_everything_asked_for_is_measured():
+    model, told = small_model("rnn"), []
+    found = benchmark(model, engines=["cpu", "eager"], batches=[1, 3], fractions=[0.5, 1], peers=QUICK, seconds=0.01,
+                      on_progress=lambda what, share: told.append((what, share)))
+    assert [result.batch for result in found.results] == [1, 3]
+    assert found.left_out == {}
+    counts = count_operations(model.arch)
+    for result in found.results:
+        assert list(result.peers) == [PUBLISHED_WAY.name, "PyTorch"]
+        assert result.best == "PyTorch"
+        assert {(one.engine, one.fraction) for one in result.ours} == {
+            (engine, fraction) for engine in ("cpu", "eager") for fraction in (0.5, 1)}
+        assert result.rounds >= MIN_ROUNDS
+        for one in result.ours:
+            executed = random_routing(model.arch, result.batch, one.fraction)
+            assert one.multiply_adds_share == pytest.approx(
+                counts.per_image(executed)[0].double().mean().item() / counts.dense.multiply_adds)
+            assert len(one.timing.seconds) == result.rounds
+    assert told[0] == ("batch 1: building published way", 0)
+    assert told[-1] == ("batch 3: 6 contestants taking turns", 1)
+    assert json.loads(json.dumps(found.to_dict()))["results"][1]["batch"] == 3
+
+
+def test_a_peer_that_objects_is_left_out_with_its_reason():
+    found = benchmark(small_model("rnn"), batches=[1], peers=QUICK, dtype=torch.bfloat16, seconds=0.01)
+    assert found.left_out == {PUBLISHED_WAY.name: "not measured in torch.bfloat16"}
+    assert found.results[0].published is None
+
+
+@pytest.mark.parametrize(("case", "options", "why"), [
+    ("dense", {}, "has nothing to skip"),
+    ("rnn", {"peers": [PUBLISHED_WAY]}, "no dense engine to measure against"),
+    ("rnn", {"dtype": torch.float64}, "PyTorch: not measured in torch.float64"),
+])
+def test_what_cannot_be_measured_is_refused(case, options, why):
+    with pytest.raises(BenchmarkError, match=why):
+        benchmark(small_model(case), **{"peers": QUICK, **options})
+
+
+# benchmarks/gpu.py ---------------------------------------------------------------------------------------------------
+
+GPU_SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_fails_with_one_line(tmp_path):
+    done = subprocess.run([sys.executable, GPU_SCRIPT, "compare", "--output", tmp_path], capture_output=True, text=True,
+                          check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"device 'cuda' cannot be used here: .*\n", done.stderr)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_table_prints_whatever_there_is(tmp_path):
+    found = benchmark(small_model("rnn"), batches=[2], peers=QUICK, seconds=0).to_dict()
+    rows = [{"name": "test_convolution[1-(8, 3)-gathered]", "params": {"who": "gathered", "batch": 1, "shape": [8, 3]},
+             "extra_info": {"us a launch": 2.5}},
+            {"name": "test_compaction[1]", "params": {"batch": 1}, "extra_info": {}}]
+    for name, text in (("compare", json.dumps(found)), ("cut", "{"), ("triton", json.dumps({"benchmarks": rows}))):
+        (tmp_path / f"{name}.json").write_text(text)
+    done = subprocess.run([sys.executable, GPU_SCRIPT, "table", tmp_path], capture_output=True, text=True, check=True)
+    for expected in ("PyTorch ", "cpu,  50% executed ", "% of the ceiling", "cannot be read", "convolution [8, 3]",
+                     "1: 2.5"):
+        assert expected in done.stdout
+    assert "compaction" not in done.stdout
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def run(capsys, tmp_path):
+    """Runs ``skipnet-rt benchmark`` on a small network, for a moment, without the peers that take long to build."""
+    path = tmp_path / "small.safetensors"
+    srt.save(small_model("rnn"), path)
+
+    def command(*arguments: str) -> tuple[int, str, str]:
+        slow = [argument for peer in PEERS if peer not in QUICK for argument in ("--without", peer.name)]
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["benchmark", "--model", str(path), "--seconds", "0", *slow, *arguments])
+        return stopped.value.code or 0, *capsys.readouterr()
+    return command
+
+
+def test_command_prints_one_document(run):
+    status, out, err = run("--json", "--batch", "1", "--batch", "2", "--fraction", "0.5", "--threads", "1")
+    assert (status, err) == (0, "")
+    document = json.loads(out)
+    assert document["model"].endswith("small.safetensors")
+    assert document["cpu"]["threads"] == 1
+    assert document["versions"]["torch"] == torch.__version__
+    assert [result["batch"] for result in document["results"]] == [1, 2]
+    assert [(one["engine"], one["fraction"]) for one in document["results"][0]["engines"]] == [("cpu", 0.5)]
+
+
+def test_command_prints_a_table_a_batch_size(run):
+    status, out, err = run("--batch", "1", "--batch", "2", "--engine", "eager")
+    assert (status, err) == (0, "")
+    for expected in ("batch of 1", "batch of 2", "published way", "eager, 50% executed", "eager, 100% executed",
+                     "x best dense", "x published", "share of the ceiling", "Best dense engine: PyTorch."):
+        assert expected in out
+    assert max(map(len, out.splitlines())) <= 120
+    assert "Without published way: not measured in torch.bfloat16" in run("--dtype", "bfloat16", "--batch", "1")[1]
+
+
+def test_all_names_fit_in_their_table(monkeypatch):
+    """With every peer, whether or not it is installed here."""
+    timing = Timing((123.456,) * 3)
+    result = BatchResult(64, (Contestant("compacted", 1 / 3, 0.5, timing),), {peer.name: timing for peer in PEERS})
+    found = benchmark(small_model("rnn"), batches=[1], peers=QUICK, seconds=0)
+    with cli._out.capture() as shown:
+        cli._print_batch(found, result)
+    for peer in PEERS:
+        assert f" {peer.name} " in shown.get()
+
+
+def test_command_writes_document_and_plot(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    status, out, _ = run("--batch", "1", "--output", str(tmp_path / "new"), "--json")
+    assert status == 0
+    path = tmp_path / "new" / "cpu-small-float32.json"
+    assert json.loads(path.read_text()) == json.loads(out)
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert f"Wrote {path}" in run("--batch", "1", "--output", str(tmp_path / "new"))[1]
+
+
+@pytest.mark.parametrize(("arguments", "why"), [
+    (["--without", "TensorFlow"], "no peer is called 'TensorFlow'; known: published way, PyTorch, "),
+    (["--without", "PyTorch"], "no dense engine to measure against"),
+    (["--engine", "tpu"], "no engine is called 'tpu'"),
+    (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
+    (["--model", "nowhere.pth"], "nowhere.pth"),
+    (["--dtype", "float64"], "not measured in torch.float64"),
+])
+def test_a_mistake_gets_one_line(run, arguments, why):
+    status, out, err = run(*arguments)
+    assert (status, out) == (1, "")
+    assert why in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+def test_the_plot_needs_matplotlib(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    assert run("--output", str(tmp_path / "new"))[2] == (
+        "error: --output needs matplotlib; install it with: pip install 'skipnet-rt[plots]'\n")
+    assert not (tmp_path / "new").exists()
