@@ -40,7 +40,7 @@ build() { limited 180 build python3 -m pip install --no-build-isolation --no-dep
 # tests PART EXPRESSION: the conformance suite on the GPU, and every other test that runs there.
 tests() {
     local files workers=()
-    files=$(grep -lE 'mark\.gpu|engine_devices|missing\(\)' tests/test_*.py)
+    files=$(grep -rlE 'mark\.gpu|engine_devices|missing\(\)' tests --include='test_*.py')
     if python3 -c 'import xdist' 2>/dev/null; then workers=(-n $(($(nproc) / 2))); fi
     # shellcheck disable=SC2086
     OMP_NUM_THREADS=2 limited 150 "$1" "${pytest[@]}" "${workers[@]}" --continue-on-collection-errors -k "$2" --junitxml="$out/$1.xml" $files
