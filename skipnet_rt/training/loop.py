@@ -430,6 +430,16 @@ def standardise_gates(model: SkipNet, images: Tensor) -> None:
     open_gates(model, -float(model.trace(images).gate_logits[:, :model.arch.num_gates].mean()))
 
 
+def memory_format(architecture: SkipNetArch) -> torch.memory_format:
+    """Of weights and images: channels-last, the faster one, unless a strided shortcut has fewer than 8 input channels.
+
+    PyTorch 2.13's oneDNN on AVX2 writes out of bounds where it computes the weight gradient of such a 1x1 convolution
+    from channels-last tensors; docs/training.md has the reproduction.
+    """
+    narrow = any(plan.projects and plan.stride == 2 and plan.in_channels < 8 for plan in architecture.blocks)
+    return torch.contiguous_format if narrow else torch.channels_last
+
+
 class _Run:
     """A training in progress: between two epochs it is exactly what ``state.pt`` holds."""
 
@@ -442,7 +452,8 @@ class _Run:
         self.history: list[dict[str, Any]] = []
         torch.manual_seed(config.seed)
         self.model = _model(config, data).to(self.device)
-        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+        self.memory_format = memory_format(self.model.arch)
+        self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]  # torch's stub lacks it
 
     def begin(self, stage: _Stage) -> None:
         """What a stage starts with: its gates' mode, a fresh optimizer and loss scaler."""
@@ -521,7 +532,7 @@ class _Run:
         loader = DataLoader(split, self.config.batch_size, shuffle=shuffle, num_workers=self.config.workers,
                             pin_memory=self.device.type == "cuda")
         for images, labels in loader:
-            yield (images.to(self.device, non_blocking=True, memory_format=torch.channels_last),
+            yield (images.to(self.device, non_blocking=True, memory_format=self.memory_format),
                    labels.to(self.device, non_blocking=True))
 
     def _some_images(self, count: int) -> Tensor:

@@ -6,7 +6,10 @@ import _thread
 import dataclasses
 import itertools
 import json
+import os
 import shlex
+import subprocess
+import sys
 import threading
 import time
 
@@ -26,6 +29,7 @@ from skipnet_rt.training.loop import (
     TrainError,
     cumulative_rewards,
     leave_one_out,
+    memory_format,
     objective_loss,
     open_gates,
     policy_loss,
@@ -310,6 +314,29 @@ def test_the_same_seed_gives_the_same_weights_and_another_others(few_digits, tmp
             for seed, name in ((1, "a"), (1, "b"), (2, "c"))]
     assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
     assert not torch.equal(runs[0]["fc.weight"], runs[2]["fc.weight"])
+
+
+NARROW = """
+from skipnet_rt.model.arch import SkipNetArch
+from skipnet_rt.training.loop import TrainConfig, train
+arch = SkipNetArch(stem="cifar", block="basic", depths=(1, 1), widths=(4, 8), gate="none")
+train(TrainConfig(arch=arch, stages="supervised", supervised_epochs=1, batch_size=512, output="run"))
+"""
+
+
+def test_a_narrow_network_trains_as_an_avx2_processor_would(tmp_path):
+    """Channels-last, oneDNN's AVX2 weight gradient of the 1x1 convolution of stride 2 writes out of bounds."""
+    done = subprocess.run([sys.executable, "-c", NARROW], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": "AVX2"}, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("widths", "expected"), [
+    ((4, 8), torch.contiguous_format), ((7, 7), torch.contiguous_format), ((8, 8), torch.channels_last),
+    ((16, 32, 64), torch.channels_last), ((4,), torch.channels_last)])
+def test_channels_last_unless_a_strided_shortcut_is_narrow(widths, expected):
+    architecture = SkipNetArch("cifar", "basic", (1,) * len(widths), widths, "rnn")
+    assert memory_format(architecture) == expected
 
 
 @pytest.mark.parametrize(("alpha", "low", "high"), [(100.0, 25.0, 25.0), (-100.0, 100.0, 100.0)])
