@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from skipnet_rt.engines.base import Decisions, EnginePass, WalkingEngine
+from skipnet_rt.engines.base import BlockwiseEngine, Decisions, EnginePass
 from skipnet_rt.model.packing import PackedConvolution, PackedEmbedding, PackedFeedforwardGate, PackedLSTM
 
 
@@ -31,20 +31,20 @@ def _one_by_one(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.cat([function(_alone(x, row)) for row in range(len(x))])
 
 
-class EagerEngine(WalkingEngine[Tensor, Tensor]):
+class EagerEngine(BlockwiseEngine[Tensor, Tensor]):
     """Plain PyTorch with real compaction: a block's convolutions run for the executing images only."""
 
     name = "eager"
     devices = None
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    waits_for = ("cuda", "xpu", "mps")  # the row list's length is needed on the host
+    synchronizes_on = ("cuda", "xpu", "mps")  # the row list's length is needed on the host
 
-    def run(self, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
+    def run(self, images: Tensor, routing: Tensor | None, num_gates: int) -> EnginePass:
         # On a GPU: the same algorithm every time, and float32 that is float32.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            return super().run(images, routing, steps)
+            return super().run(images, routing, num_gates)
 
-    def everyone(self, decisions: Decisions) -> Tensor:
+    def all_rows(self, decisions: Decisions) -> Tensor:
         return torch.arange(decisions.executed.shape[1], device=decisions.executed.device)
 
     def stem(self, images: Tensor) -> Tensor:
