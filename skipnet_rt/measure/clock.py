@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from skipnet_rt.engines.registry import REGISTRY
+from skipnet_rt.model.flops import count_operations
 from skipnet_rt.model.network import SkipNet
 from skipnet_rt.model.packing import PackedConvolution, pack
-from skipnet_rt.model.routing import count_operations
 from skipnet_rt.runtime import compile
 
 MIN_ROUNDS = 3

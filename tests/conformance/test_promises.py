@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import skipnet_rt as srt
 from skipnet_rt.engines.registry import REGISTRY
 from skipnet_rt.engines.tolerances import TOLERANCES
-from skipnet_rt.model.routing import count_operations
+from skipnet_rt.model.flops import count_operations
 
 NETWORKS = sorted(SMALL)
 GATED = sorted(set(SMALL) - {"dense"})
