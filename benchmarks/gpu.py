@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import skipnet_rt as srt
-from skipnet_rt.engines.autoselect import keep
+from skipnet_rt.engines import autoselect
 from skipnet_rt.engines.cuda_resident import ResidentCudaEngine
 from skipnet_rt.engines.registry import REGISTRY, EngineError
 from skipnet_rt.measure.baselines import PEERS
@@ -79,7 +79,7 @@ def crossover(arguments: argparse.Namespace) -> dict[str, Any]:
     model = srt.build(arguments.arch).eval()
     device, dtype = torch.device("cuda", torch.cuda.current_device()), getattr(torch, arguments.dtype)
     found = measure_crossover(model, device, dtype, seconds=arguments.seconds)
-    keep(found, model.arch, device, dtype)
+    autoselect.save(found, model.arch, device, dtype)
     return {"architecture": str(model.arch), "dtype": arguments.dtype, "milliseconds": found.milliseconds,
             "winners": found.winners, "order": found.order()}
 
@@ -100,9 +100,9 @@ def waves(arguments: argparse.Namespace) -> dict[str, Any]:
     """The resident engine's time in all of its plans."""
     model = srt.build(arguments.arch).eval()
     device, dtype = torch.device("cuda", torch.cuda.current_device()), getattr(torch, arguments.dtype)
-    if objection := (REGISTRY["cuda"].objection(model.arch, device, dtype)
-                     or ResidentCudaEngine.misfit(model.arch, device, dtype)):
-        raise EngineError(objection)
+    if reason := (REGISTRY["cuda"].unsupported_reason(model.arch, device, dtype)
+                  or ResidentCudaEngine.unsupported_reason(model.arch, device, dtype)):
+        raise EngineError(reason)
     network = pack(model, device, dtype)
     images = torch.randn(arguments.batch, 3, *model.arch.image_size, device=device, dtype=dtype)
     route = random_routing(model.arch, arguments.batch, 0.5).to(device)

@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 _runtimes: WeakValueDictionary[int, SkipNetRuntime] = WeakValueDictionary()
 _numbers = itertools.count(1)
 
-_SCHEMA = "(Tensor images, Tensor? routing, int runtime, int steps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+_SCHEMA = ("(Tensor images, Tensor? routing, int runtime, int num_gates)"
+           " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-"""Logits ``[N, classes]``, gate logits, probabilities and decisions ``[steps, N]``, hidden and cell ``[N, hidden]``."""
+"""Logits ``[N, classes]``; gate logits, probabilities and decisions ``[num_gates, N]``; the LSTM's state, twice
+``[N, state_dim]``."""
 
 
 def register(runtime: SkipNetRuntime) -> int:
@@ -43,29 +45,29 @@ def _runtime(number: int) -> SkipNetRuntime:
 
 
 @torch.library.custom_op("skipnet_rt::run", mutates_args=(), schema=_SCHEMA)
-def run(images: Tensor, routing: Tensor | None, runtime: int, steps: int) -> Results:
+def run(images: Tensor, routing: Tensor | None, runtime: int, num_gates: int) -> Results:
     """From images to logits; see :meth:`skipnet_rt.engines.base.Engine.run`.
 
     Args:
         images: ``[N, in_channels, H, W]`` in the runtime's dtype, on its device, contiguous.
         routing: bool ``[N, G]`` or None.
         runtime: the runtime's number.
-        steps: gates to evaluate.
+        num_gates: gates to evaluate.
     """
-    done = _runtime(runtime).execute(images, routing, steps)
+    done = _runtime(runtime).execute(images, routing, num_gates)
     decisions = done.decisions
     return (done.logits, decisions.gate_logits, decisions.probabilities, decisions.executed, decisions.hidden,
             decisions.cell)
 
 
 @run.register_fake
-def _(images: Tensor, routing: Tensor | None, runtime: int, steps: int) -> Results:
+def _(images: Tensor, routing: Tensor | None, runtime: int, num_gates: int) -> Results:
     found = _runtime(runtime)
     batch, units = images.shape[0], found.arch.hidden_dim if found.arch.gate == "rnn" else 0
     gates = found.engine.network.gate_dtype
     return (images.new_empty(batch, found.arch.num_classes, dtype=found.dtype),
-            images.new_empty(steps, batch, dtype=gates), images.new_empty(steps, batch, dtype=gates),
-            images.new_empty(steps, batch, dtype=torch.bool), images.new_empty(batch, units, dtype=gates),
+            images.new_empty(num_gates, batch, dtype=gates), images.new_empty(num_gates, batch, dtype=gates),
+            images.new_empty(num_gates, batch, dtype=torch.bool), images.new_empty(batch, units, dtype=gates),
             images.new_empty(batch, units, dtype=gates))
 
 

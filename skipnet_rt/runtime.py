@@ -66,8 +66,8 @@ class SkipNetRuntime(nn.Module):
         Raises:
             TypeError, ValueError: the images are not as described.
         """
-        steps = self.arch.num_gates + self.arch.steps_last_gate
-        done = self._run(images, None, steps)
+        num_gates = self.arch.num_gates + self.arch.steps_last_gate
+        done = self._run(images, None, num_gates)
         decisions = done.decisions
         hidden = (decisions.hidden.unsqueeze(0), decisions.cell.unsqueeze(0)) if self.arch.returns_hidden else None
         return published_output(self.arch, done.logits,
@@ -89,27 +89,27 @@ class SkipNetRuntime(nn.Module):
         return InferenceResult(done.logits, done.decisions.executed.t(), done.decisions.probabilities.t(), self.arch)
 
     @torch.no_grad()
-    def _run(self, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
+    def _run(self, images: Tensor, routing: Tensor | None, num_gates: int) -> EnginePass:
         self._check_images(images)
         forced = None if routing is None else self._checked_routing(routing, images.shape[0])
         images = (images if images.dtype in self.engine.image_dtypes else images.to(self.dtype)).contiguous()
         if torch.compiler.is_compiling():
-            return ops.as_pass(ops.run(images, forced, self._number, steps))
-        return self.execute(images, forced, steps)
+            return ops.as_pass(ops.run(images, forced, self._number, num_gates))
+        return self.execute(images, forced, num_gates)
 
-    def execute(self, images: Tensor, forced: Tensor | None, steps: int) -> EnginePass:
+    def execute(self, images: Tensor, forced: Tensor | None, num_gates: int) -> EnginePass:
         """The engine on checked arguments, part by part where ``max_batch`` says so.
 
         Args:
-            images, forced, steps: as for :meth:`skipnet_rt.engines.base.Engine.run`; N may be 0.
+            images, forced, num_gates: as for :meth:`skipnet_rt.engines.base.Engine.run`; N may be 0.
         """
         if len(images) == 0:
             logits = torch.empty(0, self.arch.num_classes, dtype=self.dtype, device=self.device)
-            return EnginePass(logits, self.engine.begin(0, steps, forced))
+            return EnginePass(logits, self.engine.empty_decisions(0, num_gates, forced))
         size = self.max_batch or len(images)
         if len(images) <= size:
-            return self.engine.run(images, forced, steps)
-        passes = [self.engine.run(part, None if forced is None else forced[start:start + size], steps)
+            return self.engine.run(images, forced, num_gates)
+        passes = [self.engine.run(part, None if forced is None else forced[start:start + size], num_gates)
                   for start, part in zip(range(0, len(images), size), torch.split(images, size), strict=True)]
         return EnginePass.joined(passes)
 
@@ -179,7 +179,7 @@ def compile(model: nn.Module, engine: str = "auto", device: torch.device | str |
         model: a :class:`skipnet_rt.SkipNet`, or an instance of the published code's own classes (recognised by its
             state dict). It is left as it is; later training does not reach the runtime.
         engine: a name of :func:`skipnet_rt.engines`, or ``"auto"`` for the fastest that takes the network: as measured
-            here (crossover.py), or in the registry's order.
+            here (autoselect.py), or in the registry's order.
         device: where to run; the model's own by default.
         dtype: float32, bfloat16, float16 or float64, as the engine allows; the model's own by default.
         max_batch: split larger batches, which bounds the memory a call takes; results do not depend on it.

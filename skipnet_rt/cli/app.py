@@ -44,9 +44,9 @@ from skipnet_rt.measure.clock import Comparison
 from skipnet_rt.measure.doctor import Diagnosis, diagnose, warm
 from skipnet_rt.measure.evaluate import Evaluation, evaluate
 from skipnet_rt.model.arch import PUBLISHED, ArchError, BlockPlan, SkipNetArch, arch
+from skipnet_rt.model.flops import NetworkCount, count_operations
 from skipnet_rt.model.network import SkipNet, build
 from skipnet_rt.model.preprocessing import CIFAR, IMAGENET, SVHN, Preprocessing
-from skipnet_rt.model.routing import NetworkCount, count_operations
 from skipnet_rt.runtime import SkipNetRuntime, compile, usable_device
 from skipnet_rt.training.loop import RECIPES, TrainConfig, TrainError, train
 

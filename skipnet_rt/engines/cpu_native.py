@@ -1,6 +1,6 @@
 """What the CPU's two strategies share: a network is packed once, and a call goes from images to logits in native code.
 
-The walks and their rooms are in csrc/cpu/resident.cpp and csrc/cpu/compacted.cpp. Sums are float32 whatever the
+The strategies' phases are in csrc/cpu/resident.cpp and csrc/cpu/compacted.cpp. Sums are float32 whatever the
 network's dtype; products of a bfloat16 network are formed from bfloat16 where the processor can (AVX512-BF16, AMX),
 gates and stem excepted.
 """
@@ -70,8 +70,8 @@ class NativeCpuEngine(CpuEngine):
             instruction_set=instruction_set or _C.instruction_sets()[0],
         )
 
-    def run(self, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
-        decisions = self.begin(len(images), steps, routing)
+    def run(self, images: Tensor, routing: Tensor | None, num_gates: int) -> EnginePass:
+        decisions = self.empty_decisions(len(images), num_gates, routing)
         logits = torch.empty(len(images), self.network.arch.num_classes)
         pixels = images.view(torch.uint16) if images.dtype == torch.bfloat16 else images
         self._native.run(

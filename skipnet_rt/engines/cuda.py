@@ -27,21 +27,20 @@ class CudaEngine(Engine):
         if torch.version.cuda is None:
             return Availability(False, "this PyTorch was built without CUDA")
         try:
-            found = _C.cuda_devices()
+            capabilities = [capability for _, capability in _C.cuda_devices()]
         except RuntimeError as error:
             return Availability(False, f"no usable GPU ({error})")
-        if not found or not torch.cuda.is_available():
+        if not capabilities or not torch.cuda.is_available():
             return Availability(False, "there is no GPU")
-        capabilities = [capability for _, capability in found]
         if not any(map(built_for, capabilities)):
             return Availability(False, f"CUDA sources {_C.cuda_build}, the GPU has compute capability "
                                        f"{' and '.join(sorted(set(capabilities)))}: install with SKIPNET_CUDA_ARCHS")
         return Availability(True)
 
     @classmethod
-    def objection(cls, architecture: SkipNetArch, device: torch.device, dtype: torch.dtype) -> str | None:
-        if objection := super().objection(architecture, device, dtype):
-            return objection
+    def unsupported_reason(cls, architecture: SkipNetArch, device: torch.device, dtype: torch.dtype) -> str | None:
+        if reason := super().unsupported_reason(architecture, device, dtype):
+            return reason
         properties = torch.cuda.get_device_properties(device)
         capability = f"{properties.major}.{properties.minor}"
         if not built_for(capability):
@@ -53,18 +52,18 @@ class CudaEngine(Engine):
         from skipnet_rt.engines.cuda_compacted import CompactedCudaEngine
         from skipnet_rt.engines.cuda_resident import ResidentCudaEngine
 
-        resident = ResidentCudaEngine.misfit(network.arch, network.device, network.dtype) is None
+        resident = ResidentCudaEngine.unsupported_reason(network.arch, network.device, network.dtype) is None
         return (ResidentCudaEngine if resident else CompactedCudaEngine)(network)
 
-    def begin(self, batch: int, steps: int, routing: Tensor | None) -> Decisions:
+    def empty_decisions(self, batch: int, num_gates: int, routing: Tensor | None) -> Decisions:
         """Decisions that are not written yet: the kernels fill all of them."""
         arch, device = self.network.arch, self.network.device
         units = arch.hidden_dim if arch.gate == "rnn" else 0
         options: dict[str, Any] = {"dtype": torch.float32, "device": device}
         return Decisions(
-            gate_logits=torch.empty(steps, batch, **options),
-            probabilities=torch.empty(steps, batch, **options),
-            executed=torch.empty(steps, batch, dtype=torch.bool, device=device),
+            gate_logits=torch.empty(num_gates, batch, **options),
+            probabilities=torch.empty(num_gates, batch, **options),
+            executed=torch.empty(num_gates, batch, dtype=torch.bool, device=device),
             hidden=torch.empty(batch, units, **options),
             cell=torch.empty(batch, units, **options),
             forced=None if routing is None else routing.t(),

@@ -1,7 +1,7 @@
 """The GPU's compacted strategy: any network, block by block on the executing images, without asking the host.
 
-The walk and its rooms are in csrc/cuda/compacted.cu; here a network is described and its weights are laid out as it
-reads them.
+The forward pass and its phases are in csrc/cuda/compacted.cu; here a network is described and its weights are laid out
+as it reads them.
 """
 
 from __future__ import annotations
@@ -144,18 +144,18 @@ class CompactedCudaEngine(CudaEngine):
     def memory(self) -> int:
         return super().memory + self._weights.elements.nbytes + self._weights.floats.nbytes + self._graphs.memory
 
-    def run(self, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
-        return self._graphs.run(self._walk, images, routing, steps)
+    def run(self, images: Tensor, routing: Tensor | None, num_gates: int) -> EnginePass:
+        return self._graphs.run(self._forward, images, routing, num_gates)
 
-    def _walk(self, images: Tensor, routing: Tensor | None, present: Tensor | None, steps: int) -> EnginePass:
+    def _forward(self, images: Tensor, routing: Tensor | None, present: Tensor | None, num_gates: int) -> EnginePass:
         """All launches, on the current stream."""
         batch, device, classes = len(images), self.network.device, self.network.arch.num_classes
-        decisions = self.begin(batch, steps, routing)
+        decisions = self.empty_decisions(batch, num_gates, routing)
         forced = None if decisions.forced is None else decisions.forced.contiguous()
         logits = torch.empty(batch, _padded(classes), device=device)
         workspace = torch.empty(self._native.workspace_bytes(batch), dtype=torch.uint8, device=device)
         self._native.run(
-            batch, steps, 0 if present is None else present.data_ptr(), images.data_ptr(),
+            batch, num_gates, 0 if present is None else present.data_ptr(), images.data_ptr(),
             0 if forced is None else forced.data_ptr(), logits.data_ptr(), decisions.gate_logits.data_ptr(),
             decisions.probabilities.data_ptr(), decisions.executed.data_ptr(), decisions.hidden.data_ptr(),
             decisions.cell.data_ptr(), workspace.data_ptr(), torch.cuda.current_stream(device).cuda_stream)

@@ -1,6 +1,6 @@
 """The GPU's resident strategy: a CIFAR-scale network from images to logits in one launch.
 
-The walk and its rooms are in csrc/cuda/resident.cu; here weights are laid out as it reads them.
+The forward pass and its phases are in csrc/cuda/resident.cu; here weights are laid out as it reads them.
 """
 
 from __future__ import annotations
@@ -95,9 +95,9 @@ class ResidentCudaEngine(CudaEngine):
     """One launch for a batch; a call allocates its results and nothing else.
 
     Args:
-        network: what :meth:`misfit` has nothing against.
-        images: that a block of threads takes at a time, where the batch does not decide it.
-        cluster: or blocks of threads that share an image, 2 or 4. For tests and measurements: results are the same.
+        network: what :meth:`unsupported_reason` has nothing against.
+        images: that a thread block takes at a time, where the batch does not decide it.
+        cluster: or thread blocks that share an image, 2 or 4. For tests and measurements: results are the same.
     """
 
     def __init__(self, network: PackedNetwork, images: int | None = None, cluster: int | None = None) -> None:
@@ -115,7 +115,7 @@ class ResidentCudaEngine(CudaEngine):
         return super().memory + self._weights.fragments.nbytes + self._weights.floats.nbytes
 
     @staticmethod
-    def misfit(arch: SkipNetArch, device: torch.device, dtype: torch.dtype) -> str | None:
+    def unsupported_reason(arch: SkipNetArch, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why a network is none for the resident strategy on a GPU, or None."""
         if dtype not in (torch.float16, torch.bfloat16):
             return f"it computes in 16 bits, not in {dtype}"
@@ -131,7 +131,7 @@ class ResidentCudaEngine(CudaEngine):
         return f"an image needs {needed} bytes of shared memory, {device} has {there}" if needed > there else None
 
     def fits(self, images: int) -> bool:
-        """Whether a block of threads can take so many images at a time."""
+        """Whether a thread block can take so many images at a time."""
         return self._native.shared_memory(images) <= _C.cuda_limits(_index(self.network.device))[1]
 
     def plan(self, batch: int) -> _C.ResidentPlan:
@@ -143,16 +143,16 @@ class ResidentCudaEngine(CudaEngine):
         blocks = min(_C.cuda_limits(_index(self.network.device))[0], -(-batch // self._images))
         return _C.ResidentPlan(self._images, blocks, blocks * self._images < batch, 1)
 
-    def run(self, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
+    def run(self, images: Tensor, routing: Tensor | None, num_gates: int) -> EnginePass:
         batch, device = len(images), self.network.device
         plan = self.plan(batch)
-        decisions = self.begin(batch, steps, routing)
+        decisions = self.empty_decisions(batch, num_gates, routing)
         logits = torch.empty(batch, self.network.arch.num_classes, dtype=self.network.dtype, device=device)
         taken = torch.zeros(1, dtype=torch.int32, device=device) if plan.queues else None
         forced, strides = (0, (0, 0)) if routing is None else (
             routing.data_ptr(), (routing.stride(0), routing.stride(1)))
         self._native.run(
-            plan, batch, steps, images.data_ptr(), forced, strides, logits.data_ptr(),
+            plan, batch, num_gates, images.data_ptr(), forced, strides, logits.data_ptr(),
             decisions.gate_logits.data_ptr(), decisions.probabilities.data_ptr(), decisions.executed.data_ptr(),
             decisions.hidden.data_ptr(), decisions.cell.data_ptr(), 0 if taken is None else taken.data_ptr(),
             torch.cuda.current_stream(device).cuda_stream)

@@ -1,7 +1,8 @@
 """The oracle: plain PyTorch on any device, one image at a time through every layer.
 
-One at a time, because PyTorch chooses its kernels by batch size, and each image in memory of its own, because the
-libraries underneath look at its alignment: only so is a result bitwise the same in any company (promise 2) everywhere.
+One at a time, because PyTorch chooses its kernels by batch size, and computes the first numbers of a row with vectors
+and the rest without, whose ``sigmoid`` differs in the last bit. Each image in memory of its own, because the libraries
+underneath look at its alignment. Only so is a result bitwise the same in any company (promise 2) on every processor.
 Other engines are tested against this one.
 """
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from skipnet_rt.engines.base import Decisions, EnginePass, WalkingEngine
+from skipnet_rt.engines.base import BlockwiseEngine, Decisions, EnginePass
 from skipnet_rt.model.packing import PackedConvolution, PackedEmbedding, PackedFeedforwardGate, PackedLSTM
 
 
@@ -30,20 +31,20 @@ def _one_by_one(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.cat([function(_alone(x, row)) for row in range(len(x))])
 
 
-class EagerEngine(WalkingEngine[Tensor, Tensor]):
+class EagerEngine(BlockwiseEngine[Tensor, Tensor]):
     """Plain PyTorch with real compaction: a block's convolutions run for the executing images only."""
 
     name = "eager"
     devices = None
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    waits_for = ("cuda", "xpu", "mps")  # the row list's length is needed on the host
+    synchronizes_on = ("cuda", "xpu", "mps")  # the row list's length is needed on the host
 
-    def run(self, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
+    def run(self, images: Tensor, routing: Tensor | None, num_gates: int) -> EnginePass:
         # On a GPU: the same algorithm every time, and float32 that is float32.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            return super().run(images, routing, steps)
+            return super().run(images, routing, num_gates)
 
-    def everyone(self, decisions: Decisions) -> Tensor:
+    def all_rows(self, decisions: Decisions) -> Tensor:
         return torch.arange(decisions.executed.shape[1], device=decisions.executed.device)
 
     def stem(self, images: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ class EagerEngine(WalkingEngine[Tensor, Tensor]):
             else:
                 logit = self._feedforward(gate, image)
             decisions.gate_logits[index, row] = logit[0]
-        decisions.probabilities[index] = torch.sigmoid(decisions.gate_logits[index])
+            decisions.probabilities[index, row] = torch.sigmoid(logit)[0]
         decisions.executed[index] = decisions.probabilities[index] > 0.5 if forced is None else forced
 
     @staticmethod

@@ -278,12 +278,12 @@ def arch(name: str) -> SkipNetArch:
     Raises:
         ArchError: no such name; the message lists those of the same data set.
     """
-    found = PUBLISHED.get(PUBLISHED_SPELLINGS.get(name, name))
-    if found is None:
+    published = PUBLISHED.get(PUBLISHED_SPELLINGS.get(name, name))
+    if published is None:
         dataset = re.match(r"[a-z]+\d*(?=_)", name)
         alike = [known for known in PUBLISHED if dataset and known.startswith(dataset.group() + "_")]
         raise ArchError(f"no published architecture is called {name!r}; known: {', '.join(alike or PUBLISHED)}")
-    return found
+    return published
 
 
 def published_name(architecture: SkipNetArch) -> str | None:

@@ -22,7 +22,7 @@ def path(kind: str, identity: Mapping[str, Any]) -> Path:
     return folder / f"{kind}-{name}.json"
 
 
-def write(file: Path, document: Mapping[str, Any]) -> None:
+def save(file: Path, document: Mapping[str, Any]) -> None:
     """Write a file in one step, so that another process never reads half of it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f"{file.name}.{os.getpid()}")

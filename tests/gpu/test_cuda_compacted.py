@@ -31,7 +31,7 @@ def call(compacted, images, routing=None):
 
 def call_directly(compacted, images, routing=None):
     """The same without a graph."""
-    return parts(compacted._walk(images, routing, None, compacted.network.arch.num_gates))
+    return parts(compacted._forward(images, routing, None, compacted.network.arch.num_gates))
 
 
 def parts(done):

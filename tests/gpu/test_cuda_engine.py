@@ -53,15 +53,15 @@ def test_native_code_names_what_is_wrong(change, message):
 def test_the_resident_strategy_says_what_it_does_not_take():
     from skipnet_rt.engines.cuda_resident import ResidentCudaEngine
 
-    def misfit(arch, dtype=torch.float16):
-        return ResidentCudaEngine.misfit(arch, torch.device("cuda", 0), dtype)
+    def reason(arch, dtype=torch.float16):
+        return ResidentCudaEngine.unsupported_reason(arch, torch.device("cuda", 0), dtype)
 
-    assert "in 16 bits, not in torch.float32" in misfit(SMALL["rnn"], torch.float32)
+    assert "in 16 bits, not in torch.float32" in reason(SMALL["rnn"], torch.float32)
     for name in ("bottleneck", "imagenet-reinforced", "feedforward1"):
-        assert "CIFAR-scale networks of basic blocks without feed-forward gates" in misfit(SMALL[name])
-    assert "not (16, 32, 128)" in misfit(SMALL["rnn"].replace(widths=(16, 32, 128)))
-    assert "not 17 and 10" in misfit(SMALL["rnn"].replace(in_channels=17))
-    assert "not 3 and 40" in misfit(SMALL["rnn"].replace(hidden_dim=40))
+        assert "CIFAR-scale networks of basic blocks without feed-forward gates" in reason(SMALL[name])
+    assert "not (16, 32, 128)" in reason(SMALL["rnn"].replace(widths=(16, 32, 128)))
+    assert "not 17 and 10" in reason(SMALL["rnn"].replace(in_channels=17))
+    assert "not 3 and 40" in reason(SMALL["rnn"].replace(hidden_dim=40))
 
 
 def resident(name, dtype, **options):
