@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from skipnet_rt import ops
-from skipnet_rt.checkpoint.files import load
+from skipnet_rt.checkpoint import as_skipnet
 from skipnet_rt.engines.base import Engine, EnginePass
 from skipnet_rt.engines.registry import EngineError, choose_engine
 from skipnet_rt.model.arch import SkipNetArch
@@ -197,6 +197,6 @@ def compile(model: nn.Module, engine: str = "auto", device: torch.device | str |
         raise TypeError(f"model must have parameters, got {type(model).__name__} without any")
     target = usable_device(device or parameter.device)
     chosen_dtype = dtype or parameter.dtype
-    network = load(model)
+    network = as_skipnet(model)
     chosen = choose_engine(engine, network.arch, target, chosen_dtype, max_batch)
     return SkipNetRuntime(chosen.build(pack(network, target, chosen_dtype)), parameter.dtype, max_batch)

@@ -33,7 +33,7 @@ from rich.text import Text
 from torch import Tensor
 
 from skipnet_rt import __version__
-from skipnet_rt.checkpoint.files import CheckpointError, convert, load
+from skipnet_rt.checkpoint import CheckpointError, convert, load
 from skipnet_rt.cli.options import field_options
 from skipnet_rt.data import DATASETS, DIGITS, Data, DataError, load_dataset
 from skipnet_rt.engines.registry import EngineError, engines

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from skipnet_rt import _C
-from skipnet_rt.checkpoint.files import CheckpointError
+from skipnet_rt.checkpoint import CheckpointError
 from skipnet_rt.engines import autoselect
 from skipnet_rt.engines.base import Availability
 from skipnet_rt.engines.registry import EngineError, engines

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import skipnet_rt as srt
 from skipnet_rt import SkipNet, SkipNetArch
-from skipnet_rt.checkpoint.files import CheckpointError, convert, load, save
+from skipnet_rt.checkpoint import CheckpointError, convert, load, save
 from skipnet_rt.model.arch import PUBLISHED, arch
 from skipnet_rt.model.card import ModelCard
 from skipnet_rt.model.preprocessing import CIFAR, IMAGENET, SVHN, Preprocessing
