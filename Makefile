@@ -3,14 +3,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+# Two tests at a time, each on one core; who is done first takes over what the other has not begun.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow test-all lint clean
 demo: $(VENV)/installed
 	$(BIN)/skipnet-rt demo
 
-# Two files at a time: most tests keep one core busy.
+# Every engine, promise and command at least once.
 test: $(VENV)/developing
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/developing
+	$(PYTEST) -m slow
+
+test-all: test test-slow
 
 lint: $(VENV)/developing
 	$(BIN)/ruff check .
