@@ -36,20 +36,20 @@ class CudaResident {
 public:
     CudaResident(const std::string& element, int in, std::pair<int, int> image_size, int classes,
                  const std::vector<int>& blocks, int embed, int hidden) {
-        check(!blocks.empty() && blocks.size() <= cuda::kGroups, "blocks: expected 1 to ", cuda::kGroups,
+        check(!blocks.empty() && blocks.size() <= cuda::kMaxStages, "blocks: expected 1 to ", cuda::kMaxStages,
               " groups, got ", blocks.size());
         check(in >= 1 && in <= 16, "in: expected 1 to 16 channels, got ", in);
         check(image_size.first >= 1 && image_size.second >= 1 && classes >= 1, "image_size, classes: expected 1 or more");
-        check(embed >= 0 && embed <= cuda::kMostUnits && hidden >= 0 && hidden <= cuda::kMostUnits && !embed == !hidden,
-              "embed, hidden: expected up to ", cuda::kMostUnits, ", got ", embed, " and ", hidden);
+        check(embed >= 0 && embed <= cuda::kMaxUnits && hidden >= 0 && hidden <= cuda::kMaxUnits && !embed == !hidden,
+              "embed, hidden: expected up to ", cuda::kMaxUnits, ", got ", embed, " and ", hidden);
         network_.element = element_of(element);
         check(cuda::element_bytes(network_.element) == 2, "element: expected float16 or bfloat16, got ", element);
         network_.in = in, network_.height = image_size.first, network_.width = image_size.second;
         network_.classes = classes, network_.embed = embed, network_.hidden = hidden;
-        network_.groups = static_cast<int>(blocks.size());
-        for (std::size_t group = 0; group < blocks.size(); ++group) {
-            check(blocks[group] >= 1, "blocks: expected 1 or more in a group, got ", blocks[group]);
-            network_.group[group].blocks = blocks[group];
+        network_.stages = static_cast<int>(blocks.size());
+        for (std::size_t stage = 0; stage < blocks.size(); ++stage) {
+            check(blocks[stage] >= 1, "blocks: expected 1 or more in a group, got ", blocks[stage]);
+            network_.stage[stage].blocks = blocks[stage];
         }
         cuda::lay_out(network_, nullptr, nullptr);
     }
@@ -63,11 +63,11 @@ public:
               needed.floats, " floats, got ", bytes, " and ", count);
         device_ = device;
         const cuda::CurrentDevice current(device_);
-        there_ = cuda::resident_device(network_);
+        limits_ = cuda::resident_device(network_);
     }
 
     cuda::ResidentPlan plan(int batch) const {
-        return cuda::plan_resident(network_, batch, there_);
+        return cuda::plan_resident(network_, batch, limits_);
     }
 
     void run(const cuda::ResidentPlan& plan, const cuda::ResidentCall& call, Address stream) const {
@@ -79,7 +79,7 @@ public:
 private:
     cuda::ResidentNetwork network_{};
     int device_ = -1;
-    cuda::ResidentDevice there_{};
+    cuda::ResidentDevice limits_{};
 };
 
 // A convolution of which only the shape is known yet: (in, out, kernel, stride).
@@ -107,7 +107,7 @@ public:
                   std::size_t elements_count, Address floats, std::size_t floats_count)
         : device_(device) {
         check(!blocks.empty(), "blocks: expected at least one");
-        check(gates.empty() || (gates.size() == blocks.size() && hidden == 0), "gates: expected one a block, got ",
+        check(gates.empty() || (gates.size() == blocks.size() && hidden == 0), "gates: expected one per block, got ",
               gates.size(), " for ", blocks.size());
         network_.element = element_of(element);
         network_.in = in, network_.height = image_size.first, network_.width = image_size.second;
@@ -160,22 +160,22 @@ void bind_cuda(py::module_& module) {
             const cuda::Limits limits = cuda::limits(device);
             return std::make_pair(limits.multiprocessors, limits.shared_memory);
         },
-        py::arg("device"), "A GPU's multiprocessors, and the bytes of shared memory that a block of threads can have.");
+        py::arg("device"), "A GPU's multiprocessors, and the bytes of shared memory that a thread block can have.");
 
     py::class_<cuda::ResidentPlan>(module, "ResidentPlan", "How a batch is spread over a GPU.")
         .def(py::init<int, int, bool, int>(), py::arg("images"), py::arg("blocks"), py::arg("queues"),
              py::arg("cluster"))
-        .def_readonly("images", &cuda::ResidentPlan::images, "Images that a block of threads takes at a time.")
+        .def_readonly("images", &cuda::ResidentPlan::images, "Images that a thread block takes at a time.")
         .def_readonly("blocks", &cuda::ResidentPlan::blocks)
-        .def_readonly("queues", &cuda::ResidentPlan::queues, "More images than fit at once: `taken` is needed.")
-        .def_readonly("cluster", &cuda::ResidentPlan::cluster, "Blocks of threads that share an image.");
+        .def_readonly("queues", &cuda::ResidentPlan::dynamic, "More images than fit at once: `taken` is needed.")
+        .def_readonly("cluster", &cuda::ResidentPlan::cluster, "Thread blocks that share an image.");
     py::class_<CudaResident>(module, "CudaResident", "A whole CIFAR-scale network in one launch. Weights and arrays "
                              "are addresses of device memory, as csrc/cuda/resident.h describes them.")
         .def(py::init<const std::string&, int, std::pair<int, int>, int, const std::vector<int>&, int, int>(),
              py::arg("element"), py::arg("in_channels"), py::arg("image_size"), py::arg("classes"), py::arg("blocks"),
              py::arg("embed"), py::arg("hidden"))
         .def("shared_memory", &CudaResident::shared_memory, py::arg("images"),
-             "Bytes for so many images in a block of threads.")
+             "Bytes for so many images in a thread block.")
         .def("place", &CudaResident::place, py::arg("device"), py::arg("fragments"), py::arg("bytes"),
              py::arg("floats"), py::arg("count"), "Where the weights are; they have to stay there.")
         .def("plan", &CudaResident::plan, py::arg("batch"))

@@ -10,7 +10,7 @@ import test_simt_gathered_conv
 import torch
 from simt import CSRC, SimtError, build
 from test_simt_gate_step import GateStep, assert_compacted, assert_equals_oracle
-from test_simt_gathered_conv import ENOUGH, Case, parted
+from test_simt_gathered_conv import ENOUGH, Case, split_k
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
@@ -42,7 +42,7 @@ def convolution_checks():
     """What test_simt_gathered_conv.py checks, in short."""
     for seed in range(8):
         yield lambda seed=seed: Case(16, 72, size=(9, 9), residual=True, dtype=torch.float16).check(seed, 1)
-        yield lambda seed=seed: parted(torch.bfloat16, size=(4, 5)).check(seed, ENOUGH, calls=2)
+        yield lambda seed=seed: split_k(torch.bfloat16, size=(4, 5)).check(seed, ENOUGH, calls=2)
 
 
 def places(sources, pattern):
