@@ -74,7 +74,7 @@ class Case:
 
     @property
     def tiles(self):
-        tiles = library("gathered_conv")._library.count_pooled_tiles
+        tiles = library("compacted")._library.count_pooled_tiles
         return tiles(self.kernel, self.stride, *map(ctypes.c_int, self.size))
 
     @property
@@ -84,7 +84,7 @@ class Case:
 
     def run(self, seed, multiprocessors=3, calls=1):
         """The kernel's (y [batch, ...], sums [batch, tiles, out]); NaN where nothing was written."""
-        conv = library("gathered_conv")
+        conv = library("compacted")
         conv.configure(seed, multiprocessors)
         partial = arrivals = None
         if self.has_workspace:

@@ -1,10 +1,10 @@
-// Entries for tests/simulated/test_simt_compacted.py: the whole forward pass of the compacted strategy.
+// Entries for tests/simulated/test_simt_compacted.py: the whole forward pass of the compacted strategy; and those of its
+// kernels, so that they are compiled once.
 #include "simt.h"
 
 #include "cuda/compacted.cu"
-#include "cuda/compaction.cu"
-#include "cuda/gate_step.cu"
-#include "cuda/gathered_conv.cu"
+#include "gate_step.cpp"
+#include "gathered_conv.cpp"
 
 using namespace skipnet;
 using namespace skipnet::cuda;
