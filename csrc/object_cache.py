@@ -54,7 +54,9 @@ def compiled(command: Sequence[str | Path], sources: Iterable[Path], folder: Pat
 
 
 def _key(words: Sequence[str], sources: Iterable[Path]) -> str:
-    content = hashlib.sha256(repr((words, _version(words[0]))).encode())
+    # Of a folder to include from counts what is in it, not where it lies: each virtual environment has its own.
+    told = [word for word in words if not word.startswith("-I")]
+    content = hashlib.sha256(repr((told, _version(words[0]))).encode())
     for source in sources:
         for file in sorted(source.rglob("*")) if source.is_dir() else [source]:
             if file.is_file():
