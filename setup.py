@@ -97,6 +97,7 @@ class BuildExtension(build_ext):
         ext.library_dirs += [str(path) for path in (root / "lib64", *root.glob("targets/*/lib")) if path.is_dir()]
         ext.libraries += ["cudart_static", "rt", "dl", "pthread"]
         ext.define_macros.append(("SKIPNET_CUDA_ARCHS", f'"{",".join(archs)}"'))
+        ext.sources.append("csrc/bindings/cuda.cpp")
         return (f"built for {', '.join(f'sm_{arch}' for arch in archs)} and PTX {newest}",
                 [partial(compilation, source) for source in sources])
 
@@ -105,8 +106,8 @@ ParallelCompile("SKIPNET_BUILD_JOBS", default=0).install()
 setup(
     ext_modules=[Pybind11Extension(
         "skipnet_rt._C",
-        sorted(["csrc/bindings.cpp", *(str(path) for path in Path("csrc/cpu").glob("*.cpp")
-                                       if path.name not in VARIANT_SOURCES)]),
+        ["csrc/bindings/module.cpp", "csrc/bindings/cpu.cpp",
+         *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp") if path.name not in VARIANT_SOURCES)],
         depends=[str(path) for path in Path("csrc").rglob("*.h")],
         cxx_std=17,
         # No contraction by the compiler: one rounding sequence, whatever instruction set it builds for.
