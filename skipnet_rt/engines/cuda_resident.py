@@ -149,7 +149,7 @@ class ResidentStrategy:
         plan = self.plan(batch)
         decisions = empty_decisions(self.network, batch, num_gates, None, zeroed=False)
         logits = torch.empty(batch, self.network.arch.num_classes, dtype=self.network.dtype, device=device)
-        work_counter = torch.zeros(1, dtype=torch.int32, device=device) if plan.queues else None
+        work_counter = torch.zeros(1, dtype=torch.int32, device=device) if plan.dynamic else None
         self._native.run(
             plan, batch, num_gates, images.data_ptr(), 0 if forced is None else forced.data_ptr(),
             (0, 0) if forced is None else (forced.stride(1), forced.stride(0)), logits.data_ptr(),
