@@ -45,6 +45,10 @@ class CudaEngine(Engine):
     devices = ("cuda",)
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
 
+    def __init__(self, network: PackedNetwork, strategy: Strategy | None = None) -> None:
+        super().__init__(network)
+        self.strategy = strategy or _strategy(network)
+
     @classmethod
     def availability(cls) -> Availability:
         if not hasattr(_C, "CudaResident"):
@@ -71,10 +75,6 @@ class CudaEngine(Engine):
         if not built_for(capability):
             return f"CUDA sources {_C.cuda_build}, {device} has compute capability {capability}"
         return None
-
-    def __init__(self, network: PackedNetwork, strategy: Strategy | None = None) -> None:
-        super().__init__(network)
-        self.strategy = strategy or _strategy(network)
 
     @property
     def memory(self) -> int:
