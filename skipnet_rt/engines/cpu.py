@@ -2,9 +2,9 @@
 
 It has two strategies, whose five phases are in the native source:
 
-- resident (csrc/cpu/resident.cpp), for CIFAR-scale networks: an image's activation stays in its core's cache. Images
+- resident (csrc/cpu/resident/), for CIFAR-scale networks: an image's activation stays in its core's cache. Images
   over threads, or an image over a team of them;
-- compacted (csrc/cpu/compacted.cpp), for ImageNet-scale networks and any other: block by block, all threads share
+- compacted (csrc/cpu/compacted/), for ImageNet-scale networks and any other: block by block, all threads share
   each convolution over the executing images.
 
 Sums are float32 whatever the network's dtype; products of a bfloat16 network are formed from bfloat16 where the

@@ -94,7 +94,7 @@ class EagerEngine(BlockwiseEngine[Tensor, Tensor]):
         block = self.network.blocks[index]
         projection = block.projection
         shortcut = x if projection is None else _one_by_one(lambda image: _convolve(image, projection), x)
-        for row in rows.tolist():
+        for row in rows.tolist():  # the skip: nothing is computed for any other image
             y = _alone(x, row)
             for layer in block.convolutions[:-1]:
                 y = F.relu(_convolve(y, layer))

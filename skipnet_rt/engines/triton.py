@@ -250,6 +250,7 @@ class TritonEngine(BlockwiseEngine[Activation, Rows]):
             block.projection(x.pixels, rows.present, out=y.pixels, sums=y.sums, workspace=workspace)
         elif x.sums is None:
             y = Activation(x.pixels, block.last.empty(len(x.pixels))[1], workspace)
+        # The skip: these launches read how many images execute on the device, and go through no others.
         first, *between = block.first
         inner = first(x.pixels, rows.count, gather=rows.order, relu=True, workspace=workspace)
         for convolution in between:

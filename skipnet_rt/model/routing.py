@@ -12,7 +12,6 @@ from torch import Tensor
 from skipnet_rt.model.arch import SkipNetArch
 from skipnet_rt.model.flops import count_operations
 
-
 Count = TypeVar("Count", float, Tensor)
 
 
