@@ -1,7 +1,8 @@
-"""A cache of what compilers make: a second run of the tests compiles nothing.
+"""A cache of what compilers make: the package and its tests compile everything once.
 
-An entry is named by a hash of the command, the compiler's version and the bytes of every source. It lies in build/objects,
-which `make clean` removes; entries that nobody has used for a month are removed as well.
+An entry is named by a hash of the command, the compiler's version and the bytes of every source. It lies in
+build/objects, or where SKIPNET_OBJECT_CACHE says; `make clean` removes it, and entries that nobody has used for a month
+go by themselves.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "build" / "objects"
+FOLDER = Path(os.environ.get("SKIPNET_OBJECT_CACHE") or ROOT / "build" / "objects")
 _MONTH = 30 * 24 * 60 * 60
 
 
