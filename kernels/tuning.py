@@ -32,7 +32,7 @@ from skipnet_rt.kernels.gathered_conv import (
     sum_tiles,
 )
 from skipnet_rt.kernels.language import INTERPRETED, triton
-from skipnet_rt.util import cache as measured
+from skipnet_rt.util import cache
 
 BATCHES = (1, 8, 64)
 """What a configuration is measured on; the least geometric mean wins."""
@@ -61,7 +61,7 @@ def _cuda_driver() -> str:
 
 def path(device: torch.device) -> Path:
     """Where this machine's results are kept."""
-    return measured.path("tuning", identity(device))
+    return cache.path("tuning", identity(device))
 
 
 def results(device: torch.device) -> dict[str, Configuration]:
@@ -148,5 +148,5 @@ def _read(file: Path, device: torch.device) -> dict[str, Configuration]:
 
 
 def _write(file: Path, device: torch.device, layers: dict[str, Configuration]) -> None:
-    measured.write(file, dict(identity=identity(device),
+    cache.save(file, dict(identity=identity(device),
                               layers={layer: astuple(one) for layer, one in sorted(layers.items())}))

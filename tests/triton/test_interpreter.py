@@ -19,7 +19,7 @@ from networks import small_model
 
 import skipnet_rt as srt
 from skipnet_rt import kernels
-from skipnet_rt.engines.cuda_graphs import bucket_size
+from skipnet_rt.kernels.language import power_of_two
 from skipnet_rt.measure.doctor import warm
 
 TESTS = Path(__file__).parents[1]
@@ -80,7 +80,7 @@ def test_everything_imports_without_triton(tmp_path):
 
 @pytest.mark.parametrize(("batch", "size"), [(1, 1), (2, 2), (3, 4), (8, 8), (9, 16), (1000, 1024)])
 def test_buckets_are_powers_of_two(batch, size):
-    assert bucket_size(batch) == size
+    assert power_of_two(batch) == size
 
 
 def test_auto_prefers_the_cpu_engine_to_the_interpreter():
