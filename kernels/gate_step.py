@@ -1,6 +1,6 @@
 """The gate step: finish the pool, embed, advance the LSTM, decide, and list the executing images, in one launch.
 
-One program an image. The program that finishes last lists the executing images with a prefix sum over all flags, so
+One program per image. The program that finishes last lists the executing images with a prefix sum over all flags, so
 that their order is theirs in the batch, however the programs were scheduled. All arithmetic is float32.
 """
 
