@@ -4,8 +4,19 @@ import os
 
 import pytest
 import torch
+from interpreted import fixed_products
 
 os.environ.pop("COLUMNS", None)  # tables are as wide as without a terminal, whatever the tests run in
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter():
+    """Every session that was started under Triton's interpreter has its products in a fixed order."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        with fixed_products():
+            yield
+    else:
+        yield
 
 
 @pytest.fixture(scope="module")
