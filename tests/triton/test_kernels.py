@@ -14,6 +14,10 @@ if missing() is not None:
 
 DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", torch.cuda.current_device())
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Where every launch has many tiles, which takes the interpreter seconds.
+QUICK_DTYPES = [torch.float16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES[:2])]
+# Where every launch has many tiles, which takes the interpreter seconds.
+QUICK_DTYPES = [torch.float16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES[:2])]
 
 
 @pytest.fixture
@@ -151,13 +155,13 @@ def workspace(tiles, configuration):
                      torch.zeros(tiles, dtype=torch.int32, device=DEVICE))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(7, 9, 16, 24, 3, 2, 1), (9, 8, 32, 12, 3, 1, 1), (3, 2, 70, 10, 1, 1, 0)], ids=str)
 @pytest.mark.parametrize("split_k", [2, 4])
 def test_slices_give_the_same_bits_however_programs_share_them(shape, split_k, dtype, generator):
     """Of several tiles, with every epilogue: all in one program, or each in one; also where one has nothing to add."""
     height, width, channels, out_channels, kernel, stride, padding = shape
-    batch, count = 4, 3
+    batch, count = 3, 2
     x = normal(batch, height, width, channels, generator=generator, dtype=dtype)
     weight = normal(kernel, kernel, channels, out_channels, generator=generator) / (kernel * channels ** 0.5)
     weight, bias = weight.to(dtype), normal(out_channels, generator=generator)
@@ -187,7 +191,7 @@ def test_slices_give_the_same_bits_however_programs_share_them(shape, split_k, d
     assert_close(shared[0][:count], expected[:count])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
 def test_the_count_may_decide_who_sums_and_changes_no_bit(dtype, generator):
     x = normal(6, 8, 8, 40, generator=generator, dtype=dtype)
     weight, bias = normal(3, 3, 40, 16, generator=generator, dtype=dtype) / 20, normal(16, generator=generator)
@@ -284,7 +288,8 @@ def gate_inputs(channels, units, batch, pixels, generator):
 
 
 @pytest.mark.parametrize("name", ["rnn", "bottleneck"])
-@pytest.mark.parametrize(("batch", "pixels"), [(0, 64), (1, 64), (5, 1), (5, 200), (70, 49)])
+@pytest.mark.parametrize(("batch", "pixels"), [(0, 64), (1, 64), (5, 1), (5, 200),
+                                               pytest.param(70, 49, marks=pytest.mark.slow)])
 def test_rnn_gate_step(name, batch, pixels, generator):
     network = pack(small_model(name), DEVICE, torch.float32)
     gate, lstm = network.gates[0], network.lstm

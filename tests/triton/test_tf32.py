@@ -56,7 +56,7 @@ def test_it_is_decided_when_the_engine_is_built(asked):
     assert tf32_layers(compiled("rnn")) == []
 
 
-@pytest.mark.parametrize("name", ["rnn", "bottleneck"])
+@pytest.mark.parametrize("name", ["rnn", pytest.param("bottleneck", marks=pytest.mark.slow)])
 def test_logits_are_near_and_do_not_depend_on_the_batch(name, asked):
     images = small_images(name, 5).to(DEVICE)
     routing = torch.ones(SMALL[name].num_gates, dtype=torch.bool)
