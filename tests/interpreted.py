@@ -1,7 +1,7 @@
-"""Triton's interpreter as the tests run it: its products have the same bits on every processor, in any batch.
+"""Triton's interpreter as the tests run it: its products have the same bits on every processor, and in any batch.
 
-Its own products are NumPy's, hence a BLAS's, which may sum an image's row in another order for another shape or another
-place of it. On a GPU they are the instructions', whose order is fixed; what the tests compare is what the kernels add.
+Its own products are NumPy's, hence a BLAS's, which may sum a row in another order for another shape or at another place
+(OpenBLAS's for AVX2 does). On a GPU the instructions fix that order; what the tests look at is what the kernels decide.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def fixed_products() -> Iterator[None]:
-    """Patches the interpreter: :func:`product` for ``tl.dot``, and no search for overflows.
+    """Patches the interpreter: :func:`product` for ``tl.dot``, and no search for overflows of integers.
 
-    The search evaluates every integer operation three times, and drops what it finds unless Triton's debug mode is on.
+    That takes a third of the time, and drops what it finds unless Triton's debug mode is on.
     """
     from triton.runtime import interpreter
 
