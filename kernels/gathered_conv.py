@@ -153,7 +153,7 @@ def _padded(size: int, block: int) -> int:
 
 
 def _tiles(layer: Layer, configuration: Configuration, batch: int) -> int:
-    """Tiles of a batch's product."""
+    """Tiles of the product for so many images."""
     pixels = layer.out_size[0] * layer.out_size[1]
     rows = batch * (_padded(pixels, configuration.block_m) if layer.pooled else pixels)
     return -(-rows // configuration.block_m) * -(-layer.out_channels // configuration.block_n)
@@ -173,7 +173,7 @@ class Workspace:
 
     @classmethod
     def empty(cls, plans: Iterable[tuple[Layer, Configuration]], batch: int, device: torch.device) -> Workspace:
-        """Enough for a batch in any of these layers. Tiles that fill half of the GPU are many: they need none."""
+        """Enough for this many images in each of these layers. Tiles that fill half of the GPU need none."""
         few = max(1, programs(device) // 2)
         sizes = [(min(few, _tiles(layer, configuration, batch)), _partials_per_tile(configuration))
                  for layer, configuration in plans if configuration.split_k > 1]
@@ -191,7 +191,7 @@ def _partials_per_tile(configuration: Configuration) -> int:
 
 
 def sum_tiles(size: tuple[int, int]) -> int:
-    """Partial sums an image has, for an activation of this height and width."""
+    """Partial sums per image, for an activation of this height and width."""
     return -(-size[0] * size[1] // POOL_TILE)
 
 

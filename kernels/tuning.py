@@ -101,10 +101,10 @@ def tune(layers: Iterable[Layer], device: torch.device, *,
         The configurations, by layer.
     """
     known = results(device)
-    missing = [layer for layer in dict.fromkeys(layers) if str(layer) not in known]
-    for done, layer in enumerate(missing):
+    unmeasured = [layer for layer in dict.fromkeys(layers) if str(layer) not in known]
+    for done, layer in enumerate(unmeasured):
         if on_progress is not None:
-            on_progress(layer, done, len(missing))
+            on_progress(layer, done, len(unmeasured))
         candidates = configurations(layer)
         known[str(layer)] = candidates[0] if len(candidates) == 1 else min(
             candidates, key=lambda configuration: _time(layer, configuration, device))

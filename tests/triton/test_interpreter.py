@@ -26,7 +26,7 @@ from skipnet_rt.measure.doctor import warm
 TESTS = Path(__file__).parents[1]
 INSTALLED = importlib.util.find_spec("triton") is not None
 # https://github.com/triton-lang/triton/issues/9171
-AT_ODDS = INSTALLED and metadata.version("triton") < "3.7" and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
+NUMPY_TOO_NEW = INSTALLED and metadata.version("triton") < "3.7" and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
 
 # An image takes the interpreter tenths of a second. The quick session holds every promise to some network, the others
 # every network to some promise.
@@ -49,15 +49,15 @@ SESSIONS = {
 
 
 @pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")
-@pytest.mark.skipif(AT_ODDS, reason="the interpreter of Triton before 3.7 does not run with NumPy 2.4")
+@pytest.mark.skipif(NUMPY_TOO_NEW, reason="the interpreter of Triton before 3.7 does not run with NumPy 2.4")
 @pytest.mark.parametrize("session", [pytest.param(name, marks=[] if name == "quick" else pytest.mark.slow)
                                      for name in SESSIONS])
 def test_under_the_interpreter(session):
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *SESSIONS[session]],
-                          cwd=TESTS, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
-                          check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " skipped" not in done.stdout.splitlines()[-1], "the engine objected"
+    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *SESSIONS[session]],
+                         cwd=TESTS, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
+                         check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert " skipped" not in run.stdout.splitlines()[-1], "the engine objected"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -79,14 +79,14 @@ def test_everything_imports_without_triton(tmp_path):
     program = ("import json, torch, skipnet_rt as srt; from skipnet_rt import kernels; "
                "rows, count = kernels.compact_ref(torch.tensor([False, True])); "
                "print(json.dumps([rows.tolist(), srt.engines()['triton'].reason]))")
-    done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(tmp_path)},
-                          capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == [[1, -1], "Triton is not installed (pip install skipnet-rt[gpu])"]
+    run = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(tmp_path)},
+                         capture_output=True, text=True, check=True)
+    assert json.loads(run.stdout) == [[1, -1], "Triton is not installed (pip install skipnet-rt[gpu])"]
 
 
-@pytest.mark.parametrize(("number", "power"), [(1, 1), (2, 2), (3, 4), (8, 8), (9, 16), (1000, 1024)])
-def test_the_next_power_of_two(number, power):
-    assert power_of_two(number) == power
+@pytest.mark.parametrize(("batch", "size"), [(1, 1), (2, 2), (3, 4), (8, 8), (9, 16), (1000, 1024)])
+def test_buckets_are_powers_of_two(batch, size):
+    assert power_of_two(batch) == size
 
 
 def test_auto_prefers_the_cpu_engine_to_the_interpreter():

@@ -6,11 +6,11 @@ from networks import small_model
 
 from skipnet_rt import kernels
 from skipnet_rt.kernels.gathered_conv import POOL_TILE, Configuration, Layer, Workspace, configurations
-from skipnet_rt.kernels.language import INTERPRETED, missing
+from skipnet_rt.kernels.language import INTERPRETED, unavailable_reason
 from skipnet_rt.model.packing import PackedFeedforwardGate, pack
 
-if missing() is not None:
-    pytest.skip(str(missing()), allow_module_level=True)
+if unavailable_reason() is not None:
+    pytest.skip(str(unavailable_reason()), allow_module_level=True)
 
 DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", torch.cuda.current_device())
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -6,10 +6,10 @@ from networks import SMALL, relative_error, small_images, small_model
 
 import skipnet_rt as srt
 from skipnet_rt import kernels
-from skipnet_rt.kernels.language import INTERPRETED, missing
+from skipnet_rt.kernels.language import INTERPRETED, unavailable_reason
 
-if missing() is not None:
-    pytest.skip(str(missing()), allow_module_level=True)
+if unavailable_reason() is not None:
+    pytest.skip(str(unavailable_reason()), allow_module_level=True)
 
 DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", torch.cuda.current_device())
 

@@ -9,12 +9,12 @@ from networks import small_images, small_model
 import skipnet_rt as srt
 from skipnet_rt.kernels import tuning
 from skipnet_rt.kernels.gathered_conv import configurations
-from skipnet_rt.kernels.language import INTERPRETED, missing
+from skipnet_rt.kernels.language import INTERPRETED, unavailable_reason
 from skipnet_rt.kernels.tuning import TuningError
 from skipnet_rt.measure.doctor import warm
 
-if missing() is not None:
-    pytest.skip(str(missing()), allow_module_level=True)
+if unavailable_reason() is not None:
+    pytest.skip(str(unavailable_reason()), allow_module_level=True)
 
 DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", torch.cuda.current_device())
 
