@@ -1,4 +1,4 @@
-"""The native extension, built from csrc/; csrc/bindings.cpp documents each function."""
+"""The native extension, built from csrc/; csrc/bindings documents each function."""
 
 import numpy as np
 from numpy.typing import NDArray

@@ -88,7 +88,7 @@ def test_each_strategy_takes_its_networks(dtype):
 
 @pytest.mark.parametrize("dtype", on_gpu)
 def test_bits_do_not_depend_on_the_plan(dtype):
-    """One image at a time or several, one round or several with a queue, or a cluster for an image."""
+    """One image at a time or several, one round or several of a dynamic plan, or a cluster per image."""
     images = small_images("rnn", 700).cuda().to(dtype)
     routing = random_routing(SMALL["rnn"], 700, 0.5).cuda()
     expected = bits(resident("rnn", dtype, images=1).run(images, routing, 7))
