@@ -23,7 +23,7 @@ from skipnet_rt.engines.cuda_graphs import Graphs
 from skipnet_rt.engines.tolerances import tf32_asked
 from skipnet_rt.kernels import GateStep, tuning
 from skipnet_rt.kernels.gathered_conv import DTYPES, Configuration, Layer, Workspace, configurations
-from skipnet_rt.kernels.language import INTERPRETED, compilation_shown, missing
+from skipnet_rt.kernels.language import INTERPRETED, compilation_shown, unavailable_reason
 from skipnet_rt.model.packing import PackedBlock, PackedConvolution, PackedFeedforwardGate, PackedNetwork
 
 
@@ -157,7 +157,7 @@ class TritonEngine(BlockwiseEngine[Activation, Rows]):
 
     @classmethod
     def availability(cls) -> Availability:
-        reason = missing()
+        reason = unavailable_reason()
         return Availability(reason is None, reason or "")
 
     @property
