@@ -1,7 +1,7 @@
 """A cache of what compilers make: a second run of the tests compiles nothing.
 
-An entry is named by a hash of the command, the compiler's version and the bytes of every source. It lies in build/objects,
-which `make clean` removes; entries that nobody has used for a month are removed as well.
+An entry's name is a hash of the command, the compiler's version and the bytes of every source. It lies in
+build/objects, which `make clean` removes; entries that nobody has used for a month are removed as well.
 """
 
 from __future__ import annotations

@@ -77,6 +77,7 @@ def test_without_one_the_convolution_fails(source, line):
         assert any(map(fails, convolution_checks()))
 
 
+@pytest.mark.slow
 def test_without_zeroed_counters_the_convolution_fails(monkeypatch):
     """No call that the harness could leave out: it takes a source, and a library, of its own."""
     changed, removed = re.subn(r"if .*arrivals\[tile\] = 0;", "", (CSRC / "cuda/gathered_conv.cu").read_text())
