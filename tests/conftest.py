@@ -5,7 +5,19 @@ import os
 import pytest
 import torch
 
+from skipnet_rt import _C
+
 os.environ.pop("COLUMNS", None)  # tables are as wide as without a terminal, whatever the tests run in
+
+
+@pytest.fixture(scope="session", autouse=True)
+def lesser_processor():
+    """Our own engine as on a processor with no more than this instruction set; see test_lesser_processors.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        if best := os.environ.get("SKIPNET_TEST_INSTRUCTION_SET"):
+            known = _C.instruction_sets()
+            patch.setattr(_C, "instruction_sets", lambda: known[known.index(best):])
+        yield
 
 
 @pytest.fixture(scope="module")

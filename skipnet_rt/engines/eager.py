@@ -1,7 +1,8 @@
 """The oracle: plain PyTorch on any device, one image at a time through every layer.
 
-One at a time, because PyTorch chooses its kernels by batch size, and each image in memory of its own, because the
-libraries underneath look at its alignment: only so is a result bitwise the same in any company (promise 2) everywhere.
+One at a time, because PyTorch chooses its kernels by batch size, and computes the first numbers of a row with vectors
+and the rest without, whose ``sigmoid`` differs in the last bit. Each image in memory of its own, because the libraries
+underneath look at its alignment. Only so is a result bitwise the same in any company (promise 2) on every processor.
 Other engines are tested against this one.
 """
 
@@ -66,7 +67,7 @@ class EagerEngine(WalkingEngine[Tensor, Tensor]):
             else:
                 logit = self._feedforward(gate, image)
             decisions.gate_logits[index, row] = logit[0]
-        decisions.probabilities[index] = torch.sigmoid(decisions.gate_logits[index])
+            decisions.probabilities[index, row] = torch.sigmoid(logit)[0]
         decisions.executed[index] = decisions.probabilities[index] > 0.5 if forced is None else forced
 
     @staticmethod

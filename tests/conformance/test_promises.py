@@ -139,6 +139,13 @@ def test_batch_invariance_is_bitwise(target, name, dtype):
     assert torch.equal(runtime.infer(images[order]).logits, whole.logits[order])
 
 
+def test_probabilities_do_not_depend_on_vectors():
+    """A library computes a batch's first numbers with vectors, of up to 32 in a step, and the others one by one."""
+    runtime, images = srt.compile(small_model("rnn"), engine="eager"), small_images("rnn", 67)
+    whole = runtime.infer(images).probabilities
+    assert torch.equal(whole, torch.cat([runtime.infer(image).probabilities for image in images.split(1)]))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cifar10_rnn_gate_110-s33", "cifar10_feedforward_38-s71",
                                   "imagenet_rnn_gate_50-s134"])
