@@ -1,4 +1,4 @@
-"""What every CUDA kernel takes of a multiprocessor, in ptxas' words; by itself it prints the table of docs/cuda.md.
+"""What every CUDA kernel takes of a multiprocessor, in ptxas' words; by itself it prints the table of docs/cuda-design.md.
 
     python tests/build/cuda_resources.py
 """
