@@ -1,4 +1,4 @@
-"""The CUDA sources compile for every architecture without a warning; no kernel takes more than docs/cuda-design.md says."""
+"""The CUDA sources compile for every architecture without a warning; none takes more than docs/cuda-design.md says."""
 
 import pytest
 from cuda_resources import ROOT, TABLE_ROW, compile_all, find_nvcc

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 # through __stcg and __ldcg.
 BARRIER = r"__sync(threads|warp)\(\);"
 CONVOLUTION = BARRIER + r"|__threadfence\(\);|cp_async_wait<.*>\(\);"
-# But for what `barrier` consists of, and the one that only a cluster has: no order of threads here shows the need of it.
+# But for what `barrier` consists of, and the one that only a cluster has: no order of threads shows the need of it.
 RESIDENT = r"^(?!.*(return|kClustered)).*(\bbarrier|__syncthreads|cp_async_wait<.*>)\(\);"
 GATE_SOURCES, CONVOLUTION_SOURCES = ("cuda/compaction.cuh", "cuda/gate_step.cu"), ("cuda/gathered_conv.cu",)
 
