@@ -167,7 +167,7 @@ def gathered_conv(x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, *, stride:
         _check("rows", rows, (batch,), torch.int32)
         _check("count", count, (1,), torch.int32)
     element = "tf32" if tf32 else _ELEMENTS[x.dtype]
-    partial, arrivals = None, None  # where the sums' parts are left, and how many of a tile's are there
+    partial, arrivals = None, None  # partial sums of a split K, and how many of a tile's slices are there
     if floats := _C.cuda_partial_sums(element, channels, out, kernel, stride, batch, height, width):
         partial = torch.empty(floats, device=x.device)
         arrivals = torch.zeros(_C.cuda_partial_tiles, dtype=torch.int32, device=x.device)

@@ -1,4 +1,4 @@
-"""The native extension, built from csrc/; csrc/bindings.cpp documents each function."""
+"""The native extension, built from csrc/; csrc/bindings documents each function."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,9 +42,9 @@ def cuda_limits(device: int) -> tuple[int, int]: ...
 class ResidentPlan:
     images: int
     blocks: int
-    queues: bool
+    dynamic: bool
     cluster: int
-    def __init__(self, images: int, blocks: int, queues: bool, cluster: int) -> None: ...
+    def __init__(self, images: int, blocks: int, dynamic: bool, cluster: int) -> None: ...
 
 class CudaResident:
     def __init__(self, element: str, in_channels: int, image_size: tuple[int, int], classes: int, blocks: list[int],
@@ -54,7 +54,7 @@ class CudaResident:
     def plan(self, batch: int) -> ResidentPlan: ...
     def run(self, plan: ResidentPlan, batch: int, num_gates: int, images: int, forced: int,
             forced_strides: tuple[int, int], logits: int, gate_logits: int, probabilities: int, executed: int,
-            hidden: int, cell: int, taken: int, stream: int) -> None: ...
+            hidden: int, cell: int, work_counter: int, stream: int) -> None: ...
 
 class CudaCompacted:
     def __init__(self, device: int, element: str, in_channels: int, image_size: tuple[int, int], stem_pools: bool,

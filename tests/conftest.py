@@ -1,11 +1,32 @@
 """Fixtures of several test files."""
 
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
+from interpreted import fixed_products
+
+from skipnet_rt import _C
 
 os.environ.pop("COLUMNS", None)  # tables are as wide as without a terminal, whatever the tests run in
+
+
+@pytest.fixture(scope="session", autouse=True)
+def lesser_processor():
+    """Our own engine as on a processor with no more than this instruction set; see test_lesser_processors.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        if best := os.environ.get("SKIPNET_TEST_INSTRUCTION_SET"):
+            known = _C.instruction_sets()
+            patch.setattr(_C, "instruction_sets", lambda: known[known.index(best):])
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter():
+    """Sessions under Triton's interpreter have its products in a fixed order."""
+    with fixed_products() if os.environ.get("TRITON_INTERPRET") == "1" else nullcontext():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ namespace skipnet::cuda {
 namespace {
 
 constexpr int kPointwiseThreads = 256;
-constexpr int kGroup = 8;  // channels that a thread of a pointwise kernel takes together
+constexpr int kChannelsPerThread = 8;  // channels of a pixel, in a pointwise kernel
 
 __device__ std::int64_t global_thread() {
     return static_cast<std::int64_t>(blockIdx.x) * kPointwiseThreads + threadIdx.x;
@@ -26,7 +26,7 @@ Grid pointwise_grid(std::int64_t threads) {
 // What a call begins with: images [batch, in, pixels] to channels-last [batch, pixels, padded], zeros for the channels
 // that there are not; and zeros where the gates need them.
 template <typename Element>
-__global__ void begin_kernel(const Element* x, int batch, const int* present, int in, int pixels, int padded,
+__global__ void load_images_kernel(const Element* x, int batch, const int* present, int in, int pixels, int padded,
                              Element* y, float* hidden, float* cell, int units, int* arrivals, int* partial_arrivals) {
     const std::int64_t place = global_thread(), images = images_of(present, batch);
     if (place == 0) *arrivals = 0;
@@ -47,7 +47,7 @@ struct Window {
     int out(int size) const { return (size + 2 * padding - side) / stride + 1; }
 };
 
-struct Image {
+struct Shape {
     int height, width, channels;
 
     SKIPNET_HD std::int64_t pixels() const { return static_cast<std::int64_t>(height) * width; }
@@ -56,30 +56,30 @@ struct Image {
 
 // Max pool, channels-last; NaN wins. With a window of one pixel it only converts.
 template <typename From, typename To>
-__global__ void max_pool_kernel(const From* x, int batch, const int* present, Image from, Window window, Image to,
+__global__ void max_pool_kernel(const From* x, int batch, const int* present, Shape from, Window window, Shape to,
                                 To* y) {
     const std::int64_t place = global_thread();
-    const int groups = to.channels / kGroup;
-    if (place >= images_of(present, batch) * to.pixels() * groups) return;
-    const int channel = static_cast<int>(place % groups) * kGroup;
-    const std::int64_t pixel = place / groups;
+    const int vectors = to.channels / kChannelsPerThread;
+    if (place >= images_of(present, batch) * to.pixels() * vectors) return;
+    const int channel = static_cast<int>(place % vectors) * kChannelsPerThread;
+    const std::int64_t pixel = place / vectors;
     const int top = static_cast<int>(pixel % to.pixels()) / to.width * window.stride - window.padding;
     const int left = static_cast<int>(pixel % to.width) * window.stride - window.padding;
     x += pixel / to.pixels() * from.size() + channel;
-    float most[kGroup] = {};
+    float most[kChannelsPerThread] = {};
     bool first = true;
     for (int row = max(top, 0); row < min(top + window.side, from.height); ++row)
         for (int column = max(left, 0); column < min(left + window.side, from.width); ++column) {
             const From* values = x + (static_cast<std::int64_t>(row) * from.width + column) * from.channels;
 #pragma unroll
-            for (int i = 0; i < kGroup; ++i) {
+            for (int i = 0; i < kChannelsPerThread; ++i) {
                 const float value = to_float(values[i]);
                 if (first || value > most[i] || value != value) most[i] = value;
             }
             first = false;
         }
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) y[place * kGroup + i] = from_float<To>(most[i]);
+    for (int i = 0; i < kChannelsPerThread; ++i) y[place * kChannelsPerThread + i] = from_float<To>(most[i]);
 }
 
 // pooled[batch, channels] = the sums [batch, tiles, channels] over an image's tiles, divided by its pixels. Zeros where
@@ -94,73 +94,73 @@ __global__ void finish_pool_kernel(PooledSums pooled, int batch, const int* pres
     features[place] = sum / static_cast<float>(pooled.pixels);
 }
 
-Image convolved(const Convolution& layer, const Image& image) {
+Shape convolved(const Convolution& layer, const Shape& image) {
     return {layer.out_side(image.height), layer.out_side(image.width), layer.out};
 }
 
 constexpr Window kStemWindow{3, 2, 1}, kGateWindow{2, 2, 0}, kNoWindow{1, 1, 0};
 
-Image pooled(const Window& window, const Image& image) {
+Shape pooled(const Window& window, const Shape& image) {
     return {window.out(image.height), window.out(image.width), image.channels};
 }
 
 // How much of each part of the workspace an image needs, in bytes.
-struct Sizes {
+struct ImageBytes {
     std::int64_t activation = 0, inner = 0, sums = 0, features = 0, partial = 0;
 
-    void see_activation(std::int64_t bytes) { activation = std::max(activation, bytes); }
-    void see_inner(std::int64_t bytes) { inner = std::max(inner, bytes); }
-    void see_sums(const Convolution& layer, const Image& from) {
+    void fit_activation(std::int64_t bytes) { activation = std::max(activation, bytes); }
+    void fit_inner(std::int64_t bytes) { inner = std::max(inner, bytes); }
+    void fit_sums(const Convolution& layer, const Shape& from) {
         sums = std::max<std::int64_t>(sums, 4ll * pooled_tiles(layer, from.height, from.width) * layer.out);
     }
-    void see_partial(ElementType type, const Convolution& layer, const Image& from) {
+    void fit_partial(ElementType type, const Convolution& layer, const Shape& from) {
         partial = std::max<std::int64_t>(partial, 4ll * partial_sums(type, layer, 1, from.height, from.width));
     }
 };
 
-Sizes sizes_of(const CompactedNetwork& network) {
+ImageBytes bytes_per_image(const CompactedNetwork& network) {
     const int bytes = element_bytes(network.element);
-    Sizes sizes;
-    Image x{network.height, network.width, network.stem.in};
-    sizes.see_inner(x.size() * bytes);
-    sizes.see_partial(network.element, network.stem, x);
+    ImageBytes per_image;
+    Shape x{network.height, network.width, network.stem.in};
+    per_image.fit_inner(x.size() * bytes);
+    per_image.fit_partial(network.element, network.stem, x);
     x = convolved(network.stem, x);
-    sizes.see_activation(x.size() * bytes);
+    per_image.fit_activation(x.size() * bytes);
     if (network.stem_pools) x = pooled(kStemWindow, x);
     for (std::size_t index = 0; index < network.blocks.size(); ++index) {
         const std::vector<Convolution>& layers = network.blocks[index].convolutions;
-        for (const Convolution& layer : network.blocks[index].projection) sizes.see_partial(network.element, layer, x);
+        for (const Convolution& layer : network.blocks[index].projection) per_image.fit_partial(network.element, layer, x);
         for (std::size_t i = 0; i + 1 < layers.size(); ++i) {
-            sizes.see_partial(network.element, layers[i], x);
+            per_image.fit_partial(network.element, layers[i], x);
             x = convolved(layers[i], x);
-            sizes.see_inner(x.size() * bytes);
+            per_image.fit_inner(x.size() * bytes);
         }
-        sizes.see_sums(layers.back(), x);
-        sizes.see_partial(network.element, layers.back(), x);
+        per_image.fit_sums(layers.back(), x);
+        per_image.fit_partial(network.element, layers.back(), x);
         x = convolved(layers.back(), x);
-        sizes.see_activation(x.size() * bytes);
+        per_image.fit_activation(x.size() * bytes);
         if (network.gates.empty()) continue;
-        Image seen = network.gates_pool ? pooled(kGateWindow, x) : x;
-        sizes.see_inner(seen.size() * 4);
+        Shape seen = network.gates_pool ? pooled(kGateWindow, x) : x;
+        per_image.fit_inner(seen.size() * 4);
         for (const Convolution& layer : network.gates[index].convolutions) {
-            sizes.see_sums(layer, seen);
-            sizes.see_partial(ElementType::float32, layer, seen);
+            per_image.fit_sums(layer, seen);
+            per_image.fit_partial(ElementType::float32, layer, seen);
             seen = convolved(layer, seen);
-            sizes.see_inner(seen.size() * 4);
+            per_image.fit_inner(seen.size() * 4);
         }
     }
-    sizes.features = 4ll * x.channels;
-    sizes.see_partial(ElementType::float32, network.head, {1, 1, x.channels});
-    return sizes;
+    per_image.features = 4ll * x.channels;
+    per_image.fit_partial(ElementType::float32, network.head, {1, 1, x.channels});
+    return per_image;
 }
 
 // Hands out pieces of the workspace; without one it only counts.
-class Pieces {
+class Arena {
 public:
-    explicit Pieces(void* memory) : memory_(static_cast<unsigned char*>(memory)) {}
+    explicit Arena(void* memory) : memory_(static_cast<unsigned char*>(memory)) {}
 
     template <typename T>
-    T* take(std::int64_t bytes) {
+    T* allocate(std::int64_t bytes) {
         T* piece = memory_ ? reinterpret_cast<T*>(memory_ + used_) : nullptr;
         used_ += (static_cast<std::size_t>(bytes) + 255) / 256 * 256;
         return piece;
@@ -174,7 +174,7 @@ private:
 
 // The workspace of a batch.
 struct Workspace {
-    void *x, *next;                // activations: the current one, and the next group's
+    void *x, *next;                // activations: the current one, and the next stage's
     void *inner, *other;           // inside of a block or a gate
     float *sums, *gate_sums;       // pooled sums of x, of a feed-forward gate's last convolution
     float* features;               // [batch, channels]
@@ -182,53 +182,53 @@ struct Workspace {
     int* arrivals;
     PartialSums partial;           // of whichever convolution runs
 
-    Workspace(const CompactedNetwork& network, int batch, Pieces& pieces) {
-        const Sizes sizes = sizes_of(network);
-        x = pieces.take<void>(batch * sizes.activation);
-        next = pieces.take<void>(batch * sizes.activation);
-        inner = pieces.take<void>(batch * sizes.inner);
-        other = pieces.take<void>(batch * sizes.inner);
-        sums = pieces.take<float>(batch * sizes.sums);
-        gate_sums = pieces.take<float>(network.gates.empty() ? 0 : batch * sizes.sums);
-        features = pieces.take<float>(batch * sizes.features);
-        list.rows = pieces.take<int>(batch * 4ll);
-        list.count = pieces.take<int>(4);
-        arrivals = pieces.take<int>(4);
-        partial.sums = pieces.take<float>(std::min<std::int64_t>(batch * sizes.partial, 4ll * kPartialSums));
-        partial.arrivals = pieces.take<int>(4ll * kPartialTiles);
+    Workspace(const CompactedNetwork& network, int batch, Arena& arena) {
+        const ImageBytes per_image = bytes_per_image(network);
+        x = arena.allocate<void>(batch * per_image.activation);
+        next = arena.allocate<void>(batch * per_image.activation);
+        inner = arena.allocate<void>(batch * per_image.inner);
+        other = arena.allocate<void>(batch * per_image.inner);
+        sums = arena.allocate<float>(batch * per_image.sums);
+        gate_sums = arena.allocate<float>(network.gates.empty() ? 0 : batch * per_image.sums);
+        features = arena.allocate<float>(batch * per_image.features);
+        list.rows = arena.allocate<int>(batch * 4ll);
+        list.count = arena.allocate<int>(4);
+        arrivals = arena.allocate<int>(4);
+        partial.sums = arena.allocate<float>(std::min<std::int64_t>(batch * per_image.partial, 4ll * kPartialSums));
+        partial.arrivals = arena.allocate<int>(4ll * kPartialTiles);
     }
 };
 
 template <typename Element>
-class Walk {
+class ForwardPass {
 public:
-    Walk(const CompactedNetwork& network, const CompactedCall& call, Pieces pieces, Stream stream)
-        : network_(network), call_(call), work_(network, call.batch, pieces), stream_(stream) {}
+    ForwardPass(const CompactedNetwork& network, const CompactedCall& call, Arena arena, Stream stream)
+        : network_(network), call_(call), workspace_(network, call.batch, arena), stream_(stream) {}
 
     void run() {
         stem();
         run_block(0, nullptr);
         const int blocks = static_cast<int>(network_.blocks.size());
         for (int index = 1; index < blocks; ++index) {
-            if (call_.steps > 0) gate_step(index - 1);  // which compacts, too
-            run_block(index, call_.steps > 0 ? &work_.list : nullptr);
+            if (call_.num_gates > 0) gate_step(index - 1);  // which compacts, too
+            run_block(index, call_.num_gates > 0 ? &workspace_.list : nullptr);
         }
-        if (call_.steps == blocks) gate_step(blocks - 1);
+        if (call_.num_gates == blocks) gate_step(blocks - 1);
         head();
     }
 
 private:
     void stem() {
-        const Image images{network_.height, network_.width, network_.stem.in};
+        const Shape images{network_.height, network_.width, network_.stem.in};
         const std::int64_t batch = call_.batch, units = network_.lstm.hidden;
-        launch("begin", begin_kernel<Element>, pointwise_grid(batch * std::max(images.pixels(), units)), stream_,
+        launch("load_images", load_images_kernel<Element>, pointwise_grid(batch * std::max(images.pixels(), units)), stream_,
                static_cast<const Element*>(call_.images), call_.batch, call_.present, network_.in,
-               static_cast<int>(images.pixels()), images.channels, static_cast<Element*>(work_.inner), call_.hidden,
-               call_.cell, static_cast<int>(units), work_.arrivals, work_.partial.arrivals);
+               static_cast<int>(images.pixels()), images.channels, static_cast<Element*>(workspace_.inner), call_.hidden,
+               call_.cell, static_cast<int>(units), workspace_.arrivals, workspace_.partial.arrivals);
         shape_ = convolved(network_.stem, images);
-        void* y = network_.stem_pools ? work_.next : work_.x;
-        convolve(network_.stem, images, {.relu = true, .x = work_.inner, .y = y});
-        if (network_.stem_pools) shape_ = max_pool<Element, Element>(kStemWindow, shape_, y, work_.x);
+        void* y = network_.stem_pools ? workspace_.next : workspace_.x;
+        convolve(network_.stem, images, {.relu = true, .x = workspace_.inner, .y = y});
+        if (network_.stem_pools) shape_ = max_pool<Element, Element>(kStemWindow, shape_, y, workspace_.x);
     }
 
     void gate_step(int index) {
@@ -238,28 +238,28 @@ private:
                                 call_.forced && decides ? call_.forced + row : nullptr};
         if (!network_.embeddings.empty())
             return cuda::gate_step(network_.embeddings[index], network_.lstm, call_.batch, call_.present, sums_,
-                                   call_.hidden, call_.cell, decision, work_.list, work_.arrivals, stream_);
+                                   call_.hidden, call_.cell, decision, workspace_.list, workspace_.arrivals, stream_);
         const CompactedGate& gate = network_.gates[index];
-        Image seen = max_pool<Element, float>(network_.gates_pool ? kGateWindow : kNoWindow, shape_, work_.x, work_.inner);
+        Shape seen = max_pool<Element, float>(network_.gates_pool ? kGateWindow : kNoWindow, shape_, workspace_.x, workspace_.inner);
         PooledSums sums{};
-        void *from = work_.inner, *to = work_.other;
+        void *from = workspace_.inner, *to = workspace_.other;
         for (const Convolution& layer : gate.convolutions) {
-            sums = convolve(layer, seen, {.relu = true, .x = from, .y = to, .sums = work_.gate_sums}, ElementType::float32);
+            sums = convolve(layer, seen, {.relu = true, .x = from, .y = to, .sums = workspace_.gate_sums}, ElementType::float32);
             seen = convolved(layer, seen);
             std::swap(from, to);
         }
-        cuda::gate_step(gate.tail, call_.batch, call_.present, sums, decision, work_.list, work_.arrivals, stream_);
+        cuda::gate_step(gate.tail, call_.batch, call_.present, sums, decision, workspace_.list, workspace_.arrivals, stream_);
     }
 
     // For the images of the list, in place; without one for all that are present. Where the block projects, the others
     // take its shortcut.
     void run_block(int index, const RowList* list) {
         const CompactedBlock& block = network_.blocks[index];
-        void *from = work_.x, *to = work_.inner;
-        Image shape = shape_;
+        void *from = workspace_.x, *to = workspace_.inner;
+        Shape shape = shape_;
         if (!block.projection.empty()) {
-            convolve(block.projection[0], shape_, {.x = work_.x, .y = work_.next, .sums = work_.sums});
-            std::swap(work_.x, work_.next);
+            convolve(block.projection[0], shape_, {.x = workspace_.x, .y = workspace_.next, .sums = workspace_.sums});
+            std::swap(workspace_.x, workspace_.next);
         }
         const std::size_t last = block.convolutions.size() - 1;
         for (std::size_t i = 0; i < last; ++i) {
@@ -267,32 +267,32 @@ private:
                      {.list = list, .gathers = i == 0, .relu = true, .x = from, .y = to});
             shape = convolved(block.convolutions[i], shape);
             from = to;
-            to = to == work_.inner ? work_.other : work_.inner;
+            to = to == workspace_.inner ? workspace_.other : workspace_.inner;
         }
         sums_ = convolve(block.convolutions[last], shape,
-                         {.list = list, .scatters = true, .relu = true, .x = from, .residual = work_.x, .y = work_.x,
-                          .sums = work_.sums});
+                         {.list = list, .scatters = true, .relu = true, .x = from, .residual = workspace_.x, .y = workspace_.x,
+                          .sums = workspace_.sums});
         shape_ = convolved(block.convolutions[last], shape);
     }
 
     void head() {
         launch("finish_pool", finish_pool_kernel,
                pointwise_grid(static_cast<std::int64_t>(call_.batch) * shape_.channels), stream_, sums_, call_.batch,
-               call_.present, shape_.channels, work_.features);
+               call_.present, shape_.channels, workspace_.features);
         // The batch is the pixels of one image: a matrix product.
         GatheredConv classify{};
         classify.batch = 1;
         classify.height = 1;
         classify.width = call_.batch;
-        classify.x = work_.features;
+        classify.x = workspace_.features;
         classify.y = call_.logits;
-        classify.partial = work_.partial;
+        classify.partial = workspace_.partial;
         classify.pixels_are_images = true;
         gathered_conv(ElementType::float32, network_.head, classify, stream_);
     }
 
-    // What a convolution of the walk says beyond its layer.
-    struct Asked {
+    // What a convolution is told beyond its layer.
+    struct ConvolutionOptions {
         const RowList* list = nullptr;
         bool gathers = false, scatters = false, relu = false;
         const void *x = nullptr, *residual = nullptr;
@@ -300,33 +300,33 @@ private:
         float* sums = nullptr;
     };
 
-    PooledSums convolve(const Convolution& layer, const Image& from, const Asked& asked, ElementType type) {
+    PooledSums convolve(const Convolution& layer, const Shape& from, const ConvolutionOptions& options, ElementType type) {
         const RowList present{nullptr, call_.present};
         const RowList* all = call_.present ? &present : nullptr;
         gathered_conv(type, layer,
-                      {call_.batch, from.height, from.width, asked.list ? asked.list : all, asked.gathers,
-                       asked.scatters, asked.relu, asked.x, asked.residual, asked.y, asked.sums, work_.partial, false},
+                      {call_.batch, from.height, from.width, options.list ? options.list : all, options.gathers,
+                       options.scatters, options.relu, options.x, options.residual, options.y, options.sums, workspace_.partial, false},
                       stream_);
-        return {asked.sums, pooled_tiles(layer, from.height, from.width),
+        return {options.sums, pooled_tiles(layer, from.height, from.width),
                 static_cast<int>(convolved(layer, from).pixels())};
     }
-    PooledSums convolve(const Convolution& layer, const Image& from, const Asked& asked) {
-        return convolve(layer, from, asked, network_.element);
+    PooledSums convolve(const Convolution& layer, const Shape& from, const ConvolutionOptions& options) {
+        return convolve(layer, from, options, network_.element);
     }
 
     template <typename From, typename To>
-    Image max_pool(const Window& window, const Image& from, const void* x, void* y) {
-        const Image to = pooled(window, from);
-        launch("max_pool", max_pool_kernel<From, To>, pointwise_grid(call_.batch * to.size() / kGroup), stream_,
+    Shape max_pool(const Window& window, const Shape& from, const void* x, void* y) {
+        const Shape to = pooled(window, from);
+        launch("max_pool", max_pool_kernel<From, To>, pointwise_grid(call_.batch * to.size() / kChannelsPerThread), stream_,
                static_cast<const From*>(x), call_.batch, call_.present, from, window, to, static_cast<To*>(y));
         return to;
     }
 
     const CompactedNetwork& network_;
     const CompactedCall& call_;
-    Workspace work_;
+    Workspace workspace_;
     Stream stream_;
-    Image shape_{};      // of x
+    Shape shape_{};      // of x
     PooledSums sums_{};  // of x
 };
 
@@ -375,22 +375,22 @@ CompactedWeights lay_out(CompactedNetwork& network, const void* elements, const 
 }
 
 std::size_t workspace_bytes(const CompactedNetwork& network, int batch) {
-    Pieces pieces(nullptr);
-    Workspace(network, batch, pieces);
-    return pieces.used();
+    Arena arena(nullptr);
+    Workspace(network, batch, arena);
+    return arena.used();
 }
 
 void run_compacted(const CompactedNetwork& network, const CompactedCall& call, Stream stream) {
     const int blocks = static_cast<int>(network.blocks.size());
-    check(call.steps == 0 || call.steps == blocks - 1 || call.steps == blocks, "steps: expected ", blocks - 1, " or ",
-          blocks, ", got ", call.steps);
+    check(call.num_gates == 0 || call.num_gates == blocks - 1 || call.num_gates == blocks, "num_gates: expected ", blocks - 1, " or ",
+          blocks, ", got ", call.num_gates);
     if (call.batch == 0) return;
-    const Pieces pieces(call.workspace);
+    const Arena arena(call.workspace);
     switch (network.element) {
         case ElementType::float32:
-        case ElementType::tf32: return Walk<float>(network, call, pieces, stream).run();
-        case ElementType::float16: return Walk<Half>(network, call, pieces, stream).run();
-        case ElementType::bfloat16: return Walk<Bfloat16>(network, call, pieces, stream).run();
+        case ElementType::tf32: return ForwardPass<float>(network, call, arena, stream).run();
+        case ElementType::float16: return ForwardPass<Half>(network, call, arena, stream).run();
+        case ElementType::bfloat16: return ForwardPass<Bfloat16>(network, call, arena, stream).run();
     }
 }
 

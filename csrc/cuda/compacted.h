@@ -30,23 +30,24 @@ struct CompactedNetwork {
     bool gates_pool;        // a 2x2 max pool comes first in a feed-forward gate
     Convolution stem;
     std::vector<CompactedBlock> blocks;
-    std::vector<Embedding> embeddings;  // RNNGate: one a block
+    std::vector<Embedding> embeddings;  // RNNGate: one per block
     Lstm lstm;                          // RNNGate
-    std::vector<CompactedGate> gates;   // feed-forward: one a block
+    std::vector<CompactedGate> gates;   // feed-forward: one per block
     Convolution head;                   // 1x1 from the pooled features to the classes, float32
 };
 
 // One call. Everything belongs to the caller, on the device.
 struct CompactedCall {
-    int batch, steps;       // gates to evaluate: blocks - 1, or one more; 0 in a dense network
+    int batch;
+    int num_gates;          // to evaluate: blocks - 1, or one more; 0 in a dense network
     int* present;           // [1], how many of the batch's places hold an image, the first ones; null: all of them.
                             // What comes out of the others is undefined.
     const void* images;     // [batch, in, height, width]
     const bool* forced;     // [blocks - 1, batch], or null
     float* logits;          // [batch, head.out]
-    float* gate_logits;     // [steps, batch]
-    float* probabilities;   // [steps, batch]
-    bool* executed;         // [steps, batch]
+    float* gate_logits;     // [num_gates, batch]
+    float* probabilities;   // [num_gates, batch]
+    bool* executed;         // [num_gates, batch]
     float* hidden;          // [batch, hidden], RNNGate's last state
     float* cell;            // [batch, hidden]
     void* workspace;        // workspace_bytes, aligned to 256; its contents do not matter

@@ -1,4 +1,4 @@
-// Compaction by one block of threads; compaction.cu launches it by itself, gate_step.cu in its last block.
+// Compaction by one thread block; compaction.cu launches it by itself, gate_step.cu in its last block.
 #pragma once
 
 #include "compaction.h"

@@ -16,20 +16,20 @@ void check(cudaError_t status) {
 std::vector<std::pair<std::string, std::string>> devices() {
     int count = 0;
     check(cudaGetDeviceCount(&count));
-    std::vector<std::pair<std::string, std::string>> found;
+    std::vector<std::pair<std::string, std::string>> names;
     for (int device = 0; device < count; ++device) {
         cudaDeviceProp properties;
         check(cudaGetDeviceProperties(&properties, device));
-        found.emplace_back(properties.name,
+        names.emplace_back(properties.name,
                            std::to_string(properties.major) + "." + std::to_string(properties.minor));
     }
     return found;
 }
 
 Limits limits(int device) {
-    Limits found;
-    check(cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, device));
-    check(cudaDeviceGetAttribute(&found.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    Limits limits;
+    check(cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device));
+    check(cudaDeviceGetAttribute(&limits.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     return found;
 }
 

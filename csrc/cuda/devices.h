@@ -13,7 +13,7 @@ std::vector<std::pair<std::string, std::string>> devices();
 // What a plan depends on.
 struct Limits {
     int multiprocessors;
-    int shared_memory;  // bytes that a block of threads can have
+    int shared_memory;  // bytes that a thread block can have
 };
 Limits limits(int device);
 

@@ -5,18 +5,12 @@
 #include "compaction.cuh"
 #include "launch.cuh"
 #include "ptx.cuh"
+#include "warp.cuh"
 
 namespace skipnet::cuda {
 namespace {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps;  // a warp takes an image; few a block, to spread a small batch
-
-// Over all lanes; every lane gets the sum, in an order that is always the same.
-__device__ float warp_sum(float value) {
-#pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(~0u, value, lanes);
-    return value;
-}
+constexpr int kWarps = 4, kThreads = 32 * kWarps;  // a warp takes an image; few per thread block, to spread a small batch
 
 // sum_c weight[c] * x[c] over the warp; lane l takes the channels l, l + 32, ...
 __device__ float warp_dot(const float* weight, const float* x, int size) {
@@ -81,7 +75,7 @@ struct Feedforward {
     }
 };
 
-// A warp an image; the block that finishes last compacts for all.
+// A warp per image; the thread block that finishes last compacts for all.
 template <typename Gate>
 __global__ void __launch_bounds__(kThreads)
     gate_step_kernel(Gate gate, int batch, const int* present, PooledSums pooled, Decision decision, RowList list,

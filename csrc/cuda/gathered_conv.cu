@@ -21,19 +21,20 @@ constexpr int kChunks = 4;         // of a row of a stage: K advances by 32 16-b
 constexpr int kPooledPixels = 64;  // of a pooled tile, whatever the tile of the product is
 constexpr int kPack = 8;           // channels that a thread of the epilogue takes together
 
-// Sums over K are taken in ascending order; inParts, each part of K is summed by itself and parts are added in order.
-template <typename ElementOf, int blockM, int blockN, int warpsM, int warpsN, bool inParts>
+// Sums over K are taken in ascending order; with splitK each slice of K is summed by itself, and slices are
+// added in order.
+template <typename ElementOf, int blockM, int blockN, int warpsM, int warpsN, bool splitK>
 struct Tile {
     using Element = ElementOf;
     static constexpr int kBlockM = blockM, kBlockN = blockN, kWarpsN = warpsN;
     static constexpr int kThreads = 32 * warpsM * warpsN;
-    static constexpr bool kInParts = inParts;
+    static constexpr bool kSplitK = splitK;
     static constexpr bool kOnTensorCores = !std::is_same_v<Element, float>;
     static constexpr int kWarpM = blockM / warpsM, kWarpN = blockN / warpsN;  // a warp's part of the tile
     static constexpr int kSums = kWarpM * kWarpN / 32;                        // of a thread
-    // Threads that a multiprocessor shall hold at least. Parts need a second set of sums, float32 products more
+    // Threads that a multiprocessor shall hold at least. Split-K needs a second set of sums, float32 products more
     // registers, and no kernel may spill.
-    static constexpr int kBlocksAtOnce = (!kOnTensorCores || (kInParts && kSums > 32) ? 256 : 512) / kThreads;
+    static constexpr int kBlocksAtOnce = (!kOnTensorCores || (kSplitK && kSums > 32) ? 256 : 512) / kThreads;
     static constexpr int kPerChunk = kChunk / static_cast<int>(sizeof(Element));
     static constexpr int kBlockK = kChunks * kPerChunk;
     static constexpr int kStageBytes = (blockM + blockN) * kChunks * kChunk;
@@ -64,13 +65,13 @@ struct Arguments {
     int batch, height, width, in, out, kernel, stride;
     int out_width, out_pixels;
     int row_tiles, column_tiles, pooled_tiles;  // of one image
-    int parts;                                  // of a sum
-    int most_at_once;                           // parts that can be left
+    int slices;                                 // of K
+    int max_slices;                             // that can be in memory at a time
     PartialSums partial;
     bool gathers, scatters, relu;
 };
 
-// Where a chunk lies in a stage: rows of 64 bytes, chunks exchanged so that ldmatrix meets no bank twice. The exchange
+// Where a chunk lies in a stage: rows of 64 bytes, chunks swizzled so that ldmatrix meets no bank twice. The swizzle
 // is the same 8 rows further on: those offsets are constants.
 __device__ int stage_offset(int row, int chunk) { return (row * kChunks + (chunk ^ (row / 2 % kChunks))) * kChunk; }
 constexpr int kEightRows = 8 * kChunks * kChunk;
@@ -142,7 +143,7 @@ private:
     int top_[kRowsA], left_[kRowsA];
 };
 
-constexpr float kNothing = -0.0f;  // what a sum of parts begins with: the only number that changes no other's bits
+constexpr float kNegativeZero = -0.0f;  // what slices are added to: the only number that changes no other's bits
 
 // A thread's sums of a tile, in whatever order its product has them.
 template <typename Tile>
@@ -161,14 +162,14 @@ struct Sums {
             for (int j = 0; j < 4; ++j) values[i][j] += others.values[i][j];
     }
 
-    // To memory and from it, past L1: other blocks write there, too.
-    __device__ void leave(float* memory /* [kFours, kThreads, 4] */) const {
+    // To memory and from it, past L1: other thread blocks write there, too.
+    __device__ void store_partial(float* memory /* [kFours, kThreads, 4] */) const {
         auto* fours = reinterpret_cast<float4*>(memory) + threadIdx.x;
 #pragma unroll
         for (int i = 0; i < kFours; ++i)
             __stcg(fours + i * Tile::kThreads, {values[i][0], values[i][1], values[i][2], values[i][3]});
     }
-    __device__ void add_left(const float* memory) {
+    __device__ void add_partial(const float* memory) {
         const auto* fours = reinterpret_cast<const float4*>(memory) + threadIdx.x;
 #pragma unroll
         for (int i = 0; i < kFours; ++i) {
@@ -284,24 +285,24 @@ private:
     int row_, column_;
 };
 
-// Leaves a part of a tile's sums to the block that is the last to do so. Whether this is the one; if so, with the total.
+// Leaves a slice's sums to the last of the tile's thread blocks. Whether this is the one; if so, with the total.
 template <typename Tile>
-__device__ bool is_last(const Arguments& call, int tile, int part, Sums<Tile>& sums) {
+__device__ bool reduce_split_k(const Arguments& call, int tile, int slice, Sums<Tile>& sums) {
     constexpr int kTileSums = Tile::kBlockM * Tile::kBlockN;
-    float* parts = call.partial.sums + static_cast<std::int64_t>(tile) * call.parts * kTileSums;
-    sums.leave(parts + part * kTileSums);
+    float* partial = call.partial.sums + static_cast<std::int64_t>(tile) * call.slices * kTileSums;
+    sums.store_partial(partial + slice * kTileSums);
     __syncthreads();
     bool last = false;
     if (threadIdx.x == 0) {
         __threadfence();  // the block's sums before its arrival
-        last = atomicAdd(call.partial.arrivals + tile, 1) == call.parts - 1;
+        last = atomicAdd(call.partial.arrivals + tile, 1) == call.slices - 1;
     }
     if (!__syncthreads_or(last)) return false;
     __threadfence();  // all arrivals before the others' sums
     if (threadIdx.x == 0) call.partial.arrivals[tile] = 0;
-    sums = Sums<Tile>(kNothing);
+    sums = Sums<Tile>(kNegativeZero);
 #pragma unroll 2
-    for (int i = 0; i < call.parts; ++i) sums.add_left(parts + i * kTileSums);
+    for (int i = 0; i < call.slices; ++i) sums.add_partial(partial + i * kTileSums);
     return true;
 }
 
@@ -326,10 +327,10 @@ __device__ void finish(const Arguments& call, float* staging, int image, int fir
         for (int i = 0; i < kPack; ++i) bias[i] = call.bias[channel + i];
     }
 #pragma unroll 1
-    for (int group = 0; group < Tile::kBlockM; group += kPooledPixels) {
+    for (int pool_row = 0; pool_row < Tile::kBlockM; pool_row += kPooledPixels) {
         float sums[kPack] = {};
 #pragma unroll 2
-        for (int row = group + first_row; row < group + kPooledPixels; row += Tile::kRowsAtOnce) {
+        for (int row = pool_row + first_row; row < pool_row + kPooledPixels; row += Tile::kRowsAtOnce) {
             const int pixel = first_pixel + row;
             if (pixel >= call.out_pixels || channel >= call.out) continue;
             const std::int64_t place =
@@ -350,18 +351,18 @@ __device__ void finish(const Arguments& call, float* staging, int image, int fir
         if (!call.sums) continue;
         // Into a place of the product that nobody but this thread reads.
 #pragma unroll
-        for (int i = 0; i < kPack; ++i) staging[(group + first_row) * Tile::kStagingStride + column + i] = sums[i];
+        for (int i = 0; i < kPack; ++i) staging[(pool_row + first_row) * Tile::kStagingStride + column + i] = sums[i];
     }
     if (!call.sums) return;
     __syncthreads();
     const int mine = threadIdx.x;
     if (mine >= Tile::kBlockN || first_channel + mine >= call.out) return;
-    for (int group = 0; group < Tile::kBlockM && first_pixel + group < call.out_pixels; group += kPooledPixels) {
+    for (int pool_row = 0; pool_row < Tile::kBlockM && first_pixel + pool_row < call.out_pixels; pool_row += kPooledPixels) {
         float sum = 0.0f;
         for (int row = 0; row < Tile::kRowsAtOnce; ++row)
-            sum += staging[(group + row) * Tile::kStagingStride + mine];
+            sum += staging[(pool_row + row) * Tile::kStagingStride + mine];
         const std::int64_t tile = static_cast<std::int64_t>(image) * call.pooled_tiles +
-                                  (first_pixel + group) / kPooledPixels;
+                                  (first_pixel + pool_row) / kPooledPixels;
         call.sums[tile * call.out + first_channel + mine] = sum;
     }
 }
@@ -374,20 +375,20 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksAtOnce) gathered_
     const int tiles = count * call.row_tiles * call.column_tiles;
     const int steps = (call.kernel * call.kernel * call.in + Tile::kBlockK - 1) / Tile::kBlockK;
     const int warp = threadIdx.x / 32;
-    // A block computes a part of a tile if there is one for every part, otherwise a tile's parts one after another.
-    const bool splits = Tile::kInParts && tiles * call.parts <= call.most_at_once;
-    const int parts = Tile::kInParts ? call.parts : 1, share = splits ? parts : 1;  // blocks of a tile
-    // Neighbouring blocks share an image's pixels: they meet in the cache.
+    // A thread block computes one slice of a tile if there are enough blocks, otherwise a tile's slices one after another.
+    const bool splits = Tile::kSplitK && tiles * call.slices <= call.max_slices;
+    const int slices = Tile::kSplitK ? call.slices : 1, share = splits ? slices : 1;  // thread blocks of a tile
+    // Neighbouring thread blocks share an image's pixels: they meet in the cache.
     for (int item = blockIdx.x; item < tiles * share; item += gridDim.x) {
         const int tile = item / share;
-        const int first_part = item % share, end_part = splits ? first_part + 1 : parts;
+        const int first_slice = item % share, end_slice = splits ? first_slice + 1 : slices;
         const int first_channel = tile % call.column_tiles * Tile::kBlockN;
         const int first_pixel = tile / call.column_tiles % call.row_tiles * Tile::kBlockM;
         const int index = tile / call.column_tiles / call.row_tiles;
         const int row = call.rows ? call.rows[index] : index;
 
-        int step = steps * first_part / parts, loaded = step;
-        const int last_step = steps * end_part / parts;
+        int step = steps * first_slice / slices, loaded = step;
+        const int last_step = steps * end_slice / slices;
         Loader<Tile> loader(call, call.gathers ? row : index, first_pixel, first_channel, step);
         const auto load_next = [&] {
             if (loaded < last_step) loader.load(shared + loaded % kStages * Tile::kStageBytes);
@@ -397,11 +398,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksAtOnce) gathered_
 #pragma unroll
         for (int i = 0; i < kStages - 1; ++i) load_next();
         const Product product(warp / Tile::kWarpsN * Tile::kWarpM, warp % Tile::kWarpsN * Tile::kWarpN);
-        Sums<Tile> total(kNothing);
+        Sums<Tile> total(kNegativeZero);
 #pragma unroll 1
-        for (int part = first_part; part < end_part; ++part) {
+        for (int slice = first_slice; slice < end_slice; ++slice) {
             Sums<Tile> sums(0.0f);
-            const int end = steps * (part + 1) / parts;
+            const int end = steps * (slice + 1) / slices;
 #pragma unroll 1
             for (; step < end; ++step) {
                 cp_async_wait<kStages - 2>();
@@ -412,8 +413,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksAtOnce) gathered_
             }
             total.add(sums);
         }
-        if constexpr (Tile::kInParts)
-            if (splits && !is_last(call, tile, first_part, total)) continue;
+        if constexpr (Tile::kSplitK)
+            if (splits && !reduce_split_k(call, tile, first_slice, total)) continue;
         __syncthreads();  // the stages become the product's place; all of theirs has landed
         float* staging = reinterpret_cast<float*>(shared);
         product.store(total, staging);
@@ -429,10 +430,10 @@ void launch_tiles(Arguments call, Stream stream) {
     call.column_tiles = (call.out + Tile::kBlockN - 1) / Tile::kBlockN;
     const auto kernel = gathered_conv_kernel<Tile>;
     const int resident = multiprocessors() * resident_blocks(kernel, Tile::kThreads, Tile::kSharedBytes);
-    constexpr int kMostAtOnce = kPartialSums / (Tile::kBlockM * Tile::kBlockN);
-    static_assert(kMostAtOnce / 2 <= kPartialTiles, "there are at least two parts of a tile");
-    call.most_at_once = call.parts > 1 && call.partial.sums ? std::min(kMostAtOnce, resident) : 0;
-    const int blocks = std::min(call.batch * call.row_tiles * call.column_tiles * call.parts, resident);
+    constexpr int kMaxSlices = kPartialSums / (Tile::kBlockM * Tile::kBlockN);
+    static_assert(kMaxSlices / 2 <= kPartialTiles, "there are at least two slices of a tile");
+    call.max_slices = call.slices > 1 && call.partial.sums ? std::min(kMaxSlices, resident) : 0;
+    const int blocks = std::min(call.batch * call.row_tiles * call.column_tiles * call.slices, resident);
     launch("gathered_conv", kernel, {blocks, Tile::kThreads, Tile::kSharedBytes}, stream, call);
 }
 
@@ -440,8 +441,8 @@ template <typename Element>
 using Narrow = Tile<Element, 128, 32, 4, 1, false>;
 template <typename Element>
 using Small = Tile<Element, 64, 64, 2, 2, true>;
-template <typename Element, bool inParts>
-using Large = Tile<Element, 128, 128, 2, 4, inParts>;
+template <typename Element, bool splitK>
+using Large = Tile<Element, 128, 128, 2, 4, splitK>;
 
 // How many tiles an image's product has.
 template <typename Tile>
@@ -449,16 +450,16 @@ int tiles(int pixels, int channels) {
     return (pixels + Tile::kBlockM - 1) / Tile::kBlockM * ((channels + Tile::kBlockN - 1) / Tile::kBlockN);
 }
 
-// How many parts a layer's sums over K have, for an image of so many pixels. In small tiles, each with a block of threads
-// for every part: a K step brings in 8 KiB, adding a part 16 KiB, so steps / parts + 2 parts shall be least. More blocks
-// than a GPU has multiprocessors bring little, and a short K is over before its parts are added.
+// Into how many slices a layer's K is split, for an image of so many pixels. In small tiles with a thread block for every
+// slice, a K step brings in 8 KiB and adding a slice 16 KiB, so steps / slices + 2 slices shall be least. More blocks than
+// a GPU has multiprocessors bring little, and a short K is over before its slices are added.
 template <typename Element>
-int parts_of_sums(const Convolution& layer, int pixels) {
+int split_k_slices(const Convolution& layer, int pixels) {
     constexpr int kFewestSteps = 32, kMultiprocessors = 128;
     const int steps = (layer.kernel * layer.kernel * layer.in + Small<Element>::kBlockK - 1) / Small<Element>::kBlockK;
     if (layer.out <= Narrow<Element>::kBlockN || steps < kFewestSteps) return 1;
-    const int parts = static_cast<int>(std::sqrt(steps / 2));
-    return std::max(1, std::min(parts, kMultiprocessors / tiles<Small<Element>>(pixels, layer.out)));
+    const int slices = static_cast<int>(std::sqrt(steps / 2));
+    return std::max(1, std::min(slices, kMultiprocessors / tiles<Small<Element>>(pixels, layer.out)));
 }
 
 // Whether a product is too large for small tiles in both directions.
@@ -468,29 +469,29 @@ bool wants_large_tiles(int pixels, int channels) { return pixels > 64 && channel
 // over K and pooled sums over pixels in the same order, except in the narrow tile, which the layer alone decides.
 template <typename Element>
 void launch_element(const Convolution& layer, Arguments call, bool pixels_are_images, Stream stream) {
-    using InOrder = Large<Element, false>;
-    using InParts = Large<Element, true>;
-    static_assert(Small<Element>::kBlockK == InParts::kBlockK, "parts are of as many steps");
-    static_assert(Small<Element>::kRowsAtOnce == InParts::kRowsAtOnce, "the order of pooled sums");
-    call.parts = parts_of_sums<Element>(layer, pixels_are_images ? 1 : call.out_pixels);
+    using Serial = Large<Element, false>;
+    using SplitK = Large<Element, true>;
+    static_assert(Small<Element>::kBlockK == SplitK::kBlockK, "slices have as many steps");
+    static_assert(Small<Element>::kRowsAtOnce == SplitK::kRowsAtOnce, "the order of pooled sums");
+    call.slices = split_k_slices<Element>(layer, pixels_are_images ? 1 : call.out_pixels);
     if (call.out <= Narrow<Element>::kBlockN) return launch_tiles<Narrow<Element>>(call, stream);
     if (!wants_large_tiles(call.out_pixels, call.out) ||
-        call.batch * tiles<InOrder>(call.out_pixels, call.out) < multiprocessors())
+        call.batch * tiles<Serial>(call.out_pixels, call.out) < multiprocessors())
         return launch_tiles<Small<Element>>(call, stream);
-    if (call.parts > 1) return launch_tiles<InParts>(call, stream);
-    launch_tiles<InOrder>(call, stream);
+    if (call.slices > 1) return launch_tiles<SplitK>(call, stream);
+    launch_tiles<Serial>(call, stream);
 }
 
-// What an image's parts of sums take in either tile.
+// Floats of an image's partial sums, in either tile.
 template <typename Element>
-int partial_sums_of_image(const Convolution& layer, int pixels) {
+int partial_sums_per_image(const Convolution& layer, int pixels) {
     const auto sums = [&](auto tile) {
         using Tile = decltype(tile);
         return tiles<Tile>(pixels, layer.out) * Tile::kBlockM * Tile::kBlockN;
     };
-    const int parts = parts_of_sums<Element>(layer, pixels), small = sums(Small<Element>{});
-    if (parts == 1) return 0;
-    return parts * (wants_large_tiles(pixels, layer.out) ? std::max(small, sums(Large<Element, true>{})) : small);
+    const int slices = split_k_slices<Element>(layer, pixels), small = sums(Small<Element>{});
+    if (slices == 1) return 0;
+    return slices * (wants_large_tiles(pixels, layer.out) ? std::max(small, sums(Large<Element, true>{})) : small);
 }
 
 // work(Element{}) for the type that kernels know.
@@ -510,7 +511,7 @@ auto with_element(ElementType type, Work work) {
 int partial_sums(ElementType type, const Convolution& layer, int batch, int height, int width) {
     const int pixels = layer.out_side(height) * layer.out_side(width);
     const std::int64_t one = with_element(type, [&](auto element) {
-        return partial_sums_of_image<decltype(element)>(layer, pixels);
+        return partial_sums_per_image<decltype(element)>(layer, pixels);
     });
     return static_cast<int>(std::min<std::int64_t>(batch * one, kPartialSums));
 }

@@ -18,7 +18,7 @@ struct Convolution {
     int out_side(int side) const { return (side - 1) / stride + 1; }
 };
 
-// Where blocks of threads leave one another parts of sums; for one call at a time.
+// Where the thread blocks of a split-K product leave one another partial sums; for one call at a time.
 struct PartialSums {
     float* sums;    // [partial_sums]
     int* arrivals;  // [kPartialTiles], zero before a call and after it
@@ -37,15 +37,15 @@ struct GatheredConv {
     const void* residual;  // as y, or null; may be y itself
     void* y;               // [batch, out_height, out_width, out]
     float* sums;           // [batch, pooled_tiles, out], of y over a tile's pixels, at y's places; may be null
-    PartialSums partial;   // without them a block of threads computes all parts of its sums, to the same result
+    PartialSums partial;   // without them a thread block computes all slices of K, to the same result
     bool pixels_are_images;  // each pixel is an image of its own: the order of its sums depends on the layer alone
 };
 
 // How many tiles' sums an image's pool consists of.
 int pooled_tiles(const Convolution& layer, int height, int width);
 
-// How many floats blocks of threads leave one another at most; none where the layer's sums have one part. A batch of
-// 1x1 images for a call whose pixels are images.
+// How many floats of partial sums a call can use; none where K is not split. A batch of 1x1 images for a call whose pixels
+// are images.
 int partial_sums(ElementType type, const Convolution& layer, int batch, int height, int width);
 
 // y = relu(convolution(x) + bias + residual). Sums of products are float32 (in float32 every product, too) and in an order

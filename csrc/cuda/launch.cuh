@@ -17,7 +17,7 @@ namespace skipnet::cuda {
 struct Grid {
     dim3 blocks, threads;
     std::size_t shared = 0;  // bytes of dynamic shared memory
-    int cluster = 1;         // blocks in a cluster, along x
+    int cluster = 1;         // thread blocks in a cluster, along x
 };
 
 inline void check_cuda(cudaError_t status, const char* what) {
@@ -54,10 +54,10 @@ inline int device_attribute(cudaDeviceAttr attribute) {
     return value;
 }
 inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
-// Bytes that a block of threads can have.
+// Bytes that a thread block can have.
 inline int shared_memory_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
-// How many blocks of a kernel a multiprocessor holds at a time.
+// How many of a kernel's thread blocks a multiprocessor holds at a time.
 template <typename... Parameters>
 int resident_blocks(void (*kernel)(Parameters...), int threads, std::size_t shared) {
     if (shared > 48 * 1024)
@@ -69,7 +69,7 @@ int resident_blocks(void (*kernel)(Parameters...), int threads, std::size_t shar
     return blocks;
 }
 
-// How many clusters of a kernel's blocks a device holds at a time; none where it, or the code it runs, knows no clusters.
+// How many clusters of a kernel's thread blocks a device holds at a time; none where it, or the code it runs, knows no clusters.
 template <typename... Parameters>
 int resident_clusters(void (*kernel)(Parameters...), int threads, std::size_t shared, int cluster) {
     cudaFuncAttributes compiled;

@@ -86,7 +86,7 @@ __device__ inline void load_global(uint4& value, const uint4* address, bool load
 
 // ---- shared memory
 
-// The block's dynamic shared memory, 16-byte aligned; there is no other kind in this project.
+// The thread block's dynamic shared memory, 16-byte aligned; there is no other kind in this project.
 __device__ inline unsigned char* shared_memory() {
     extern __shared__ __align__(128) unsigned char bytes[];
     return bytes;
@@ -146,7 +146,7 @@ __device__ inline void mma_m16n8k8_tf32(float (&d)[4], const unsigned (&a)[4], c
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// ---- clusters of blocks (compute capability 9.0 and above; elsewhere a block is alone)
+// ---- clusters of thread blocks (compute capability 9.0 and above; elsewhere a thread block is alone)
 
 #if __CUDA_ARCH__ >= 900
 __device__ inline int cluster_rank() {
@@ -162,7 +162,7 @@ __device__ inline int cluster_size() {
 // All threads of the cluster; what they wrote to shared memory, their own and others', is seen after it.
 __device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-// Where an address in this block's shared memory lies in that of another block of the cluster.
+// Where an address in this thread block's shared memory lies in that of another one of the cluster.
 template <typename T>
 __device__ T* peer(T* in_shared, int rank) {
     std::uint64_t address;

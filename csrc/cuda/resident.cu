@@ -1,19 +1,19 @@
 // The resident strategy: a whole CIFAR-scale SkipNet in one launch.
 //
-// A block of threads takes one image, or a few, from stem to head. Activations stay in its shared memory and skipping
+// A thread block takes one image, or a few, from stem to head. Activations stay in its shared memory and skipping
 // is a branch. A convolution is an implicit GEMM on tensor cores: 16 pixels (two rows of eight) by 16 input channels
 // times 16 by 8 output channels. A warp owns the same regions of every image's plane, and 16 output channels, for as
-// long as a group of blocks lasts; it holds a convolution's weights for them in registers, uses them for every image
+// long as a stage of the network lasts; it holds a convolution's weights for them in registers, uses them for every image
 // that executes, and overwrites each with the next convolution's as soon as the last image is through with it. So
 // weights stream from L2 without a stop, half a convolution or more ahead, past gates and barriers, without taking
-// shared memory; where a block turns out to be skipped, what came for it is dropped. docs/cuda.md has the reasoning.
+// shared memory; where a block turns out to be skipped, what came for it is dropped. docs/cuda-design.md has the reasoning.
 //
-// For a small batch a cluster of blocks of threads takes an image (kSpread): each holds all of its planes and computes a
-// part of the regions, whose results it writes to all; gates are computed by each. Not a bit differs.
+// For a small batch a cluster of thread blocks takes an image (kClustered): each holds all of its planes and computes a
+// part of the regions, whose results it writes to all of them; gates are computed by each. Not a bit differs.
 //
 // An output is the sum over channels (chunks of 16), columns and rows of the kernel, in this order, whatever the batch.
 //
-// The rooms are those of every engine: stem, gate_step, compact, run_block, head.
+// The phases are those of every engine: stem, gate_step, compact, run_block, head.
 #include "resident.h"
 
 #include <cstdint>
@@ -22,12 +22,13 @@
 #include "../gate.h"
 #include "launch.cuh"
 #include "ptx.cuh"
+#include "warp.cuh"
 
 namespace skipnet::cuda {
 namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kMostImages = 4;   // of a block of threads; the mask of those that execute has a bit for each
+constexpr int kMaxImages = 4;    // of a thread block; the mask of those that execute has a bit for each
 constexpr int kStrip = 8;        // columns of a region
 constexpr int kChunk = 16;       // input channels that a tensor core sums over, and output channels of a warp
 constexpr int kLine = 128;       // bytes: planes begin at multiples
@@ -58,7 +59,7 @@ constexpr SKIPNET_HD int plane_bytes(int channels, int height, int width) {
 }
 
 // Where things lie in shared memory, in bytes.
-struct Map {
+struct SharedLayout {
     int lstm;        // a copy of the network's
     int embeddings;  // two places, for this gate's and the next one's
     int embedding;   // bytes of a place
@@ -68,57 +69,57 @@ struct Map {
     int images;      // [images, image]: their planes
     int image;
     int total;
-    int x[kGroups], inner[kGroups];  // planes of a group, from the start of an image's memory
+    int x[kMaxStages], inner[kMaxStages];  // planes of a stage, from the start of an image's memory
 };
 
 // At the start of shared memory.
 struct Control {
     uint4 zeros;
-    int first;                               // image that the block of threads takes next
-    unsigned char executes[2][kMostImages];  // of the images at hand; gates take turns
+    int first;                               // image that the thread block takes next
+    unsigned char executes[2][kMaxImages];  // of the images at hand; gates take turns
 };
 
 SKIPNET_HD int lstm_floats(const ResidentNetwork& network) {
     const int n = network.hidden;
     return n ? 4 * n * (network.embed + n) + 4 * n + n + 1 : 0;
 }
-SKIPNET_HD int embedding_floats(const ResidentNetwork& network, int group) {
-    return rounded_up(network.embed * group_channels(group) + network.embed, 4);
+SKIPNET_HD int embedding_floats(const ResidentNetwork& network, int stage) {
+    return rounded_up(network.embed * stage_channels(stage) + network.embed, 4);
 }
 
-Map map_of(const ResidentNetwork& network, int images) {
-    int planes[kGroups] = {}, most_sums = 0;
-    for (int group = 0; group < network.groups; ++group) {
-        const ResidentGroup& at = network.group[group];
-        planes[group] = plane_bytes(group_channels(group), at.height, at.width);
-        const int sums = regions_of(group_channels(group), at.height, at.width) * group_channels(group);
+SharedLayout shared_layout(const ResidentNetwork& network, int images) {
+    int planes[kMaxStages] = {}, most_sums = 0;
+    for (int stage = 0; stage < network.stages; ++stage) {
+        const ResidentStage& at = network.stage[stage];
+        planes[stage] = plane_bytes(stage_channels(stage), at.height, at.width);
+        const int sums = regions_of(stage_channels(stage), at.height, at.width) * stage_channels(stage);
         if (sums > most_sums) most_sums = sums;
     }
-    Map map{};
+    SharedLayout layout{};
     int end = rounded_up(sizeof(Control), kLine);
     const auto place = [&](int bytes) {
         const int at = end;
         end = rounded_up(at + bytes, kLine);
         return at;
     };
-    const int channels = group_channels(network.groups - 1);
-    map.lstm = place(lstm_floats(network) * 4);
-    map.embedding = rounded_up(network.embed ? embedding_floats(network, network.groups - 1) * 4 : 0, kLine);
-    map.embeddings = place(2 * map.embedding);
-    map.sums_of = rounded_up(most_sums * 4, kLine);
-    map.sums = place(images * map.sums_of);
-    map.pooled = place(images * channels * 4);
-    // A group's two planes never lie where the activation of the group before lies. The second group's x is last, so
-    // that the third group's planes, which are no larger, fit before it.
+    const int channels = stage_channels(network.stages - 1);
+    layout.lstm = place(lstm_floats(network) * 4);
+    layout.embedding = rounded_up(network.embed ? embedding_floats(network, network.stages - 1) * 4 : 0, kLine);
+    layout.embeddings = place(2 * layout.embedding);
+    layout.sums_of = rounded_up(most_sums * 4, kLine);
+    layout.sums = place(images * layout.sums_of);
+    layout.pooled = place(images * channels * 4);
+    // A stage's two planes never lie where the activation of the stage before lies. The second stage's x is last, so
+    // that the third stage's planes, which are no larger, fit before it.
     const int second = planes[0] + 2 * planes[1], third = planes[1] + 2 * planes[2];
-    map.image = 2 * planes[0] > second ? 2 * planes[0] : second;
-    map.image = map.image > third ? map.image : third;
-    map.x[0] = 0, map.inner[0] = planes[0];
-    map.x[1] = map.image - planes[1], map.inner[1] = planes[0];
-    map.x[2] = planes[2], map.inner[2] = 0;
-    map.images = place(images * map.image);
-    map.total = end;
-    return map;
+    layout.image = 2 * planes[0] > second ? 2 * planes[0] : second;
+    layout.image = layout.image > third ? layout.image : third;
+    layout.x[0] = 0, layout.inner[0] = planes[0];
+    layout.x[1] = layout.image - planes[1], layout.inner[1] = planes[0];
+    layout.x[2] = planes[2], layout.inner[2] = 0;
+    layout.images = place(images * layout.image);
+    layout.total = end;
+    return layout;
 }
 
 // Of one tap of a convolution.
@@ -154,33 +155,27 @@ struct Planes {
     int to, height, width;
 };
 
-// A byte of a plane: 8 channels, `eighth`, of a pixel. Pixels lie one after another; their eighths are exchanged so that
+// A byte of a plane: 8 channels, `eighth`, of a pixel. Pixels lie one after another; their eighths are swizzled so that
 // those of eight pixels in a row, at any column, lie in different banks.
 template <int kChannels>
 __device__ inline int byte_of(int row, int column, int pitch, int eighth) {
     constexpr int kPixelsOfLine = kLine / (2 * kChannels);
-    const int exchanged = eighth ^ (column / kPixelsOfLine & (kChannels / 8 - 1));
-    return (row * pitch + column) * 2 * kChannels + exchanged * 16;
-}
-
-__device__ inline float warp_sum(float value) {
-#pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(kAllLanes, value, lanes);
-    return value;
+    const int swizzled = eighth ^ (column / kPixelsOfLine & (kChannels / 8 - 1));
+    return (row * pitch + column) * 2 * kChannels + swizzled * 16;
 }
 
 // NaN stays NaN.
 __device__ inline float relu(float x) { return x < 0.0f ? 0.0f : x; }
 
-// A block of threads on its way through the network.
-template <typename Element, bool kSpread>
-struct Walk {
+// A thread block on its way through the network.
+template <typename Element, bool kClustered>
+struct ForwardPass {
     const ResidentNetwork& network;
     const ResidentCall& call;
-    const Map& map;
+    const SharedLayout& layout;
     unsigned char* shared;
     int warp, lane;
-    int rank;                           // among the blocks of threads that share an image
+    int rank;                           // among the thread blocks that share an image
     int first = 0, count = 0;           // images first .. first + count - 1
     unsigned executing = 0;             // a bit for each of them: it runs the next block
     int index = 0;                      // of the gate that is next
@@ -188,42 +183,42 @@ struct Walk {
     float features[2] = {};             // warp i has image i's pooled activation, channels lane and lane + 32
     float hidden = 0.0f, cell = 0.0f;   // and its LSTM state, a unit a lane
 
-    __device__ int blocks_of_image() const { return kSpread ? cluster_size() : 1; }
-    // For all who share the image.
+    __device__ int blocks_of_image() const { return kClustered ? cluster_size() : 1; }
+    // To all thread blocks that share the image.
     template <typename T>
-    __device__ void write(T* place, T value) const {
-        if (!kSpread) *place = value;
-        for (int other = 0; kSpread && other < blocks_of_image(); ++other) *peer(place, other) = value;
+    __device__ void broadcast(T* place, T value) const {
+        if (!kClustered) *place = value;
+        for (int other = 0; kClustered && other < blocks_of_image(); ++other) *peer(place, other) = value;
     }
-    // Until what has been written is there for all who share the image.
-    __device__ void meet() const {
-        if (!kSpread) return __syncthreads();
+    // Until what has been written is there for all thread blocks that share the image.
+    __device__ void barrier() const {
+        if (!kClustered) return __syncthreads();
         cluster_arrive();
         cluster_wait();
     }
-    __device__ unsigned everyone() const { return (1u << count) - 1; }
+    __device__ unsigned all_images() const { return (1u << count) - 1; }
     __device__ Control& control() const { return *reinterpret_cast<Control*>(shared + kZeros); }
-    __device__ unsigned char* image(int i) const { return shared + map.images + i * map.image; }
-    __device__ float* sums(int i) const { return reinterpret_cast<float*>(shared + map.sums + i * map.sums_of); }
+    __device__ unsigned char* image(int i) const { return shared + layout.images + i * layout.image; }
+    __device__ float* sums(int i) const { return reinterpret_cast<float*>(shared + layout.sums + i * layout.sums_of); }
     __device__ float* embedding_place(int gate) const {
-        return reinterpret_cast<float*>(shared + map.embeddings + gate % 2 * map.embedding);
+        return reinterpret_cast<float*>(shared + layout.embeddings + gate % 2 * layout.embedding);
     }
 
     __device__ void run(int images);
     __device__ void stem();
-    template <int kGroup>
-    __device__ void run_group();
-    template <int kGroup>
-    __device__ void enter_group();
-    template <int kGroup>
+    template <int kStage>
+    __device__ void run_stage();
+    template <int kStage>
+    __device__ void enter_stage();
+    template <int kStage>
     __device__ void gate_step(bool enters);
-    template <int kGroup>
+    template <int kStage>
     __device__ float rnn_gate(int i, bool changed);
     __device__ unsigned compact(int gate) const;
     __device__ void head();
 
     __device__ void fetch_embedding(int gate);
-    __device__ float pooled(int group, int i, int channel) const;
+    __device__ float pooled(int stage, int i, int channel) const;
     template <int kIn, int kOut, int kStride, int kKernel>
     __device__ void convolve(Weights<kIn, kKernel * kKernel>& weights, const uint4* next, unsigned images,
                              const Planes& planes, const float* bias, bool closes);
@@ -231,9 +226,9 @@ struct Walk {
 
 // relu(convolution + bias) for the images of a mask. One that `closes` a block adds what stands in its output's plane;
 // it and a projection, which has no ReLU, leave each region's sums. `next`, if not null, replaces the weights.
-template <typename Element, bool kSpread>
+template <typename Element, bool kClustered>
 template <int kIn, int kOut, int kStride, int kKernel>
-__device__ __forceinline__ void Walk<Element, kSpread>::convolve(Weights<kIn, kKernel * kKernel>& weights, const uint4* next,
+__device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(Weights<kIn, kKernel * kKernel>& weights, const uint4* next,
                                                         unsigned images, const Planes& planes, const float* bias,
                                                         bool closes) {
     constexpr bool kProjects = kKernel == 1;
@@ -255,7 +250,7 @@ __device__ __forceinline__ void Walk<Element, kSpread>::convolve(Weights<kIn, kK
 
     unsigned left = images;
     int region = worker;
-    if (region >= regions) left = 0;  // none for this warp, in the whole group: it has no need of the next weights
+    if (region >= regions) left = 0;  // none for this warp, in the whole stage: it has no need of the next weights
     while (left) {
         const int i = __ffs(left) - 1;
         const int row0 = region / strips * kRows, column0 = region % strips * kStrip;
@@ -266,7 +261,7 @@ __device__ __forceinline__ void Walk<Element, kSpread>::convolve(Weights<kIn, kK
         const bool refill = !left_after && next;
 
         float sum[kPairs][2][4] = {};  // of two rows and 8 output channels, as the tensor core leaves it
-        const int from = map.images + i * map.image + planes.from;
+        const int from = layout.images + i * layout.image + planes.from;
 #pragma unroll
         for (int chunk = 0; chunk < Weights<kIn, kKernel * kKernel>::kChunks; ++chunk) {
 #pragma unroll
@@ -325,7 +320,7 @@ __device__ __forceinline__ void Walk<Element, kSpread>::convolve(Weights<kIn, kK
                     if (closes) low += low_of<Element>(*both), high += high_of<Element>(*both);
                     if (!kProjects) low = relu(low), high = relu(high);
                     const unsigned rounded = pack<Element>(low, high);
-                    write(both, rounded);
+                    broadcast(both, rounded);
                     totals[n][0] += low_of<Element>(rounded);
                     totals[n][1] += high_of<Element>(rounded);
                 }
@@ -336,7 +331,7 @@ __device__ __forceinline__ void Walk<Element, kSpread>::convolve(Weights<kIn, kK
                 for (int which = 0; which < 2; ++which) {
                     float& total = totals[n][which];
                     for (int lanes = 4; lanes < 32; lanes *= 2) total += __shfl_xor_sync(kAllLanes, total, lanes);
-                    if (lane < 4) write(sums(i) + region * kOut + tile * kChunk + n * 8 + pair + which, total);
+                    if (lane < 4) broadcast(sums(i) + region * kOut + tile * kChunk + n * 8 + pair + which, total);
                 }
         }
         left = left_after;
@@ -345,18 +340,18 @@ __device__ __forceinline__ void Walk<Element, kSpread>::convolve(Weights<kIn, kK
 }
 
 // The images into planes of 16 channels, and the first convolution.
-template <typename Element, bool kSpread>
-__device__ __forceinline__ void Walk<Element, kSpread>::stem() {
+template <typename Element, bool kClustered>
+__device__ __forceinline__ void ForwardPass<Element, kClustered>::stem() {
     const int height = network.height, width = network.width, pixels = height * width;
     const int pitch = rounded_up(width, kStrip);
-    const ResidentGroup& group = network.group[0];
+    const ResidentStage& stage = network.stage[0];
     Weights<16, 9> weights;
     weights.load(weights.at(network.stem, 0, lane));
     for (int at = threadIdx.x; at < count * pixels; at += kThreads) {
         const int i = at / pixels, pixel = at % pixels;
         const auto* from = static_cast<const Element*>(call.images) +
                            static_cast<std::size_t>(first + i) * network.in * pixels + pixel;
-        unsigned char* to = image(i) + map.inner[0];
+        unsigned char* to = image(i) + layout.inner[0];
 #pragma unroll
         for (int eighth = 0; eighth < 2; ++eighth) {
             unsigned pairs[4] = {};
@@ -368,95 +363,95 @@ __device__ __forceinline__ void Walk<Element, kSpread>::stem() {
                 make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
         }
     }
-    meet();
-    const Planes planes{map.inner[0], height, width, map.x[0], group.height, group.width};
-    convolve<16, 16, 1, 3>(weights, nullptr, everyone(), planes, network.stem_bias, false);
-    meet();
+    barrier();
+    const Planes planes{layout.inner[0], height, width, layout.x[0], stage.height, stage.width};
+    convolve<16, 16, 1, 3>(weights, nullptr, all_images(), planes, network.stem_bias, false);
+    barrier();
 }
 
-// A group's first block where the activation changes its shape: its first convolution for the images that execute,
+// A stage's first block where the activation changes its shape: its first convolution for the images that execute,
 // and the projection for all.
-template <typename Element, bool kSpread>
-template <int kGroup>
-__device__ __forceinline__ void Walk<Element, kSpread>::enter_group() {
-    constexpr int kOut = group_channels(kGroup), kIn = kOut / 2;
-    const ResidentGroup &before = network.group[kGroup - 1], &group = network.group[kGroup];
+template <typename Element, bool kClustered>
+template <int kStage>
+__device__ __forceinline__ void ForwardPass<Element, kClustered>::enter_stage() {
+    constexpr int kOut = stage_channels(kStage), kIn = kOut / 2;
+    const ResidentStage &before = network.stage[kStage - 1], &stage = network.stage[kStage];
     const int tile = warp % (kOut / kChunk);
-    if (kSpread) meet();  // others may still be reading the sums that the projection writes
-    Planes planes{map.x[kGroup - 1], before.height, before.width, map.inner[kGroup], group.height, group.width};
+    if (kClustered) barrier();  // others may still be reading the sums that the projection writes
+    Planes planes{layout.x[kStage - 1], before.height, before.width, layout.inner[kStage], stage.height, stage.width};
     if (executing) {
         Weights<kIn, 9> weights;
-        weights.load(weights.at(group.entry, tile, lane));
-        convolve<kIn, kOut, 2, 3>(weights, nullptr, executing, planes, group.entry_bias, false);
+        weights.load(weights.at(stage.entry, tile, lane));
+        convolve<kIn, kOut, 2, 3>(weights, nullptr, executing, planes, stage.entry_bias, false);
     }
     Weights<kIn, 1> weights;
-    const auto* projection = static_cast<const unsigned char*>(group.entry) + 9 * fragment_bytes(kIn, kOut);
+    const auto* projection = static_cast<const unsigned char*>(stage.entry) + 9 * fragment_bytes(kIn, kOut);
     weights.load(weights.at(projection, tile, lane));
-    planes.to = map.x[kGroup];
-    convolve<kIn, kOut, 2, 1>(weights, nullptr, everyone(), planes, group.entry_bias + kOut, false);
-    meet();
+    planes.to = layout.x[kStage];
+    convolve<kIn, kOut, 2, 1>(weights, nullptr, all_images(), planes, stage.entry_bias + kOut, false);
+    barrier();
 }
 
-// run_block for all of a group's blocks, each followed by its gate.
-template <typename Element, bool kSpread>
-template <int kGroup>
-__device__ __forceinline__ void Walk<Element, kSpread>::run_group() {
-    constexpr int kChannels = group_channels(kGroup);
-    constexpr int kEntry = kGroup > 0;  // the first block's first convolution is not among `inner`
+// run_block for all of a stage's residual blocks, each followed by its gate.
+template <typename Element, bool kClustered>
+template <int kStage>
+__device__ __forceinline__ void ForwardPass<Element, kClustered>::run_stage() {
+    constexpr int kChannels = stage_channels(kStage);
+    constexpr int kEntry = kStage > 0;  // the first block's first convolution is not among `inner`
     using Inner = Weights<kChannels, 9>;
-    const ResidentGroup& group = network.group[kGroup];
-    const int convolutions = 2 * group.blocks - kEntry;
+    const ResidentStage& stage = network.stage[kStage];
+    const int convolutions = 2 * stage.blocks - kEntry;
     const auto fragments = [&](int number) {
-        return number < convolutions ? Inner::at(static_cast<const unsigned char*>(group.inner) +
+        return number < convolutions ? Inner::at(static_cast<const unsigned char*>(stage.inner) +
                                                      number * 9 * fragment_bytes(kChannels, kChannels),
                                                  warp % (kChannels / kChunk), lane)
                                      : nullptr;
     };
-    const int height = group.height, width = group.width;
+    const int height = stage.height, width = stage.width;
 
     Inner weights;
-    if (kEntry) enter_group<kGroup == 0 ? 1 : kGroup>();
+    if (kEntry) enter_stage<kStage == 0 ? 1 : kStage>();
     weights.load(fragments(0));
-    for (int block = 0; block < group.blocks; ++block) {
+    for (int block = 0; block < stage.blocks; ++block) {
         const int end = 2 * (block + 1) - kEntry;  // the next block's first convolution
         if (executing) {
             for (int number = block == 0 ? 0 : end - 2; number < end; ++number) {
                 const bool closes = number == end - 1;
-                const Planes planes{closes ? map.inner[kGroup] : map.x[kGroup], height, width,
-                                    closes ? map.x[kGroup] : map.inner[kGroup], height, width};
+                const Planes planes{closes ? layout.inner[kStage] : layout.x[kStage], height, width,
+                                    closes ? layout.x[kStage] : layout.inner[kStage], height, width};
                 convolve<kChannels, kChannels, 1, 3>(weights, fragments(number + 1), executing, planes,
-                                                     group.inner_bias + number * kChannels, closes);
-                if (!closes) meet();
+                                                     stage.inner_bias + number * kChannels, closes);
+                if (!closes) barrier();
             }
         } else if (fragments(end)) {
             weights.load(fragments(end));
         }
-        gate_step<kGroup>(kEntry && block == 0);
+        gate_step<kStage>(kEntry && block == 0);
     }
 }
 
 // Brings the next gate's embedding under way; every gate begins one copy, so that they can be counted.
-template <typename Element, bool kSpread>
-__device__ __forceinline__ void Walk<Element, kSpread>::fetch_embedding(int gate) {
+template <typename Element, bool kClustered>
+__device__ __forceinline__ void ForwardPass<Element, kClustered>::fetch_embedding(int gate) {
     int block = gate;
-    for (int group = 0; group < network.groups; ++group) {
-        const int floats = embedding_floats(network, group);
-        if (block < network.group[group].blocks) {
-            const float* from = network.group[group].embeddings + static_cast<std::size_t>(block) * floats;
+    for (int stage = 0; stage < network.stages; ++stage) {
+        const int floats = embedding_floats(network, stage);
+        if (block < network.stage[stage].blocks) {
+            const float* from = network.stage[stage].embeddings + static_cast<std::size_t>(block) * floats;
             for (int at = 4 * threadIdx.x; at < floats; at += 4 * kThreads)
                 cp_async16(embedding_place(gate) + at, from + at);
             break;
         }
-        block -= network.group[group].blocks;
+        block -= network.stage[stage].blocks;
     }
     cp_async_commit();
 }
 
 // Average over an image's pixels.
-template <typename Element, bool kSpread>
-__device__ __forceinline__ float Walk<Element, kSpread>::pooled(int group, int i, int channel) const {
-    const ResidentGroup& at = network.group[group];
-    const int channels = group_channels(group), regions = regions_of(channels, at.height, at.width);
+template <typename Element, bool kClustered>
+__device__ __forceinline__ float ForwardPass<Element, kClustered>::pooled(int stage, int i, int channel) const {
+    const ResidentStage& at = network.stage[stage];
+    const int channels = stage_channels(stage), regions = regions_of(channels, at.height, at.width);
     const float share = 1.0f / static_cast<float>(at.height * at.width);
     float total = 0.0f;
 #pragma unroll 8
@@ -466,17 +461,17 @@ __device__ __forceinline__ float Walk<Element, kSpread>::pooled(int group, int i
 
 // Pool-finish, embed, LSTM step: the execute logit of a warp's image. Its pooled activation is as it was unless the block
 // has changed it.
-template <typename Element, bool kSpread>
-template <int kGroup>
-__device__ __forceinline__ float Walk<Element, kSpread>::rnn_gate(int i, bool changed) {
-    constexpr int kChannels = group_channels(kGroup), kParts = (kChannels + 31) / 32;
+template <typename Element, bool kClustered>
+template <int kStage>
+__device__ __forceinline__ float ForwardPass<Element, kClustered>::rnn_gate(int i, bool changed) {
+    constexpr int kChannels = stage_channels(kStage), kParts = (kChannels + 31) / 32;
     const int embed = network.embed, units = network.hidden;
     const float* weight = embedding_place(index);
     if (changed) {
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
             const int channel = part * 32 + lane;
-            features[part] = channel < kChannels ? pooled(kGroup, i, channel) : 0.0f;
+            features[part] = channel < kChannels ? pooled(kStage, i, channel) : 0.0f;
         }
     }
     float embedded = 0.0f;  // a lane has one
@@ -492,7 +487,7 @@ __device__ __forceinline__ float Walk<Element, kSpread>::rnn_gate(int i, bool ch
         if (lane == e) embedded = whole;
     }
 
-    const auto* lstm = reinterpret_cast<const float4*>(shared + map.lstm);  // [embed + hidden + 1, hidden] of i, f, g, o
+    const auto* lstm = reinterpret_cast<const float4*>(shared + layout.lstm);  // [embed + hidden + 1, hidden] of i, f, g, o
     const int unit = lane < units ? lane : 0;
     float4 gates = lstm[(embed + units) * units + unit];
 #pragma unroll 10
@@ -509,16 +504,16 @@ __device__ __forceinline__ float Walk<Element, kSpread>::rnn_gate(int i, bool ch
     return warp_sum(lane < units ? projection[lane] * hidden : 0.0f) + projection[units];
 }
 
-// The gate after a block, and who runs the next one. Warp i decides for image i. A block that `enters` a group changes all
+// The gate after a block, and who runs the next one. Warp i decides for image i. A block that `enters` a stage changes all
 // images.
-template <typename Element, bool kSpread>
-template <int kGroup>
-__device__ __forceinline__ void Walk<Element, kSpread>::gate_step(bool enters) {
+template <typename Element, bool kClustered>
+template <int kStage>
+__device__ __forceinline__ void ForwardPass<Element, kClustered>::gate_step(bool enters) {
     cp_async_wait<1>();
-    meet();  // for the block's output and sums, and the embedding
-    if (index < call.steps) {
+    barrier();  // for the block's output and sums, and the embedding
+    if (index < call.num_gates) {
         if (warp < count) {
-            const float logit = rnn_gate<kGroup>(warp, enters || (executing >> warp & 1));
+            const float logit = rnn_gate<kStage>(warp, enters || (executing >> warp & 1));
             if (lane == 0) {
                 const std::size_t at = static_cast<std::size_t>(index) * call.batch + first + warp;
                 const float probability = sigmoid(logit);
@@ -542,18 +537,18 @@ __device__ __forceinline__ void Walk<Element, kSpread>::gate_step(bool enters) {
 }
 
 // The images that a gate lets execute, as a mask.
-template <typename Element, bool kSpread>
-__device__ __forceinline__ unsigned Walk<Element, kSpread>::compact(int gate) const {
+template <typename Element, bool kClustered>
+__device__ __forceinline__ unsigned ForwardPass<Element, kClustered>::compact(int gate) const {
     unsigned mask = 0;
     for (int i = 0; i < count; ++i) mask |= static_cast<unsigned>(control().executes[gate % 2][i]) << i;
     return mask;
 }
 
 // Global average pool and classifier.
-template <typename Element, bool kSpread>
-__device__ __forceinline__ void Walk<Element, kSpread>::head() {
-    const int last = network.groups - 1, channels = group_channels(last), classes = network.classes;
-    auto* features = reinterpret_cast<float*>(shared + map.pooled);  // [count, channels]
+template <typename Element, bool kClustered>
+__device__ __forceinline__ void ForwardPass<Element, kClustered>::head() {
+    const int last = network.stages - 1, channels = stage_channels(last), classes = network.classes;
+    auto* features = reinterpret_cast<float*>(shared + layout.pooled);  // [count, channels]
     for (int at = threadIdx.x; at < count * channels; at += kThreads)
         features[at] = pooled(last, at / channels, at % channels);
     __syncthreads();
@@ -571,87 +566,87 @@ __device__ __forceinline__ void Walk<Element, kSpread>::head() {
     }
 }
 
-template <typename Element, bool kSpread>
-__device__ __forceinline__ void Walk<Element, kSpread>::run(int images) {
+template <typename Element, bool kClustered>
+__device__ __forceinline__ void ForwardPass<Element, kClustered>::run(int images) {
     if (threadIdx.x == 0) control().zeros = make_uint4(0, 0, 0, 0);
     for (int at = threadIdx.x; at < lstm_floats(network); at += kThreads)
-        reinterpret_cast<float*>(shared + map.lstm)[at] = network.lstm[at];
-    for (int group = 0; group < network.groups; ++group) blocks += network.group[group].blocks;
+        reinterpret_cast<float*>(shared + layout.lstm)[at] = network.lstm[at];
+    for (int stage = 0; stage < network.stages; ++stage) blocks += network.stage[stage].blocks;
     const int in_flight = static_cast<int>(gridDim.x) / blocks_of_image() * images;
     first = static_cast<int>(blockIdx.x) / blocks_of_image() * images;
     while (first < call.batch) {
         count = min(images, call.batch - first);
-        executing = everyone();
+        executing = all_images();
         index = 0;
         hidden = cell = 0.0f;
         fetch_embedding(0);
         fetch_embedding(1);
         stem();
-        run_group<0>();
-        if (network.groups > 1) run_group<1>();
-        if (network.groups > 2) run_group<2>();
+        run_stage<0>();
+        if (network.stages > 1) run_stage<1>();
+        if (network.stages > 2) run_stage<2>();
         head();
-        if (kSpread || !call.taken) return;
-        if (threadIdx.x == 0) control().first = in_flight + atomicAdd(call.taken, images);
+        if (kClustered || !call.work_counter) return;
+        if (threadIdx.x == 0) control().first = in_flight + atomicAdd(call.work_counter, images);
         __syncthreads();
         first = control().first;
     }
 }
 
-template <typename Element, bool kSpread>
+template <typename Element, bool kClustered>
 __global__ void __launch_bounds__(kThreads, 1)
-    resident(const ResidentNetwork network, const ResidentCall call, const Map map, int images) {
-    Walk<Element, kSpread>{network,
+    resident(const ResidentNetwork network, const ResidentCall call, const SharedLayout layout, int images) {
+    ForwardPass<Element, kClustered>{network,
                            call,
-                           map,
+                           layout,
                            shared_memory(),
                            static_cast<int>(threadIdx.x / 32),
                            static_cast<int>(threadIdx.x % 32),
-                           kSpread ? cluster_rank() : 0}
+                           kClustered ? cluster_rank() : 0}
         .run(images);
 }
 
-auto kernel_of(const ResidentNetwork& network, bool spread) {
-    if (network.element == ElementType::float16) return spread ? resident<Half, true> : resident<Half, false>;
-    return spread ? resident<Bfloat16, true> : resident<Bfloat16, false>;
+auto kernel_of(const ResidentNetwork& network, bool clustered) {
+    if (network.element == ElementType::float16) return clustered ? resident<Half, true> : resident<Half, false>;
+    return clustered ? resident<Bfloat16, true> : resident<Bfloat16, false>;
 }
 
 }  // namespace
 
 ResidentWeights lay_out(ResidentNetwork& network, const void* fragments, const float* floats) {
     const auto* bytes = static_cast<const unsigned char*>(fragments);
-    ResidentWeights taken{0, 0};
+    ResidentWeights used{0, 0};
     const auto convolutions = [&](std::size_t size) {
-        taken.fragments += size;
-        return bytes + taken.fragments - size;
+        used.fragments += size;
+        return bytes + used.fragments - size;
     };
     const auto parameters = [&](std::size_t size) {
-        taken.floats += size;
-        return floats + taken.floats - size;
+        used.floats += size;
+        return floats + used.floats - size;
     };
     network.stem = convolutions(9 * fragment_bytes(16, 16));
     network.stem_bias = parameters(16);
     int height = network.height, width = network.width;
-    for (int number = 0; number < network.groups; ++number) {
-        ResidentGroup& group = network.group[number];
-        const int channels = group_channels(number), inner = 2 * group.blocks - (number > 0);
+    for (int number = 0; number < network.stages; ++number) {
+        ResidentStage& stage = network.stage[number];
+        const int channels = stage_channels(number), inner = 2 * stage.blocks - (number > 0);
         if (number > 0) {
             height = quotient_up(height, 2), width = quotient_up(width, 2);
-            group.entry = convolutions(10 * fragment_bytes(channels / 2, channels));
-            group.entry_bias = parameters(2 * channels);
+            stage.entry = convolutions(10 * fragment_bytes(channels / 2, channels));
+            stage.entry_bias = parameters(2 * channels);
         }
-        group.height = height, group.width = width;
-        group.inner = convolutions(static_cast<std::size_t>(inner) * 9 * fragment_bytes(channels, channels));
-        group.inner_bias = parameters(static_cast<std::size_t>(inner) * channels);
+        stage.height = height, stage.width = width;
+        stage.inner = convolutions(static_cast<std::size_t>(inner) * 9 * fragment_bytes(channels, channels));
+        stage.inner_bias = parameters(static_cast<std::size_t>(inner) * channels);
         if (network.embed)
-            group.embeddings = parameters(static_cast<std::size_t>(group.blocks) * embedding_floats(network, number));
+            stage.embeddings = parameters(static_cast<std::size_t>(stage.blocks) * embedding_floats(network, number));
     }
     network.lstm = parameters(lstm_floats(network));
-    network.head = parameters(static_cast<std::size_t>(group_channels(network.groups - 1) + 1) * network.classes);
-    return taken;
+    network.head = parameters(static_cast<std::size_t>(stage_channels(network.stages - 1) + 1) * network.classes);
+    return used;
 }
 
-int resident_shared_memory(const ResidentNetwork& network, int images) { return map_of(network, images).total; }
+int resident_shared_memory(const ResidentNetwork& network, int images) { return shared_layout(network, images).total; }
 
 ResidentDevice resident_device(const ResidentNetwork& network) {
     const auto clusters = [&](int size) {
@@ -661,12 +656,12 @@ ResidentDevice resident_device(const ResidentNetwork& network) {
 }
 
 ResidentPlan plan_resident(const ResidentNetwork& network, int batch, const ResidentDevice& device) {
-    int most = kMostImages;
+    int most = kMaxImages;
     while (most > 0 && resident_shared_memory(network, most) > device.shared_memory) --most;
     check(most > 0, "image: ", network.height, " x ", network.width, " needs ", resident_shared_memory(network, 1),
           " bytes of shared memory, the device has ", device.shared_memory);
-    if (batch <= device.fours) return {1, 4 * batch, false, 4};
-    if (batch <= device.pairs) return {1, 2 * batch, false, 2};
+    if (batch <= device.clusters_of_4) return {1, 4 * batch, false, 4};
+    if (batch <= device.clusters_of_2) return {1, 2 * batch, false, 2};
     // As few rounds as can be, then as few images at a time.
     const int rounds = quotient_up(batch, device.multiprocessors * most);
     const int images = quotient_up(batch, device.multiprocessors * (rounds > 0 ? rounds : 1));
@@ -675,15 +670,15 @@ ResidentPlan plan_resident(const ResidentNetwork& network, int batch, const Resi
 }
 
 void run_resident(const ResidentNetwork& network, const ResidentCall& call, const ResidentPlan& plan, Stream stream) {
-    check(plan.images >= 1 && plan.images <= kMostImages, "plan: expected 1 to ", kMostImages, " images, got ",
+    check(plan.images >= 1 && plan.images <= kMaxImages, "plan: expected 1 to ", kMaxImages, " images, got ",
           plan.images);
-    check(plan.cluster == 1 || !plan.queues, "plan: clusters take one round");
-    check(!plan.queues || call.taken, "taken: needed for ", call.batch, " images");
+    check(plan.cluster == 1 || !plan.dynamic, "plan: clusters take one round");
+    check(!plan.dynamic || call.work_counter, "work_counter: needed for ", call.batch, " images");
     check(network.element != ElementType::float32, "element: expected 16 bits");
     if (call.batch == 0) return;
-    const Map map = map_of(network, plan.images);
-    const Grid grid{dim3(plan.blocks), dim3(kThreads), static_cast<std::size_t>(map.total), plan.cluster};
-    launch("resident", kernel_of(network, plan.cluster > 1), grid, stream, network, call, map, plan.images);
+    const SharedLayout layout = shared_layout(network, plan.images);
+    const Grid grid{dim3(plan.blocks), dim3(kThreads), static_cast<std::size_t>(layout.total), plan.cluster};
+    launch("resident", kernel_of(network, plan.cluster > 1), grid, stream, network, call, layout, plan.images);
 }
 
 }  // namespace skipnet::cuda

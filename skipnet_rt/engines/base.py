@@ -45,7 +45,7 @@ class Decisions:
         gate_logits: ``[S, N]``, the execute logits, in the gates' dtype. Gate-major, so that a gate writes one row.
         probabilities: ``[S, N]``, their sigmoid.
         executed: bool ``[S, N]``: p > 0.5, or what was forced.
-        hidden, cell: ``[N, hidden_dim]``, the LSTM's state, advanced in place (no columns without RNNGate).
+        hidden, cell: ``[N, state_dim]``, the LSTM's state, advanced in place.
         forced: bool ``[G, N]``, decisions that replace the gates' own, or None.
     """
 
@@ -59,6 +59,29 @@ class Decisions:
     def forced_by(self, index: int) -> Tensor | None:
         """What was forced for gate ``index``, bool ``[N]``; None where it decides itself (the unused last one does)."""
         return None if self.forced is None or index == len(self.forced) else self.forced[index]
+
+
+def empty_decisions(network: PackedNetwork, batch: int, num_gates: int, forced: Tensor | None, *,
+                    zeroed: bool = True) -> Decisions:
+    """Decisions of a batch before the first gate.
+
+    Args:
+        network: whose gates decide.
+        batch: N.
+        num_gates: S.
+        forced: bool ``[G, N]`` of any strides, or None.
+        zeroed: the decisions and the LSTM's state begin at zero; False where kernels write all of them themselves.
+    """
+    make = torch.zeros if zeroed else torch.empty
+    gates: dict[str, Any] = {"dtype": network.gate_dtype, "device": network.device}
+    return Decisions(
+        gate_logits=torch.empty(num_gates, batch, **gates),
+        probabilities=torch.empty(num_gates, batch, **gates),
+        executed=make(num_gates, batch, dtype=torch.bool, device=network.device),
+        hidden=make(batch, network.arch.state_dim, **gates),
+        cell=make(batch, network.arch.state_dim, **gates),
+        forced=None if forced is None else forced.contiguous(),
+    )
 
 
 @dataclass(frozen=True)
@@ -124,33 +147,14 @@ class Engine(ABC):
         """Bytes of the device's memory that it holds; see :attr:`skipnet_rt.SkipNetRuntime.memory`."""
         return self.network.nbytes
 
-    def empty_decisions(self, batch: int, num_gates: int, routing: Tensor | None) -> Decisions:
-        """Empty decisions for a batch; ``routing`` is bool ``[N, G]`` or None."""
-        network = self.network
-        options: dict[str, Any] = {"dtype": network.gate_dtype, "device": network.device}
-        state = network.arch.hidden_dim if network.arch.gate == "rnn" else 0
-        return Decisions(
-            gate_logits=torch.empty(num_gates, batch, **options),
-            probabilities=torch.empty(num_gates, batch, **options),
-            executed=torch.zeros(num_gates, batch, dtype=torch.bool, device=network.device),
-            hidden=torch.zeros(batch, state, **options),
-            cell=torch.zeros(batch, state, **options),
-            forced=None if routing is None else routing.t().contiguous(),
-        )
-
-    @classmethod
-    def build(cls, network: PackedNetwork) -> Engine:
-        """The engine for a network that it supports."""
-        return cls(network)
-
     @abstractmethod
-    def run(self, images: Tensor, routing: Tensor | None, num_gates: int) -> EnginePass:
+    def run(self, images: Tensor, forced: Tensor | None, num_gates: int) -> EnginePass:
         """From images to logits.
 
         Args:
             images: ``[N, in_channels, H, W]``, N >= 1, in the network's dtype or one of :attr:`image_dtypes`, on its
                 device, contiguous.
-            routing: bool ``[N, G]``, decisions that replace the gates' own; None lets the gates decide.
+            forced: bool ``[G, N]`` of any strides, decisions that replace the gates' own; None lets the gates decide.
             num_gates: gates to evaluate: G, or G + 1 where the last one's probabilities are wanted too.
         """
 
@@ -189,8 +193,8 @@ class BlockwiseEngine(Engine, Generic[Activation, Rows]):
     def head(self, x: Activation) -> Tensor:
         """Global average pool and classifier: logits ``[N, num_classes]``."""
 
-    def run(self, images: Tensor, routing: Tensor | None, num_gates: int) -> EnginePass:
-        return self.forward(images, self.empty_decisions(len(images), num_gates, routing))
+    def run(self, images: Tensor, forced: Tensor | None, num_gates: int) -> EnginePass:
+        return self.forward(images, empty_decisions(self.network, len(images), num_gates, forced))
 
     def forward(self, images: Tensor, decisions: Decisions) -> EnginePass:
         """From images to logits through every phase; the decisions come empty and are filled on the way."""

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from skipnet_rt.engines.base import Decisions, EnginePass
+from skipnet_rt.kernels.language import power_of_two
 from skipnet_rt.model.arch import SkipNetArch
 
 Forward = Callable[[Tensor, "Tensor | None", "Tensor | None", int], EnginePass]
-"""From images ``[B, ...]``, routing bool ``[B, G]`` or None, present int32 ``[1]`` (None: B) and the gates to evaluate,
+"""From images ``[B, ...]``, forced bool ``[G, B]`` or None, present int32 ``[1]`` (None: B) and the gates to evaluate,
 to a result of B rows, of which those that are not present are undefined."""
 
 _MOST_PIXELS = 32 * 224 * 224
@@ -40,14 +41,9 @@ class _Bucket:
 
     graph: torch.cuda.CUDAGraph
     images: Tensor  # [B, in_channels, H, W]
-    routing: Tensor | None  # bool [B, G]
+    forced: Tensor | None  # bool [G, B]
     present: Tensor  # int32 [1]
     result: EnginePass
-
-
-def bucket_size(batch: int) -> int:
-    """The next power of two."""
-    return 1 << (batch - 1).bit_length()
 
 
 class Graphs:
@@ -57,7 +53,7 @@ class Graphs:
     It comes with every call, for whoever kept it would keep the engine and its memory.
 
     Args:
-        architecture: of the network, for the shapes of images and routing.
+        architecture: of the network, for the shapes of images and forced decisions.
         device: a CUDA device.
         dtype: of images.
         loading: around a bucket's first pass, which compiles or loads what is new; shows that, for instance.
@@ -80,48 +76,48 @@ class Graphs:
             if not self._buckets:
                 return 0
             inputs = [tensor for bucket in self._buckets.values()
-                      for tensor in (bucket.images, bucket.routing, bucket.present) if tensor is not None]
+                      for tensor in (bucket.images, bucket.forced, bucket.present) if tensor is not None]
             segments = torch.cuda.memory_snapshot(self._pool, include_traces=False)  # type: ignore[no-untyped-call]
         return sum(tensor.nbytes for tensor in inputs) + sum(segment["total_size"] for segment in segments)
 
-    def run(self, forward: Forward, images: Tensor, routing: Tensor | None, num_gates: int) -> EnginePass:
+    def run(self, forward: Forward, images: Tensor, forced: Tensor | None, num_gates: int) -> EnginePass:
         """A batch on the current stream: its bucket replayed, which the first such batch captures, and waits for that.
 
         Launched directly where a graph would bring nothing, where the caller captures one that shall hold it, and where
         PyTorch's allocator does not cache.
         """
         with torch.cuda.device(self._device):
-            if not self._fits(bucket_size(len(images))) or torch.cuda.is_current_stream_capturing():
-                return forward(images, routing, None, num_gates)
-            return self._replayed(forward, images, routing, num_gates)
+            if not self._fits(power_of_two(len(images))) or torch.cuda.is_current_stream_capturing():
+                return forward(images, forced, None, num_gates)
+            return self._replayed(forward, images, forced, num_gates)
 
-    def capture(self, forward: Forward, batches: Iterable[int], num_gates: int, forced: bool) -> None:
+    def capture(self, forward: Forward, batches: Iterable[int], num_gates: int, forces: bool) -> None:
         """Capture ahead, the largest first: the smaller ones then find room in its memory."""
         with self._lock, torch.cuda.device(self._device):
-            for size in sorted(filter(self._fits, {bucket_size(batch) for batch in batches}), reverse=True):
-                self._bucket(forward, size, num_gates, forced)
+            for size in sorted(filter(self._fits, {power_of_two(batch) for batch in batches}), reverse=True):
+                self._bucket(forward, size, num_gates, forces)
 
     def _fits(self, size: int) -> bool:
         height, width = self._architecture.image_size
         return _CAPTURES and size * height * width <= _MOST_PIXELS
 
-    def _replayed(self, forward: Forward, images: Tensor, routing: Tensor | None, num_gates: int) -> EnginePass:
+    def _replayed(self, forward: Forward, images: Tensor, forced: Tensor | None, num_gates: int) -> EnginePass:
         with self._lock:
-            bucket = self._bucket(forward, bucket_size(len(images)), num_gates, routing is not None)
+            bucket = self._bucket(forward, power_of_two(len(images)), num_gates, forced is not None)
             stream = torch.cuda.current_stream()
             stream.wait_event(self._done)
             bucket.images[:len(images)].copy_(images)
             bucket.present.fill_(len(images))
-            if routing is not None:
-                assert bucket.routing is not None
-                bucket.routing[:len(images)].copy_(routing)
+            if forced is not None:
+                assert bucket.forced is not None
+                bucket.forced[:, :len(images)].copy_(forced)
             bucket.graph.replay()
             result = _copied(bucket.result, len(images))
             self._done.record(stream)
         return result
 
-    def _bucket(self, forward: Forward, size: int, num_gates: int, forced: bool) -> _Bucket:
-        key = size, num_gates, forced
+    def _bucket(self, forward: Forward, size: int, num_gates: int, forces: bool) -> _Bucket:
+        key = size, num_gates, forces
         if key not in self._buckets:
             # In a thread of its own: what stays must not belong to what this call is made in, like inference mode, or
             # the warm-up of torch.compile's CUDA graphs, in which all that a thread allocates comes from their pool.
@@ -129,19 +125,19 @@ class Graphs:
                 self._buckets[key] = thread.submit(self._captured, forward, *key).result()
         return self._buckets[key]
 
-    def _captured(self, forward: Forward, size: int, num_gates: int, forced: bool) -> _Bucket:
+    def _captured(self, forward: Forward, size: int, num_gates: int, forces: bool) -> _Bucket:
         architecture, device = self._architecture, self._device
         images = torch.zeros(size, architecture.in_channels, *architecture.image_size, dtype=self._dtype, device=device)
-        routing = torch.zeros(size, architecture.num_gates, dtype=torch.bool, device=device) if forced else None
+        forced = torch.zeros(architecture.num_gates, size, dtype=torch.bool, device=device) if forces else None
         present = torch.zeros(1, dtype=torch.int32, device=device)
         with self._loading():
-            forward(images, routing, present, num_gates)  # a capture cannot compile or load
+            forward(images, forced, present, num_gates)  # a capture cannot compile or load
         graph = torch.cuda.CUDAGraph()
         # Only this thread's calls are restricted while it captures: others may be allocating.
         with _CAPTURING, torch.cuda.graph(graph, pool=self._pool, stream=self._stream,
                                           capture_error_mode="thread_local"):
-            result = forward(images, routing, present, num_gates)
-        return _Bucket(graph, images, routing, present, result)
+            result = forward(images, forced, present, num_gates)
+        return _Bucket(graph, images, forced, present, result)
 
 
 def _copied(result: EnginePass, batch: int) -> EnginePass:

@@ -39,10 +39,10 @@ class EagerEngine(BlockwiseEngine[Tensor, Tensor]):
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     synchronizes_on = ("cuda", "xpu", "mps")  # the row list's length is needed on the host
 
-    def run(self, images: Tensor, routing: Tensor | None, num_gates: int) -> EnginePass:
+    def run(self, images: Tensor, forced: Tensor | None, num_gates: int) -> EnginePass:
         # On a GPU: the same algorithm every time, and float32 that is float32.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            return super().run(images, routing, num_gates)
+            return super().run(images, forced, num_gates)
 
     def all_rows(self, decisions: Decisions) -> Tensor:
         return torch.arange(decisions.executed.shape[1], device=decisions.executed.device)
@@ -50,7 +50,7 @@ class EagerEngine(BlockwiseEngine[Tensor, Tensor]):
     def stem(self, images: Tensor) -> Tensor:
         def one(image: Tensor) -> Tensor:
             x = F.relu(_convolve(image, self.network.stem))
-            return x if self.network.arch.stem == "cifar" else F.max_pool2d(x, 3, stride=2, padding=1)
+            return F.max_pool2d(x, 3, stride=2, padding=1) if self.network.arch.stem_pools else x
 
         return _one_by_one(one, images)
 
@@ -94,7 +94,7 @@ class EagerEngine(BlockwiseEngine[Tensor, Tensor]):
         block = self.network.blocks[index]
         projection = block.projection
         shortcut = x if projection is None else _one_by_one(lambda image: _convolve(image, projection), x)
-        for row in rows.tolist():
+        for row in rows.tolist():  # the skip: nothing is computed for any other image
             y = _alone(x, row)
             for layer in block.convolutions[:-1]:
                 y = F.relu(_convolve(y, layer))

@@ -85,7 +85,7 @@ class DenseNetwork(nn.Module):
         """The same in the caller's mode: PyTorch 2.11 cannot compile what enters inference mode."""
         network = self.network
         x = F.relu_(self._convolve(images.contiguous(memory_format=self.memory_format), network.stem))
-        if network.arch.stem == "imagenet":
+        if network.arch.stem_pools:
             x = F.max_pool2d(x, 3, stride=2, padding=1)
         for block in network.blocks:
             shortcut = x if block.projection is None else self._convolve(x, block.projection)
@@ -116,7 +116,7 @@ def onnx_graph(network: PackedNetwork, batch: int) -> bytes:
         return name
 
     x = node("Relu", [convolve("images", network.stem, "stem")], "stem.relu")
-    if network.arch.stem == "imagenet":
+    if network.arch.stem_pools:
         x = node("MaxPool", [x], "stem.pool", kernel_shape=[3, 3], pads=[1] * 4, strides=[2, 2])
     for index, block in enumerate(network.blocks):
         shortcut = x if block.projection is None else convolve(x, block.projection, f"{index}.projection")

@@ -144,6 +144,46 @@ def easiest_and_hardest(evaluation: Evaluation, picture: Callable[[int], np.ndar
     return figure
 
 
+def routes(evaluation: Evaluation, picture: Callable[[int], np.ndarray], labels: Sequence[str], *,
+           columns: int = 10) -> Figure:
+    """Images from the easiest to the hardest, each over its route: a cell per residual block, dark where it ran.
+
+    Of each number of blocks run there is one image before there is a second, so that routes of every length are seen.
+
+    Args:
+        evaluation: of a data set.
+        picture: image number to pixels, uint8 ``[H, W, 3]``; see :func:`pixels`.
+        labels: the classes' names.
+        columns: images.
+    """
+    ran, blocks = evaluation.blocks_run.tolist(), evaluation.arch.num_blocks
+    seen: dict[int, int] = {}
+    rank = {}  # how many images with as many blocks come before
+    for number in evaluation.easiest_first:
+        rank[number] = seen[ran[number]] = seen.get(ran[number], -1) + 1
+    chosen = sorted(evaluation.easiest_first, key=lambda number: rank[number])[:columns]
+    chosen.sort(key=lambda number: ran[number])
+    without_gate = torch.ones(len(evaluation), blocks - evaluation.arch.num_gates, dtype=torch.bool)  # these always run
+    executed = torch.cat([without_gate, evaluation.executed.cpu()], dim=1).numpy()
+    figure = Figure(figsize=(1.15 * len(chosen), 2.3), layout="constrained")
+    grid = figure.subplots(2, len(chosen), squeeze=False, height_ratios=(4, 1))
+    for number, (above, below) in zip(chosen, grid.T, strict=True):
+        above.imshow(picture(number), interpolation="nearest")
+        above.set_title(_shortened(labels[int(evaluation.predictions[number])]), fontsize=10)
+        rows = np.array_split(executed[number], 2)  # in two lines, in reading order
+        cells = np.zeros((2, len(rows[0])))
+        for line, row in zip(cells, rows, strict=True):
+            line[:len(row)] = np.where(row, 1.0, 0.25)
+        below.pcolormesh(cells, cmap="Blues", vmin=0, vmax=1.2, edgecolors="white", linewidth=1.5)
+        below.invert_yaxis()
+        below.set_xlabel(f"{ran[number]} of {blocks}", fontsize=9)
+        for axes in (above, below):
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.spines[:].set_visible(False)
+    return figure
+
+
 def _shortened(label: str) -> str:
     return label if len(label) <= 16 else f"{label[:15]}…"
 

@@ -157,6 +157,16 @@ class SkipNetArch:
         return self.widths[-1] * EXPANSION[self.block]
 
     @property
+    def stem_pools(self) -> bool:
+        """Whether a 3x3 stride-2 max pool follows the stem's convolution."""
+        return self.stem == "imagenet"
+
+    @property
+    def state_dim(self) -> int:
+        """Units of the LSTM's state: ``hidden_dim``, or 0 in a network without one."""
+        return self.hidden_dim if self.gate == "rnn" else 0
+
+    @property
     def stem_size(self) -> tuple[int, int]:
         """Height and width of the stem's output."""
         return self.image_size if self.stem == "cifar" else _halved(_halved(self.image_size))

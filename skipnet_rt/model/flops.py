@@ -137,7 +137,7 @@ def count_operations(architecture: SkipNetArch) -> NetworkCount:
     convolved = architecture.image_size if architecture.stem == "cifar" else tuple(
         (side + 1) // 2 for side in architecture.image_size)
     stem = _convolution(architecture.in_channels, channels, kernel, (convolved[0], convolved[1]), extras=_BN_RELU)
-    if architecture.stem == "imagenet":
+    if architecture.stem_pools:
         stem += OperationCount(0, 9 * channels * architecture.stem_size[0] * architecture.stem_size[1])
     height, width = architecture.blocks[-1].out_size
     features, classes = architecture.features, architecture.num_classes

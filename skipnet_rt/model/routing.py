@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,9 +12,19 @@ from torch import Tensor
 from skipnet_rt.model.arch import SkipNetArch
 from skipnet_rt.model.flops import count_operations
 
+Count = TypeVar("Count", float, Tensor)
+
+
+def computation_of(blocks: Count, num_gates: int) -> Count:
+    """The published computation percentage as a fraction, from the (mean) number of gated blocks that were executed.
+
+    It is (sum of the gates' execution rates + 1) / (gates + 1): the first block always runs.
+    """
+    return (blocks + 1) / (num_gates + 1)
+
 
 def computation(executed: Tensor) -> Tensor:
-    """The published computation percentage of each image, as a fraction: (executed gated blocks + 1) / (G + 1).
+    """The computation of each image as a fraction, see :func:`computation_of`.
 
     Args:
         executed: bool ``[N, G]``.
@@ -21,7 +32,7 @@ def computation(executed: Tensor) -> Tensor:
     Returns:
         float64 ``[N]`` in (0, 1]; 1 for a dense network (G = 0).
     """
-    return (executed.sum(dim=1, dtype=torch.float64) + 1) / (executed.shape[1] + 1)
+    return computation_of(executed.sum(dim=1, dtype=torch.float64), executed.shape[1])
 
 
 @dataclass(frozen=True)
@@ -104,7 +115,7 @@ class RoutingStats:
 
     @property
     def computation(self) -> float:
-        """The published computation percentage as a fraction: (sum of execution rates + 1) / (G + 1)."""
+        """The images' mean computation as a fraction; see :func:`computation_of`."""
         return computation(self.executed).mean().item()
 
     @property

@@ -27,6 +27,7 @@ from skipnet_rt.data import Data, Split, load_dataset
 from skipnet_rt.model.arch import SkipNetArch, arch
 from skipnet_rt.model.card import ModelCard
 from skipnet_rt.model.network import SkipNet, Trace, build
+from skipnet_rt.model.routing import computation_of
 from skipnet_rt.training.config import (
     OBJECTIVES,
     PRECISIONS,
@@ -123,8 +124,8 @@ class _Meter:
 
     @property
     def computation(self) -> float:
-        """Percent: (sum of the gates' execution rates + 1) / (gates + 1)."""
-        return 100 * (self.executed / self.images + 1) / (self.gates + 1)
+        """Percent; see :func:`skipnet_rt.model.routing.computation_of`."""
+        return 100 * computation_of(self.executed / self.images, self.gates)
 
     def __str__(self) -> str:
         return f"loss {self.loss:.4f}, accuracy {self.accuracy:.1f} %, computation {self.computation:.1f} %"

@@ -96,7 +96,7 @@ def test_gathered_conv(case, dtype, tf32):
 def test_an_image_does_not_see_its_batch(dtype, tf32, channels):
     """Bitwise the same in a batch of 64, which takes large tiles, and alone, which takes small ones; every time.
 
-    The sums of 256 channels have parts: alone, they are computed at the same time.
+    With 256 channels K is split: alone, its slices are computed at the same time.
     """
     whole = ConvOnGpu(channels, 256, size=(14, 14), batch=64, dtype=dtype, tf32=tf32)
     y, sums = whole.run(seed=0)
@@ -110,8 +110,8 @@ def test_an_image_does_not_see_its_batch(dtype, tf32, channels):
 
 
 @pytest.mark.parametrize(("dtype", "tf32"), ELEMENTS)
-def test_parts_of_a_sum_are_the_same_bits_every_time(dtype, tf32):
-    """A race between the blocks that leave them and the one that adds them would show."""
+def test_split_k_has_the_same_bits_every_time(dtype, tf32):
+    """A race between the thread blocks that leave partial sums and the one that adds them would show."""
     arguments, options = ConvOnGpu(512, 512, size=(7, 7), batch=2, rows=(1,), dtype=dtype, tf32=tf32).on_gpu()
     kernels.gathered_conv(*arguments, **options)
     y, sums = arguments[-1][1].clone(), options["sums"][1].clone()

@@ -1,23 +1,29 @@
 """No barrier or fence is there in vain, and none could be missing unnoticed: without any one, a check fails."""
 
+import os
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
-import test_simt_gate_step
 import test_simt_gathered_conv
+import test_simt_resident
 import torch
-from simt import CSRC, SimtError, build
+from object_cache import ROOT
+from simt import CSRC, SimtError, build, library
 from test_simt_gate_step import GateStep, assert_compacted, assert_equals_oracle
-from test_simt_gathered_conv import ENOUGH, Case, parted
+from test_simt_gathered_conv import ENOUGH, Case, split_k
+from test_simt_resident import images_of, model, routings, same_bits, simulate
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 # What is taken out, one at a time. The gate step's fences are not: the harness knows of weak memory only what passes
 # through __stcg and __ldcg.
 BARRIER = r"__sync(threads|warp)\(\);"
-CONVOLUTION = BARRIER + r"|__threadfence\(\);|cp_async_wait<.*>\(\);|if .*arrivals\[tile\] = 0;"
+CONVOLUTION = BARRIER + r"|__threadfence\(\);|cp_async_wait<.*>\(\);"
+# But for what `barrier` consists of, and the one that only a cluster has: no order of threads shows the need of it.
+RESIDENT = r"^(?!.*(return|kClustered)).*(\bbarrier|__syncthreads|cp_async_wait<.*>)\(\);"
 GATE_SOURCES, CONVOLUTION_SOURCES = ("cuda/compaction.cuh", "cuda/gate_step.cu"), ("cuda/gathered_conv.cu",)
 
 
@@ -30,7 +36,7 @@ def gate_checks():
 
 
 def compact(batch, seed):
-    native = test_simt_gate_step.library("gate_step")
+    native = library("compacted")
     native.configure(seed)
     executed = native.array(np.random.default_rng(seed).random(batch) < 0.5)
     rows, count = native.empty(batch, np.int32), native.empty(1, np.int32)
@@ -42,12 +48,13 @@ def convolution_checks():
     """What test_simt_gathered_conv.py checks, in short."""
     for seed in range(8):
         yield lambda seed=seed: Case(16, 72, size=(9, 9), residual=True, dtype=torch.float16).check(seed, 1)
-        yield lambda seed=seed: parted(torch.bfloat16, size=(4, 5)).check(seed, ENOUGH, calls=2)
+        yield lambda seed=seed: split_k(torch.bfloat16, size=(4, 5)).check(seed, ENOUGH, calls=2)
 
 
-def places(sources, pattern):
-    return [(source, number) for source in sources
-            for number in range(len(re.findall(pattern, (CSRC / source).read_text())))]
+def places(pattern, *sources):
+    """The lines with what is taken out: (source, line)."""
+    return [pytest.param(Path(source).name, number, id=f"{source}:{number}") for source in sources
+            for number, line in enumerate((CSRC / source).read_text().splitlines(), 1) if re.search(pattern, line)]
 
 
 def fails(check):
@@ -58,13 +65,16 @@ def fails(check):
     return False
 
 
-def without(source, pattern, number, driver, folder):
-    """The driver with one place of a source left empty."""
-    shutil.copytree(CSRC, folder / "csrc")
-    text = (CSRC / source).read_text()
-    start, end = [found.span() for found in re.finditer(pattern, text)][number]
-    (folder / "csrc" / source).write_text(text[:start] + text[end:])
-    return build(driver, folder / "csrc")
+def build_changed(name, pattern, replacement):
+    """The driver NAME.cpp with some places of cuda/NAME.cu changed."""
+    changed, places = re.subn(pattern, replacement, (CSRC / "cuda" / f"{name}.cu").read_text())
+    assert places
+    folder = Path("build", "changed", name)
+    (ROOT / folder / "cuda").mkdir(parents=True, exist_ok=True)
+    unfinished = ROOT / "build" / "changed" / f"{name}.{os.getpid()}"
+    unfinished.write_text(changed)
+    unfinished.replace(ROOT / folder / "cuda" / f"{name}.cu")
+    return build(name, folder)
 
 
 def test_with_all_of_them_the_checks_pass():
@@ -72,15 +82,48 @@ def test_with_all_of_them_the_checks_pass():
     assert not any(map(fails, convolution_checks()))
 
 
-@pytest.mark.parametrize(("source", "number"), places(GATE_SOURCES, BARRIER))
-def test_without_one_the_gate_step_fails(source, number, tmp_path, monkeypatch):
-    broken = without(source, BARRIER, number, "gate_step", tmp_path)
-    monkeypatch.setattr(test_simt_gate_step, "library", lambda name: broken)
-    assert any(map(fails, gate_checks()))
+@pytest.mark.parametrize(("source", "line"), places(BARRIER, *GATE_SOURCES))
+def test_without_one_the_gate_step_fails(source, line):
+    with library("compacted").without(source, line):
+        assert any(map(fails, gate_checks()))
 
 
-@pytest.mark.parametrize(("source", "number"), places(CONVOLUTION_SOURCES, CONVOLUTION))
-def test_without_one_the_convolution_fails(source, number, tmp_path, monkeypatch):
-    broken = without(source, CONVOLUTION, number, "gathered_conv", tmp_path)
+@pytest.mark.parametrize(("source", "line"), places(CONVOLUTION, *CONVOLUTION_SOURCES))
+def test_without_one_the_convolution_fails(source, line):
+    with library("compacted").without(source, line):
+        assert any(map(fails, convolution_checks()))
+
+
+@pytest.mark.slow
+def test_without_zeroed_counters_the_convolution_fails(monkeypatch):
+    """No call that the harness could leave out: it takes a library of its own."""
+    broken = build_changed("gathered_conv", r"if .*arrivals\[tile\] = 0;", "")
     monkeypatch.setattr(test_simt_gathered_conv, "library", lambda name: broken)
     assert any(map(fails, convolution_checks()))
+
+
+def resident_results():
+    """Of thread blocks that take one image after another, and of clusters that share one; all the same bits."""
+    images, routing = images_of("8", 3), routings("8", 3)["mixed"]
+    for seed in range(6):
+        for spread in (dict(at_a_time=2, multiprocessors=1), dict(cluster=2)):
+            yield lambda seed=seed, spread=spread: simulate(model("8"), images, torch.float16, routing=routing,
+                                                            last_gate=True, seed=seed, **spread)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("source", "line"), places(RESIDENT, "cuda/resident.cu"))
+def test_without_one_the_resident_strategy_fails(source, line, monkeypatch):
+    """Its `barrier` is a function of its own, so that the harness sees one place only: each call gets a condition."""
+    condition = "if (!simt::removal.covers(simt::Site::here()))"
+    removable = build_changed("resident", r"\bbarrier\(\);", f"{condition} barrier();")
+    monkeypatch.setattr(test_simt_resident, "library", lambda name: removable)
+    results = list(resident_results())
+    expected = results[0]()
+
+    def check(result):
+        assert same_bits(result(), expected)
+
+    assert not any(fails(lambda result=result: check(result)) for result in results)
+    with removable.without(source, line):
+        assert any(fails(lambda result=result: check(result)) for result in results)

@@ -26,6 +26,7 @@ from skipnet_rt.model.packing import pack
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+QUICK = [("rnn", torch.bfloat16), ("feedforward1", torch.float32)]  # of the empty places
 
 
 def bits(tensor):
@@ -53,7 +54,7 @@ class Compacted:
         biases = [self.description.projection_bias, *(bias for _, bias in self.description.gates)]
         self.biases = np.array(biases, np.float32)
 
-    def run(self, images, seed=0, routing=None, steps=None, multiprocessors=3, empty=None):
+    def run(self, images, seed=0, routing=None, num_gates=None, multiprocessors=3, empty=None):
         """(logits, executed, probabilities), each with the images first.
 
         `empty` places follow the batch's: there is no memory for their images and states (whoever reads or writes any
@@ -62,14 +63,14 @@ class Compacted:
         native, arch, count = library("compacted"), self.network.arch, len(images)
         batch = count + (empty or 0)
         native.configure(seed, multiprocessors)
-        steps = arch.num_gates if steps is None else steps
+        num_gates = arch.num_gates if num_gates is None else num_gates
         sizes = np.zeros(4, np.int64)
         native("measure", self.numbers, self.biases, batch, sizes)
         assert sizes[:2].tolist() == [len(self.weights.elements), len(self.weights.floats)]
         place, memory = native.array, native.empty
         logits = memory((batch, self.description.head[1]))
-        gate_logits, probabilities, executed = (memory((steps, batch)), memory((steps, batch)),
-                                                memory((steps, batch), np.bool_))
+        gate_logits, probabilities, executed = (memory((num_gates, batch)), memory((num_gates, batch)),
+                                                memory((num_gates, batch), np.bool_))
         workspace = memory(int(sizes[2]), np.uint8)
         state = [memory((count, self.description.hidden)) for _ in range(2)]
         forced = None
@@ -77,7 +78,7 @@ class Compacted:
             forced = memory((arch.num_gates, batch), np.bool_)
             forced[:, :count] = routing.numpy().T
         native("run", self.numbers, self.biases, place(bits(self.weights.elements)), place(self.weights.floats.numpy()),
-               batch, steps, None if empty is None else place(np.array([count], np.int32)),
+               batch, num_gates, None if empty is None else place(np.array([count], np.int32)),
                place(bits(images.to(self.network.dtype))), forced, logits, gate_logits, probabilities, executed, *state,
                workspace)
         self.written = np.count_nonzero(workspace[:sizes[3]] != 0xff)
@@ -121,9 +122,11 @@ def test_golden_cases(name, count):
     torch.testing.assert_close(probabilities.double(), case.probabilities[:count], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("dtype", "tf32"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)])
+@pytest.mark.parametrize(("dtype", "tf32"), [(torch.float32, False),
+                                             pytest.param(torch.float32, True, marks=pytest.mark.slow),
+                                             pytest.param(torch.bfloat16, False, marks=pytest.mark.slow)])
 def test_wide_networks(dtype, tf32):
-    """As many channels as the two wider tiles and sums in parts are for; neither which tile nor who adds shows."""
+    """As many channels as the two wider tiles and split-K are for; neither which tile nor who adds shows."""
     arch = srt.SkipNetArch("imagenet", "bottleneck", (1, 2), (32, 128), "rnn", image_size=(40, 36))
     model = with_seeded_weights(srt.build(arch), 3, 0.0, 1.0)
     images = torch.randn(3, 3, 40, 36, generator=torch.Generator().manual_seed(1))
@@ -168,8 +171,9 @@ def test_batch_invariance(dtype):
         assert torch.equal(value.flip(0), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", sorted(SMALL))
+@pytest.mark.parametrize(("name", "dtype"), [
+    pytest.param(name, dtype, marks=[] if (name, dtype) in QUICK else pytest.mark.slow)
+    for name in sorted(SMALL) for dtype in (torch.float32, torch.bfloat16)])
 def test_empty_places_do_not_change_a_bit(name, dtype):
     """As when a captured graph of a larger batch is replayed. Poison, NaN everywhere, would show; so would any work."""
     network, gates = Compacted(name, dtype), SMALL[name].num_gates
@@ -185,7 +189,7 @@ def test_empty_places_do_not_change_a_bit(name, dtype):
 
 
 def test_all_places_may_be_empty():
-    """The walk that comes before a capture has no images."""
+    """The forward pass that comes before a capture has no images."""
     logits, executed, probabilities = Compacted("rnn", torch.float32).run(small_images("rnn", 1)[:0], empty=4)
     assert len(logits) == len(executed) == len(probabilities) == 0
 

@@ -22,7 +22,7 @@ def assert_compacted(executed, rows, count):
 @pytest.mark.parametrize("batch", [0, 1, 2, 31, 33, 1000, 4096, 4097, 9001])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_compaction(batch, share):
-    compaction = library("gate_step")
+    compaction = library("compacted")
     generator = np.random.default_rng(batch)
     for seed in range(4):
         compaction.configure(seed)
@@ -53,7 +53,7 @@ class GateStep:
 
     def run(self, seed, times=1, empty=None):
         """The kernel's (logit, probability, executed, rows, count, *state). `empty` places follow the batch's."""
-        gate, n = library("gate_step"), self.batch
+        gate, n = library("compacted"), self.batch
         gate.configure(seed)
         place = gate.array
         logit, probability, executed = gate.empty(n), gate.empty(n), gate.empty(n, np.bool_)

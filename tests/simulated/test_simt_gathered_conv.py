@@ -14,14 +14,15 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ELEMENTS = [*((dtype, False) for dtype in DTYPES), (torch.float32, True)]  # and whether products are TF32
+TENSOR_CORES_SLOW = [ELEMENTS[0], *(pytest.param(*element, marks=pytest.mark.slow) for element in ELEMENTS[1:])]
 # The rounding of the result and, for the float32 sum's own error, a share of the sum of absolute products.
 EPSILON = {torch.float32: 2.0 ** -23, torch.float16: 2.0 ** -10, torch.bfloat16: 2.0 ** -7}
 TF32 = 2.0 ** -10  # both operands' rounding, of an absolute product
 PARTIAL_TILES = 256
-# A layer of each type whose sums have four parts, and how many multiprocessors run them all at once.
-IN_PARTS = {torch.float32: dict(channels_in=64), torch.float16: dict(channels_in=128),
+# A layer of each type whose K is split into four slices, and how many multiprocessors run them all at once.
+SPLIT_K = {torch.float32: dict(channels_in=64), torch.float16: dict(channels_in=128),
             torch.bfloat16: dict(channels_in=1024, kernel=1)}
-PARTS, ENOUGH = 4, 60
+SLICES, ENOUGH = 4, 60
 
 
 def as_numpy(tensor):
@@ -52,7 +53,7 @@ class Case:
     in_place: bool = False
     dtype: torch.dtype = torch.float32
     tf32: bool = False
-    leaves_parts: bool = True
+    has_workspace: bool = True
     pixels_are_images: bool = False
     weights_seed: int = 0
 
@@ -74,7 +75,7 @@ class Case:
 
     @property
     def tiles(self):
-        tiles = library("gathered_conv")._library.count_pooled_tiles
+        tiles = library("compacted")._library.count_pooled_tiles
         return tiles(self.kernel, self.stride, *map(ctypes.c_int, self.size))
 
     @property
@@ -84,10 +85,10 @@ class Case:
 
     def run(self, seed, multiprocessors=3, calls=1):
         """The kernel's (y [batch, ...], sums [batch, tiles, out]); NaN where nothing was written."""
-        conv = library("gathered_conv")
+        conv = library("compacted")
         conv.configure(seed, multiprocessors)
         partial = arrivals = None
-        if self.leaves_parts:
+        if self.has_workspace:
             floats = conv._library.count_partial_sums(self.element, self.channels_in, self.channels_out, self.kernel,
                                                       self.stride, self.batch, *self.size)
             partial, arrivals = conv.empty(floats), conv.array(np.zeros(PARTIAL_TILES, np.int32))
@@ -112,7 +113,7 @@ class Case:
             conv("run_gathered_conv", self.element, self.channels_in, self.channels_out, self.kernel, self.stride,
                  weight, bias, self.batch, *self.size, rows, count, self.gathers, self.scatters, self.relu, x,
                  shortcut if self.residual else None, y, sums, partial, arrivals, self.pixels_are_images)
-        self.parts_left = 0 if partial is None else int((~np.isnan(partial)).sum())
+        self.partial_sums_written = 0 if partial is None else int((~np.isnan(partial)).sum())
         assert arrivals is None or not arrivals.any(), "the counters are zero between calls"
         return as_torch(y, self.dtype), torch.from_numpy(sums.copy())
 
@@ -228,35 +229,35 @@ def test_bad_layers_are_named(case, message):
         Case(**case).run(seed=0)
 
 
-def parted(dtype, **case):
-    """A case whose sums have four parts."""
-    return Case(**IN_PARTS[dtype] | dict(channels_out=72, size=(6, 8), residual=True, dtype=dtype) | case)
+def split_k(dtype, **case):
+    """A case whose K is split into four slices."""
+    return Case(**SPLIT_K[dtype] | dict(channels_out=72, size=(6, 8), residual=True, dtype=dtype) | case)
 
 
 @pytest.mark.parametrize(("dtype", "tf32"), ELEMENTS)
-def test_parts_of_a_sum(dtype, tf32):
-    """Two tiles an image: with enough multiprocessors every part is left to the block that adds them, over and over."""
+def test_split_k(dtype, tf32):
+    """Two tiles per image: with enough multiprocessors every slice is left to whoever adds them, over and over."""
     for seed in range(6):
-        case = parted(dtype, tf32=tf32, rows=(2, 0), weights_seed=seed)
+        case = split_k(dtype, tf32=tf32, rows=(2, 0), weights_seed=seed)
         case.check(seed, ENOUGH, calls=1 + seed % 3)
-        assert case.parts_left == 2 * 2 * PARTS * 64 * 64
+        assert case.partial_sums_written == 2 * 2 * SLICES * 64 * 64
 
 
-@pytest.mark.parametrize(("dtype", "tf32"), ELEMENTS)
-def test_parts_make_no_difference(dtype, tf32):
+@pytest.mark.parametrize(("dtype", "tf32"), TENSOR_CORES_SLOW)
+def test_how_k_is_split_makes_no_difference(dtype, tf32):
     """At the same time or one after another, in small tiles or large ones, in whatever company: the same bits."""
     shape = dict(channels_out=128, size=(9, 8), batch=4, tf32=tf32)
     tiles = 2 * 2  # of an image, small; 1 large
-    whole = parted(dtype, **shape, leaves_parts=False)
+    whole = split_k(dtype, **shape, has_workspace=False)
     y, sums = whole.run(seed=0)
     for seed, (rows, multiprocessors, small, large) in enumerate([
-        ((0, 1, 2, 3), ENOUGH, 4, 0), ((3, 1), ENOUGH, 2, 0), ((2,), ENOUGH, 1, 0),  # each part with a block of its own
-        ((0, 1, 2, 3), 5, 0, 0), ((1,), 8, 1, 0),                                    # blocks for one image's at most
+        ((0, 1, 2, 3), ENOUGH, 4, 0), ((3, 1), ENOUGH, 2, 0), ((2,), ENOUGH, 1, 0),  # a thread block for each slice
+        ((0, 1, 2, 3), 5, 0, 0), ((1,), 8, 1, 0),                                    # enough for one image at most
         ((0, 1, 2, 3), 4, 0, 0), ((0, 3), 4, 0, 2), ((2,), 4, 0, 1), ((2, 1), 1, 0, 0),  # large tiles
     ]):
-        part = parted(dtype, **shape, rows=rows)
+        part = split_k(dtype, **shape, rows=rows)
         got_y, got_sums = part.run(seed, multiprocessors)
-        assert part.parts_left == PARTS * (small * tiles * 64 * 64 + large * 128 * 128)
+        assert part.partial_sums_written == SLICES * (small * tiles * 64 * 64 + large * 128 * 128)
         assert torch.equal(got_y[list(rows)], y[list(rows)])
         assert torch.equal(got_sums[list(rows)], sums[list(rows)])
 
@@ -273,7 +274,7 @@ def test_a_classifier_does_not_see_how_many_images_there_are(multiprocessors):
         part.weight, part.bias = whole.weight, whole.bias
         part.x, part.shortcut = whole.x[:, :, 80:80 + width], whole.shortcut[:, :, 80:80 + width]
         assert torch.equal(part.run(width, ENOUGH)[0], y[:, :, 80:80 + width])
-        assert part.parts_left
+        assert part.partial_sums_written
 
 
 def in_tf32(values):

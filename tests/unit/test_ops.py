@@ -57,7 +57,7 @@ def test_opcheck(target, name):
     runtime = compiled(name, target)
     images = small_images(name, 3).to(runtime.device, runtime.dtype)
     gates = SMALL[name].num_gates
-    routing = torch.ones(3, gates, dtype=torch.bool, device=runtime.device)
+    routing = torch.ones(gates, 3, dtype=torch.bool, device=runtime.device)
     for forced, num_gates in ((None, gates), (routing, gates), (None, gates + (gates > 0))):
         torch.library.opcheck(ops.run, (images, forced, runtime._number, num_gates))
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import atexit
 import ctypes
-import shutil
-import subprocess
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+from object_cache import ROOT, compiled
 
-FOLDER = Path(__file__).parent
-CSRC = FOLDER.parents[2] / "csrc"
-FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-fno-strict-aliasing",
+FOLDER = Path(__file__).parent.relative_to(ROOT)
+CSRC = ROOT / "csrc"
+# -O1: a first run mostly compiles, and no other level makes a test much faster.
+FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-fno-strict-aliasing",
          "-U_FORTIFY_SOURCE", "-ftrivial-auto-var-init=pattern", "-Wno-unused-function", "-Wno-unknown-pragmas"]
 
 
@@ -48,6 +48,15 @@ class Library:
         copy[...] = values
         return copy
 
+    @contextmanager
+    def without(self, source: str, line: int) -> Iterator[None]:
+        """Takes out the barrier, fence or wait in a line of a source, a file's name without its folder."""
+        self._library.simt_remove(source.encode(), line)
+        try:
+            yield
+        finally:
+            self._library.simt_remove(b"", 0)
+
     def __call__(self, entry: str, *arguments: object) -> None:
         """Calls an entry with arrays (as pointers; None is null), ints, bools and floats; raises SimtError."""
         function = getattr(self._library, entry)
@@ -68,18 +77,14 @@ def _as_c(argument: object) -> object:
     return ctypes.c_int(int(argument))  # type: ignore[call-overload]
 
 
-def build(name: str, csrc: Path = CSRC) -> Library:
-    """The driver ``tests/simulated/simt/NAME.cpp``, compiled with the sources in a folder."""
-    folder = Path(tempfile.mkdtemp(prefix="skipnet-simt-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    target = folder / f"{name}.so"
-    done = subprocess.run(["g++", *FLAGS, "-I", FOLDER, "-I", csrc, FOLDER / f"{name}.cpp", "-o", target],
-                          capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return Library(target)
+def build(name: str, *folders: Path) -> Library:
+    """The driver ``tests/simulated/simt/NAME.cpp``, compiled with the sources in some folders before those in csrc/."""
+    sources = [ROOT / FOLDER, *CSRC.glob("*.h"), CSRC / "cuda", *folders]
+    include = [word for folder in (*folders, "csrc", "csrc/cuda", FOLDER) for word in ("-I", folder)]
+    return Library(compiled(["g++", *FLAGS, *include, FOLDER / f"{name}.cpp"], sources))
 
 
 @cache
 def library(name: str) -> Library:
-    """A driver with the sources as they are, compiled once a session."""
+    """A driver with the sources as they are."""
     return build(name)

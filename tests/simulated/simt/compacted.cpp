@@ -1,10 +1,10 @@
-// Entries for tests/simulated/test_simt_compacted.py: the whole walk of the compacted strategy.
+// Entries for tests/simulated/test_simt_compacted.py: the whole forward pass of the compacted strategy; and those of its
+// kernels, so that they are compiled once.
 #include "simt.h"
 
 #include "cuda/compacted.cu"
-#include "cuda/compaction.cu"
-#include "cuda/gate_step.cu"
-#include "cuda/gathered_conv.cu"
+#include "gate_step.cpp"
+#include "gathered_conv.cpp"
 
 using namespace skipnet;
 using namespace skipnet::cuda;
@@ -78,19 +78,19 @@ const char* measure(const int* numbers, const float* biases, int batch, std::int
         sizes[1] = static_cast<std::int64_t>(weights.floats);
         sizes[2] = static_cast<std::int64_t>(workspace_bytes(network, batch));
         unsigned char memory[1];
-        Pieces pieces(memory);
-        sizes[3] = reinterpret_cast<unsigned char*>(Workspace(network, batch, pieces).features) - memory;
+        Arena arena(memory);
+        sizes[3] = reinterpret_cast<unsigned char*>(Workspace(network, batch, arena).features) - memory;
     });
 }
 
 const char* run(const int* numbers, const float* biases, const void* elements, const float* floats, int batch,
-                int steps, int* present, const void* images, const bool* forced, float* logits, float* gate_logits,
+                int num_gates, int* present, const void* images, const bool* forced, float* logits, float* gate_logits,
                 float* probabilities, bool* executed, float* hidden, float* cell, void* workspace) {
     return simt::report([=] {
         CompactedNetwork network = Reader(numbers, biases).network();
         lay_out(network, elements, floats);
         run_compacted(network,
-                      {batch, steps, present, images, forced, logits, gate_logits, probabilities, executed, hidden,
+                      {batch, num_gates, present, images, forced, logits, gate_logits, probabilities, executed, hidden,
                        cell, workspace},
                       nullptr);
     });

@@ -79,8 +79,8 @@ inline void cp_async16(void* to_shared, const void* from, bool filled = true, si
 }
 inline void cp_async_commit() { simt::cp_async_commit(); }
 template <int pending>
-void cp_async_wait() {
-    simt::cp_async_wait(pending);
+void cp_async_wait(simt::Site site = simt::Site::here()) {
+    if (!simt::removal.covers(site)) simt::cp_async_wait(pending);
 }
 
 // ---- tensor cores

@@ -1,3 +1,4 @@
+// Entries for tests/simulated/test_simt_resident.py.
 #include "simt.h"
 
 #include "cuda/resident.cu"
@@ -6,14 +7,14 @@ using namespace skipnet::cuda;
 
 namespace {
 
-// bfloat16, in, height, width, classes, embed, hidden, groups, blocks of each.
+// bfloat16, in, height, width, classes, embed, hidden, stages, blocks of each.
 ResidentNetwork network_of(const int* numbers) {
     ResidentNetwork network{};
     network.element = numbers[0] ? ElementType::bfloat16 : ElementType::float16;
     network.in = numbers[1], network.height = numbers[2], network.width = numbers[3];
     network.classes = numbers[4], network.embed = numbers[5], network.hidden = numbers[6];
-    network.groups = numbers[7];
-    for (int group = 0; group < network.groups; ++group) network.group[group].blocks = numbers[8 + group];
+    network.stages = numbers[7];
+    for (int stage = 0; stage < network.stages; ++stage) network.stage[stage].blocks = numbers[8 + stage];
     return network;
 }
 
@@ -31,16 +32,17 @@ extern "C" const char* plan_of(const int* numbers, const int* device /* [4] */, 
     return simt::report([=] {
         ResidentNetwork network = network_of(numbers);
         lay_out(network, nullptr, nullptr);
-        const ResidentPlan found = plan_resident(network, batch, {device[0], device[1], device[2], device[3]});
-        plan[0] = found.images, plan[1] = found.blocks, plan[2] = found.queues, plan[3] = found.cluster;
+        const ResidentPlan planned = plan_resident(network, batch, {device[0], device[1], device[2], device[3]});
+        plan[0] = planned.images, plan[1] = planned.blocks, plan[2] = planned.dynamic, plan[3] = planned.cluster;
     });
 }
 
-// Runs a network; `images_at_a_time` 0 leaves the plan to the launcher, `cluster` blocks of threads share an image. `sizes` is what the weights have to take.
+// Runs a network; `images_at_a_time` 0 leaves the plan to the launcher, `cluster` thread blocks share an image. `sizes` is
+// what the weights have to take.
 extern "C" const char* run(const int* numbers, const void* fragments, const float* floats, const int* sizes /* [2] */,
-                           int shared_memory, int images_at_a_time, int cluster, int batch, int steps, const void* images,
+                           int shared_memory, int images_at_a_time, int cluster, int batch, int num_gates, const void* images,
                            const bool* forced, int forced_image, int forced_gate, void* logits, float* gate_logits,
-                           float* probabilities, bool* executed, float* hidden, float* cell, int* taken) {
+                           float* probabilities, bool* executed, float* hidden, float* cell, int* work_counter) {
     return simt::report([=] {
         ResidentNetwork network = network_of(numbers);
         const ResidentWeights needed = lay_out(network, fragments, floats);
@@ -51,10 +53,10 @@ extern "C" const char* run(const int* numbers, const void* fragments, const floa
         if (images_at_a_time) {
             plan.images = images_at_a_time;
             plan.blocks = min(multiprocessors(), (batch + plan.images - 1) / plan.images);
-            plan.queues = plan.blocks * plan.images < batch;
+            plan.dynamic = plan.blocks * plan.images < batch;
         }
         if (cluster > 1) plan = {1, batch * cluster, false, cluster};
-        run_resident(network, {batch, steps, images, forced, forced_image, forced_gate, logits, gate_logits, probabilities, executed, hidden, cell,
-                               taken}, plan, nullptr);
+        run_resident(network, {batch, num_gates, images, forced, forced_image, forced_gate, logits, gate_logits, probabilities, executed, hidden, cell,
+                               work_counter}, plan, nullptr);
     });
 }

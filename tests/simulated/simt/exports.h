@@ -1,0 +1,37 @@
+// What a library of tests exports beside its entries.
+#pragma once
+
+#include <exception>
+#include <string>
+
+#include "scheduler.h"
+
+namespace simt {
+
+// Runs a test's entry; null, or what went wrong.
+template <typename Body>
+const char* report(Body body) {
+    static std::string message;
+    try {
+        body();
+        return nullptr;
+    } catch (const std::exception& error) {
+        message = error.what();
+        return message.c_str();
+    }
+}
+
+}  // namespace simt
+
+extern "C" {
+__attribute__((used)) inline void simt_configure(unsigned seed, int multiprocessors) {
+    simt::machine.seed = seed;
+    simt::machine.multiprocessors = multiprocessors;
+}
+// Of a source's file name without its folder.
+__attribute__((used)) inline void simt_remove(const char* file, int line) { simt::removal = {file, line}; }
+__attribute__((used)) inline void* simt_allocate(std::size_t size) {
+    return simt::global_memory.allocate(size, simt::machine.seed % 2 == 0)->data();
+}
+__attribute__((used)) inline void simt_release() { simt::global_memory.release_all(); }
+}

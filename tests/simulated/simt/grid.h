@@ -1,0 +1,75 @@
+// What a running grid consists of: threads, thread blocks, clusters, and who waits for whom in them.
+#pragma once
+
+#include <ucontext.h>
+
+#include <csetjmp>
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "cuda_types.h"
+#include "guarded_memory.h"
+#include "site.h"
+
+namespace simt {
+
+struct Block;
+
+struct Copy {
+    unsigned char* to;
+    const unsigned char* from;  // null fills with zeros
+    int bytes;
+};
+
+struct Fiber {
+    ucontext_t start;
+    std::jmp_buf context;
+    unsigned char* stack = nullptr;
+    bool started = false, finished = true;
+    Block* block = nullptr;
+    uint3 thread{};
+    int linear = 0;
+    const char* waits_for = nullptr;
+    Site site{};
+    std::vector<Copy> open_copies;                // not yet committed
+    std::vector<std::vector<Copy>> copy_groups;   // committed, oldest first
+    std::size_t observed = 0, seen = 0;  // what weak_memory.h knows of it
+    int lane() const { return linear % warpSize; }
+};
+
+struct Barrier {
+    Site site{};
+    std::vector<Fiber*> waiting;
+    bool any = false, was_any = false;  // of the predicates so far, of those of the last time
+};
+
+// A warp operation that some lanes of its mask have reached.
+struct Collective {
+    unsigned mask, arrived;
+    const char* what;
+    Site site;
+    void* slots[warpSize];
+    Fiber* fibers[warpSize];
+};
+
+struct Cluster;
+
+struct Block {
+    uint3 index{};
+    int number = 0, rank = 0, threads = 0, running = 0;
+    Cluster* cluster = nullptr;
+    std::unique_ptr<Guarded> shared;
+    std::vector<Fiber*> fibers;
+    Barrier barrier;
+    std::vector<std::vector<Collective>> warps;
+};
+
+struct Cluster {
+    std::vector<std::unique_ptr<Block>> blocks;
+    int running = 0, arrived = 0, phase = 0;
+    std::map<Fiber*, int> arrivals;  // the phase that each thread has arrived in and not yet waited for
+    std::vector<Fiber*> waiting;
+};
+
+}  // namespace simt

@@ -1,0 +1,84 @@
+// What threads of different thread blocks know of one another's stores by __stcg. As in the PTX memory model, a store is
+// known to whoever reads an atomic that was written after a fence after it, and then has a fence. Barriers pass on to the
+// block. To all others the place holds poison.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <unordered_map>
+#include <vector>
+
+#include "grid.h"
+
+namespace simt {
+
+class WeakMemory {
+public:
+    void store(const Fiber& thread, float4* to, const float4& value) {
+        std::memset(static_cast<void*>(to), kPoison, sizeof value);
+        stores_.push_back({reinterpret_cast<unsigned char*>(to), value, thread.block->number, thread.linear, false});
+    }
+    float4 load(const Fiber& thread, const float4* from) const {
+        const auto* place = reinterpret_cast<const unsigned char*>(from);
+        for (const Store& store : stores_)
+            if (store.to == place && comes_before(store, thread)) return store.value;
+        const auto landed = landed_.find(place);
+        float4 value = *from;
+        if (landed != landed_.end() && landed->second.block != thread.block->number && landed->second.when > thread.seen)
+            std::memset(&value, kPoison, sizeof value);
+        return value;
+    }
+    void fence(Fiber& thread) {
+        const auto pending = std::stable_partition(stores_.begin(), stores_.end(),
+                                                   [&](const Store& store) { return comes_before(store, thread); });
+        for (auto store = stores_.begin(); store != pending; ++store) land(*store);
+        stores_.erase(stores_.begin(), pending);
+        thread.seen = thread.observed;
+    }
+    // A thread reads an atomic.
+    void observe(Fiber& thread) const { thread.observed = landed_count_; }
+    void barrier_passed(const Block& block) {
+        for (Store& store : stores_) store.past_barrier |= store.block == block.number;
+        std::size_t observed = 0, seen = 0;
+        for (const Fiber* thread : block.fibers) {
+            observed = std::max(observed, thread->observed);
+            seen = std::max(seen, thread->seen);
+        }
+        for (Fiber* thread : block.fibers) thread->observed = observed, thread->seen = seen;
+    }
+    // The end of a grid makes all its stores known.
+    void end_of_grid() {
+        for (const Store& store : stores_) land(store);
+        stores_.clear();
+        landed_.clear();
+    }
+
+private:
+    // A store that other thread blocks cannot count on yet.
+    struct Store {
+        unsigned char* to;
+        float4 value;
+        int block, thread;
+        bool past_barrier;  // known to all threads of the block: a fence of any of them makes it land
+    };
+    struct Landed {
+        std::size_t when;
+        int block;
+    };
+
+    static bool comes_before(const Store& store, const Fiber& thread) {
+        return store.block == thread.block->number && (store.past_barrier || store.thread == thread.linear);
+    }
+    void land(const Store& store) {
+        std::memcpy(store.to, &store.value, sizeof store.value);
+        landed_[store.to] = {++landed_count_, store.block};
+    }
+
+    std::vector<Store> stores_;
+    std::unordered_map<const unsigned char*, Landed> landed_;  // in this grid
+    std::size_t landed_count_ = 0;
+};
+
+inline WeakMemory weak_memory;
+
+}  // namespace simt
