@@ -22,6 +22,7 @@ from nvcc import ALL_ARCHS, DEFAULT_ARCHS, FLAGS, find_nvcc
 from object_cache import compiled
 from variants import MACROS, VARIANT_SOURCES, VARIANTS
 
+MODULE = "csrc/bindings/module.cpp"
 # What a file of these kinds may include.
 CPU_SOURCES = [*Path("csrc").glob("*.h"), Path("csrc/cpu")]
 CUDA_SOURCES = [*Path("csrc").glob("*.h"), Path("csrc/cuda")]
@@ -65,10 +66,9 @@ class BuildExtension(build_ext):
         else:
             why, compilations = self.cuda(ext, nvcc)
         print(f"skipnet-rt: CUDA sources {why}")
-        ext.define_macros.append(("SKIPNET_CUDA_BUILD", f'"{why}"'))
         with ThreadPoolExecutor(int(os.environ.get("SKIPNET_BUILD_JOBS", 0)) or os.cpu_count()) as pool:
-            objects = pool.map(lambda compilation: compilation(), [*compilations, *self.variants(), *self.cpp(ext)])
-            ext.extra_objects += map(str, objects)
+            compilations += [*self.variants(), *self.cpp(ext, why)]
+            ext.extra_objects += [str(path) for path in pool.map(lambda compilation: compilation(), compilations)]
         ext.sources, ext.language = [], "c++"  # what is left is to link
         self.force = True
         super().build_extension(ext)
@@ -84,14 +84,16 @@ class BuildExtension(build_ext):
 
         return [partial(compilation, source, *variant) for variant in VARIANTS for source in VARIANT_SOURCES]
 
-    def cpp(self, ext: Pybind11Extension) -> list[Compilation]:
-        """All other C++ sources."""
+    def cpp(self, ext: Pybind11Extension, about_cuda: str) -> list[Compilation]:
+        """All other C++ sources, of which one is told about CUDA."""
         includes = [*self.compiler.include_dirs, *ext.include_dirs]
-        flags = [*ext.extra_compile_args, *(f"-D{name}={value}" for name, value in ext.define_macros),
+        flags = [*ext.extra_compile_args, *(f"-D{name}={value}" for name, value in MACROS),
                  *(f"-I{folder}" for folder in includes)]
 
         def compilation(source: str) -> Path:
-            return compiled([*self.compiler.compiler_so_cxx, *flags, "-c", source],
+            macros = [("SKIPNET_CUDA_BUILD", f'"{about_cuda}"'), *ext.define_macros] if source == MODULE else []
+            return compiled([*self.compiler.compiler_so_cxx, *flags, *(f"-D{name}={value}" for name, value in macros),
+                             "-c", source],
                             [*CPU_SOURCES, *CUDA_SOURCES, Path("csrc/bindings"), *map(Path, includes)])
 
         return [partial(compilation, source) for source in ext.sources]
@@ -120,9 +122,8 @@ class BuildExtension(build_ext):
 setup(
     ext_modules=[Pybind11Extension(
         "skipnet_rt._C",
-        ["csrc/bindings/module.cpp", "csrc/bindings/cpu.cpp",
+        [MODULE, "csrc/bindings/cpu.cpp",
          *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp") if path.name not in VARIANT_SOURCES)],
-        define_macros=MACROS,
         cxx_std=17,
         # No contraction by the compiler: one rounding sequence, whatever instruction set it builds for.
         extra_compile_args=["-O3", "-fno-math-errno", "-ffp-contract=off"],

@@ -148,5 +148,5 @@ def _read(file: Path, device: torch.device) -> dict[str, Configuration]:
 
 
 def _write(file: Path, device: torch.device, layers: dict[str, Configuration]) -> None:
-    cache.write(file, dict(identity=identity(device), layers={
+    cache.save(file, dict(identity=identity(device), layers={
         layer: astuple(configuration) for layer, configuration in sorted(layers.items())}))
