@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import skipnet_rt as srt
-from skipnet_rt.engines.autoselect import keep
-from skipnet_rt.engines.cuda_resident import ResidentCudaEngine
+from skipnet_rt.engines import autoselect
+from skipnet_rt.engines.cuda import CudaEngine
+from skipnet_rt.engines.cuda_resident import ResidentStrategy
 from skipnet_rt.engines.registry import REGISTRY, EngineError
 from skipnet_rt.measure.baselines import PEERS
 from skipnet_rt.measure.benchmark import BenchmarkError, benchmark, measure_crossover, random_routing, unwaiting_engines
@@ -79,35 +80,35 @@ def crossover(arguments: argparse.Namespace) -> dict[str, Any]:
     model = srt.build(arguments.arch).eval()
     device, dtype = torch.device("cuda", torch.cuda.current_device()), getattr(torch, arguments.dtype)
     found = measure_crossover(model, device, dtype, seconds=arguments.seconds)
-    keep(found, model.arch, device, dtype)
+    autoselect.save(found, model.arch, device, dtype)
     return {"architecture": str(model.arch), "dtype": arguments.dtype, "milliseconds": found.milliseconds,
             "winners": found.winners, "order": found.order()}
 
 
-def plans(network: PackedNetwork) -> dict[str, ResidentCudaEngine]:
-    """The resident engine by the images that a block of threads takes at a time, clusters taking one included."""
-    engines = {"as planned": ResidentCudaEngine(network)}
+def plans(network: PackedNetwork) -> dict[str, ResidentStrategy]:
+    """The resident strategy by the images that a thread block takes at a time, clusters taking one included."""
+    strategies = {"as planned": ResidentStrategy(network)}
     for count in (1, 2, 3):
-        if engines["as planned"].fits(count):
-            engines[str(count)] = ResidentCudaEngine(network, images=count)
+        if strategies["as planned"].fits(count):
+            strategies[str(count)] = ResidentStrategy(network, images=count)
     for cluster in (2, 4):
         if torch.cuda.get_device_capability(network.device)[0] in (9, 10):
-            engines[f"1/{cluster}"] = ResidentCudaEngine(network, cluster=cluster)
-    return engines
+            strategies[f"1/{cluster}"] = ResidentStrategy(network, cluster=cluster)
+    return strategies
 
 
 def waves(arguments: argparse.Namespace) -> dict[str, Any]:
     """The resident engine's time in all of its plans."""
     model = srt.build(arguments.arch).eval()
     device, dtype = torch.device("cuda", torch.cuda.current_device()), getattr(torch, arguments.dtype)
-    if objection := (REGISTRY["cuda"].objection(model.arch, device, dtype)
-                     or ResidentCudaEngine.misfit(model.arch, device, dtype)):
-        raise EngineError(objection)
+    if reason := (REGISTRY["cuda"].unsupported_reason(model.arch, device, dtype)
+                  or ResidentStrategy.unsupported_reason(model.arch, device, dtype)):
+        raise EngineError(reason)
     network = pack(model, device, dtype)
     images = torch.randn(arguments.batch, 3, *model.arch.image_size, device=device, dtype=dtype)
-    route = random_routing(model.arch, arguments.batch, 0.5).to(device)
-    calls = {name: (lambda engine=engine: engine.run(images, route, model.arch.num_gates))
-             for name, engine in plans(network).items()}
+    forced = random_routing(model.arch, arguments.batch, 0.5).to(device).t()
+    calls = {name: (lambda strategy=strategy: strategy.run(images, forced, model.arch.num_gates))
+             for name, strategy in plans(network).items()}
     timings = alternate(calls, seconds=arguments.seconds, device=device, device_time=True)
     return {"architecture": str(model.arch), "dtype": arguments.dtype, "batch": arguments.batch,
             "images_of_a_block": {name: timing.to_dict() for name, timing in timings.items()}}
@@ -200,9 +201,10 @@ def touch(arguments: argparse.Namespace) -> dict[str, Any]:
         runtime = srt.compile(model, engine="cuda", device=device, dtype=dtype)
         results = [runtime.infer(images), runtime.infer(images, route)]
         executed[name] = [int(result.executed.sum()) for result in results]
-        if isinstance(runtime.engine, ResidentCudaEngine):
-            for engine in plans(runtime.engine.network).values():
-                engine.run(images.to(dtype), route, arch.num_gates)
+        assert isinstance(runtime.engine, CudaEngine)
+        if isinstance(runtime.engine.strategy, ResidentStrategy):
+            for strategy in plans(runtime.engine.network).values():
+                strategy.run(images.to(dtype), route.t(), arch.num_gates)
     torch.cuda.synchronize()
     return {"executed": executed}
 

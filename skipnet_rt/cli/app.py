@@ -33,7 +33,7 @@ from rich.text import Text
 from torch import Tensor
 
 from skipnet_rt import __version__
-from skipnet_rt.checkpoint.files import CheckpointError, convert, load
+from skipnet_rt.checkpoint import CheckpointError, convert, load
 from skipnet_rt.cli.options import field_options
 from skipnet_rt.data import DATASETS, DIGITS, Data, DataError, load_dataset
 from skipnet_rt.engines.registry import EngineError, engines
@@ -44,9 +44,9 @@ from skipnet_rt.measure.clock import Comparison
 from skipnet_rt.measure.doctor import Diagnosis, diagnose, warm
 from skipnet_rt.measure.evaluate import Evaluation, evaluate
 from skipnet_rt.model.arch import PUBLISHED, ArchError, BlockPlan, SkipNetArch, arch
+from skipnet_rt.model.flops import NetworkCount, count_operations
 from skipnet_rt.model.network import SkipNet, build
 from skipnet_rt.model.preprocessing import CIFAR, IMAGENET, SVHN, Preprocessing
-from skipnet_rt.model.routing import NetworkCount, count_operations
 from skipnet_rt.runtime import SkipNetRuntime, compile, usable_device
 from skipnet_rt.training.loop import RECIPES, TrainConfig, TrainError, train
 

@@ -1,8 +1,8 @@
-"""Which engine is the fastest for a network on this machine: measured once, kept, and what ``"auto"`` goes by.
+"""Which engine is the fastest for a network on this machine: measured once, saved, and what ``"auto"`` goes by.
 
 Engines differ in what a launch costs and in what a skipped block saves, so which one wins may depend on the batch and
 on the executed share. :func:`skipnet_rt.measure.benchmark.measure_crossover` measures it,
-``skipnet-rt doctor --warm`` keeps it. Where nothing has been measured, ``"auto"`` goes by the registry's order.
+``skipnet-rt doctor --warm`` saves it. Where nothing has been measured, ``"auto"`` goes by the registry's order.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ import torch
 
 from skipnet_rt import _C
 from skipnet_rt.model.arch import SkipNetArch
-from skipnet_rt.util import cache as measured
-from skipnet_rt.util import machine
+from skipnet_rt.util import cache, machine
 
 
 class CrossoverError(ValueError):
-    """A kept file that cannot be read; the message names it."""
+    """A saved file that cannot be read; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -57,21 +56,21 @@ class Crossover:
         return sorted(self.milliseconds, key=mean)
 
 
-def keep(found: Crossover, architecture: SkipNetArch, device: torch.device, dtype: torch.dtype) -> Path:
-    """Keep a network's times on this machine; returns the file."""
+def save(crossover: Crossover, architecture: SkipNetArch, device: torch.device, dtype: torch.dtype) -> Path:
+    """Save a network's times for this machine; returns the file."""
     identity = _identity(architecture, device, dtype)
-    file = measured.path("crossover", identity)
-    measured.write(file, {"identity": identity, "milliseconds": found.milliseconds})
+    file = cache.path("crossover", identity)
+    cache.save(file, {"identity": identity, "milliseconds": crossover.milliseconds})
     return file
 
 
-def kept(architecture: SkipNetArch, device: torch.device, dtype: torch.dtype) -> Crossover | None:
-    """What has been kept for a network on this machine; None if nothing has.
+def load(architecture: SkipNetArch, device: torch.device, dtype: torch.dtype) -> Crossover | None:
+    """A network's times on this machine; None if none were saved.
 
     Raises:
         CrossoverError: the file is damaged.
     """
-    file = measured.path("crossover", _identity(architecture, device, dtype))
+    file = cache.path("crossover", _identity(architecture, device, dtype))
     try:
         engines = json.loads(file.read_text(encoding="utf-8"))["milliseconds"]
         return Crossover({name: {int(batch): {float(share): float(time) for share, time in times.items()}

@@ -73,7 +73,7 @@ def onnx_graph(network: PackedNetwork, batch: int) -> bytes:
         return name
 
     x = node("Relu", [convolve("images", network.stem, "stem")], "stem.relu")
-    if network.arch.stem == "imagenet":
+    if network.arch.stem_pools:
         x = node("MaxPool", [x], "stem.pool", kernel_shape=[3, 3], pads=[1] * 4, strides=[2, 2])
     for index, block in enumerate(network.blocks):
         shortcut = x if block.projection is None else convolve(x, block.projection, f"{index}.projection")

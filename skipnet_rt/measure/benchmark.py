@@ -237,7 +237,8 @@ def benchmark(model: SkipNet, *, engines: Sequence[str] = ("auto",), batches: Se
 def unwaiting_engines(architecture: SkipNetArch, device: torch.device, dtype: torch.dtype) -> list[str]:
     """Names of those of our engines that take a network there without waiting for the device."""
     return [name for name, engine in REGISTRY.items()
-            if device.type not in engine.waits_for and engine.objection(architecture, device, dtype) is None]
+            if device.type not in engine.synchronizes_on
+            and engine.unsupported_reason(architecture, device, dtype) is None]
 
 
 def measure_crossover(model: SkipNet, device: torch.device, dtype: torch.dtype, *,

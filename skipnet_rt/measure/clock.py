@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from skipnet_rt.engines.registry import REGISTRY
+from skipnet_rt.model.flops import count_operations
 from skipnet_rt.model.network import SkipNet
 from skipnet_rt.model.packing import PackedConvolution, pack
-from skipnet_rt.model.routing import count_operations
 from skipnet_rt.runtime import compile
 
 MIN_ROUNDS = 3
@@ -155,7 +155,7 @@ class DenseNetwork(nn.Module):
         """The same in the caller's mode: PyTorch 2.11 cannot compile what enters inference mode."""
         network = self.network
         x = F.relu_(self._convolve(images.contiguous(memory_format=self.memory_format), network.stem))
-        if network.arch.stem == "imagenet":
+        if network.arch.stem_pools:
             x = F.max_pool2d(x, 3, stride=2, padding=1)
         for block in network.blocks:
             shortcut = x if block.projection is None else self._convolve(x, block.projection)
@@ -253,7 +253,7 @@ def compare_with_dense(model: SkipNet, images: Tensor, batch: int, *, device: to
 
     for variant, memory_format in _VARIANTS.items():
         enter(variant, DenseNetwork(model, place, dtype, memory_format))
-    names = [name for name, engine in REGISTRY.items() if engine.objection(model.arch, place, dtype) is None]
+    names = [name for name, engine in REGISTRY.items() if engine.unsupported_reason(model.arch, place, dtype) is None]
     runtimes = {name: compile(model, engine=name, device=place, dtype=dtype) for name in names}
     for name, runtime in runtimes.items():
         enter(f"{name}, skipping", runtime.infer)

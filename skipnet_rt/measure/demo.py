@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from skipnet_rt.checkpoint.files import load
+from skipnet_rt.checkpoint import load
 from skipnet_rt.data import DIGITS, Pictures, digits_pictures
 from skipnet_rt.engines.base import Availability
 from skipnet_rt.engines.registry import engines

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 
 from skipnet_rt.data import Split
 from skipnet_rt.model.arch import SkipNetArch
-from skipnet_rt.model.routing import InferenceResult, RoutingStats, count_operations
+from skipnet_rt.model.flops import count_operations
+from skipnet_rt.model.routing import InferenceResult, RoutingStats
 from skipnet_rt.runtime import SkipNetRuntime
 
 TOP5_CLASSES = 20

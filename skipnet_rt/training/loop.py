@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -36,12 +35,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from skipnet_rt.checkpoint import files as checkpoint
+from skipnet_rt import checkpoint
 from skipnet_rt.data import Data, Split, load_dataset
 from skipnet_rt.model.arch import SkipNetArch, arch
 from skipnet_rt.model.card import ModelCard
 from skipnet_rt.model.gates import FeedforwardGate, PooledEmbedding, RNNGate
 from skipnet_rt.model.network import SkipNet, Trace, build
+from skipnet_rt.model.routing import computation_of
+from skipnet_rt.util.atomic import replacing
 
 Stages = Literal["supervised+hybrid", "supervised", "hybrid", "pure"]
 Objective = Literal["supervised", "hybrid", "pure"]
@@ -377,8 +378,8 @@ class _Meter:
 
     @property
     def computation(self) -> float:
-        """Percent: (sum of the gates' execution rates + 1) / (gates + 1)."""
-        return 100 * (self.executed / self.images + 1) / (self.gates + 1)
+        """Percent; see :func:`skipnet_rt.model.routing.computation_of`."""
+        return 100 * computation_of(self.executed / self.images, self.gates)
 
     def __str__(self) -> str:
         return f"loss {self.loss:.4f}, accuracy {self.accuracy:.1f} %, computation {self.computation:.1f} %"
@@ -536,11 +537,13 @@ class _Run:
     def save(self) -> None:
         """Write the log and, last, the state: after the replacement this epoch is done, before it never happened."""
         log = "".join(json.dumps(line) + "\n" for line in self.history)
-        _replace(self.config.output / "log.jsonl", lambda path: path.write_text(log, encoding="utf-8"))
+        with replacing(self.config.output / "log.jsonl") as path:
+            path.write_text(log, encoding="utf-8")
         state = {"config": json.dumps(self.config.to_dict()), "history": json.dumps(self.history),
                  "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                  "scaler": self.scaler.state_dict()}
-        _replace(self.config.output / "state.pt", lambda path: torch.save(state, path))
+        with replacing(self.config.output / "state.pt") as path:
+            torch.save(state, path)
 
     def restore(self, path: Path) -> None:
         """Go back to the end of the last finished epoch.
@@ -597,16 +600,6 @@ def _model(config: TrainConfig, data: Data) -> SkipNet:
     else:
         model.load_state_dict(checkpoint.load(config.init).state_dict())
     return model
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file whole or not at all."""
-    unfinished = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        write(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult:

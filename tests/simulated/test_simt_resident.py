@@ -95,7 +95,7 @@ def check(name, dtype, images, routing, result):
     gates = NETWORKS[name].num_gates
     route = executed[:, :gates]
     oracle = srt.compile(copy.deepcopy(model(name)).double(), engine="eager")
-    exact = oracle.engine.run(images.double(), route if gates else None, gate_logits.shape[1])
+    exact = oracle.engine.run(images.double(), route.t() if gates else None, gate_logits.shape[1])
     plain = plain_logits(copy.deepcopy(model(name)).to(dtype), images.to(dtype), route)
     bar = 2 * relative_error(plain, exact.logits)
     assert relative_error(logits, exact.logits) <= bar

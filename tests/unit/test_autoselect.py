@@ -5,7 +5,7 @@ import torch
 from networks import small_model
 
 import skipnet_rt as srt
-from skipnet_rt.engines import autoselect as crossover
+from skipnet_rt.engines import autoselect
 from skipnet_rt.engines.autoselect import Crossover
 from skipnet_rt.measure.benchmark import BenchmarkError, measure_crossover
 
@@ -23,8 +23,8 @@ def chosen(name="rnn", **options):
     return srt.compile(small_model(name), **options).engine.name
 
 
-def keep(found=FLAT):
-    return crossover.keep(found, small_model("rnn").arch, CPU, torch.float32)
+def save(crossover=FLAT):
+    return autoselect.save(crossover, small_model("rnn").arch, CPU, torch.float32)
 
 
 def test_who_wins_where():
@@ -36,8 +36,8 @@ def test_who_wins_where():
 
 def test_auto_takes_what_was_the_fastest_here():
     assert chosen() == "cpu"
-    keep()
-    assert crossover.kept(small_model("rnn").arch, CPU, torch.float32) == FLAT
+    save()
+    assert autoselect.load(small_model("rnn").arch, CPU, torch.float32) == FLAT
     assert chosen() == "cpu"
     assert chosen(max_batch=1) == "eager"
     assert chosen(max_batch=8) == "cpu"
@@ -45,7 +45,7 @@ def test_auto_takes_what_was_the_fastest_here():
 
 
 def test_times_hold_for_their_network_and_dtype_only():
-    keep(Crossover({"eager": {1: {1.0: 1.0}}, "cpu": {1: {1.0: 2.0}}}))
+    save(Crossover({"eager": {1: {1.0: 1.0}}, "cpu": {1: {1.0: 2.0}}}))
     assert chosen() == "eager"
     assert chosen("bottleneck") == "cpu"
     assert chosen(dtype=torch.bfloat16) == "cpu"
@@ -53,30 +53,30 @@ def test_times_hold_for_their_network_and_dtype_only():
 
 def test_an_engine_that_objects_or_is_gone_is_passed_over():
     times = {"warp": 0.1, "cuda": 0.5, "eager": 1.0, "cpu": 2.0}
-    keep(Crossover({name: {1: {1.0: time}} for name, time in times.items()}))
+    save(Crossover({name: {1: {1.0: time}} for name, time in times.items()}))
     assert chosen() == "eager"
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"milliseconds": {"cpu": 3}}',
                                   '{"milliseconds": {"cpu": {"1": {"x": 3}}}}'])
 def test_a_damaged_file_is_named(text):
-    file = keep()
+    file = save()
     file.write_text(text)
     with pytest.raises(srt.EngineError, match=rf"{file.name} holds no times of engines, delete it"):
         srt.compile(small_model("rnn"))
 
 
 def test_every_engine_is_timed_at_every_batch_and_share():
-    told = []
-    found = measure_crossover(small_model("rnn"), CPU, torch.float32, batches=(1, 3), fractions=(0.0, 1.0), seconds=0,
-                              on_progress=told.append)
-    assert {"cpu", "eager"} <= set(found.milliseconds)
-    for batches in found.milliseconds.values():
+    progress = []
+    crossover = measure_crossover(small_model("rnn"), CPU, torch.float32, batches=(1, 3), fractions=(0.0, 1.0),
+                                  seconds=0, on_progress=progress.append)
+    assert {"cpu", "eager"} <= set(crossover.milliseconds)
+    for batches in crossover.milliseconds.values():
         assert list(batches) == [1, 3]
         assert all(time > 0 for times in batches.values() for time in times.values())
         assert all(list(times) == [0.0, 1.0] for times in batches.values())
-    assert told == [0.5, 1.0]
-    assert set(found.winners) == {1, 3}
+    assert progress == [0.5, 1.0]
+    assert set(crossover.winners) == {1, 3}
 
 
 def test_what_cannot_be_compared_is_refused():

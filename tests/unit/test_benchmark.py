@@ -18,8 +18,8 @@ from skipnet_rt.cli import app as cli
 from skipnet_rt.measure.baselines import PEERS, PUBLISHED_WAY, Peer, onnx_graph
 from skipnet_rt.measure.benchmark import BatchResult, BenchmarkError, Contestant, benchmark, random_routing
 from skipnet_rt.measure.clock import MIN_ROUNDS, DenseNetwork, Timing
+from skipnet_rt.model.flops import count_operations
 from skipnet_rt.model.packing import pack
-from skipnet_rt.model.routing import count_operations
 
 QUICK = tuple(peer for peer in PEERS if peer.name in (PUBLISHED_WAY.name, "PyTorch"))
 ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.05}

@@ -481,8 +481,8 @@ def test_doctor_finds_an_engine_that_decides_nonsense(run, monkeypatch):
     class Wrong(REGISTRY["eager"]):
         name = "wrong"
 
-        def run(self, images, routing, steps):
-            result = super().run(images, routing, steps)
+        def run(self, images, routing, num_gates):
+            result = super().run(images, routing, num_gates)
             result.decisions.executed[0, 0] ^= True  # the logits stay right
             return result
 

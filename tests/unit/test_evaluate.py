@@ -204,7 +204,7 @@ def test_every_engine_is_timed_beside_dense_execution():
     model, images = small_model("rnn"), small_images("rnn", 6)
     found = compare_with_dense(model, images, batch=2, seconds=0.01)
     names = [name for name, engine in REGISTRY.items()
-             if engine.objection(model.arch, torch.device("cpu"), torch.float32) is None]
+             if engine.unsupported_reason(model.arch, torch.device("cpu"), torch.float32) is None]
     assert [timed.engine for timed in found.engines] == names
     assert {"cpu", "eager"} <= set(names)
     result = srt.compile(model, "eager").infer(images)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from skipnet_rt.checkpoint import files as checkpoint
+from skipnet_rt import checkpoint
 from skipnet_rt.data import DATASETS, DIGITS, Data, Pictures, digits_pictures, load_dataset
 from skipnet_rt.model.arch import SkipNetArch
 from skipnet_rt.model.gates import FeedforwardGate, RNNGate
