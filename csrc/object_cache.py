@@ -1,8 +1,8 @@
 """A cache of what compilers make: the package and its tests compile everything once.
 
-An entry's name is a hash of the command, the compiler's version and the bytes of every source. It lies in build/objects,
-or where SKIPNET_OBJECT_CACHE says; `make clean` removes it, and entries that nobody has used for a month go by
-themselves.
+An entry's name is a hash of the command, the compiler's version and the bytes of every source. It lies in
+build/objects, or where SKIPNET_OBJECT_CACHE says; `make clean` removes it, and entries that nobody has used for a month
+go by themselves.
 """
 
 from __future__ import annotations

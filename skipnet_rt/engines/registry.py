@@ -51,7 +51,7 @@ def choose_engine(name: str, architecture: SkipNetArch, device: torch.device, dt
 def _measured_order(architecture: SkipNetArch, device: torch.device, dtype: torch.dtype,
                     max_batch: int | None) -> list[str]:
     try:
-        known = autoselect.load(architecture, device, dtype)
+        times = autoselect.load(architecture, device, dtype)
     except autoselect.CrossoverError as error:
         raise EngineError(str(error)) from error
-    return [name for name in known.order(max_batch) if name in REGISTRY] if known else []
+    return [name for name in autoselect.fastest_first(times, max_batch) if name in REGISTRY] if times else []
