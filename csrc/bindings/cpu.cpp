@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "../check.h"
-#include "../cpu/compacted.h"
-#include "../cpu/resident.h"
+#include "../cpu/compacted/compacted.h"
+#include "../cpu/resident/resident.h"
 #include "../cpu/standalone.h"
 #include "bindings.h"
 

@@ -1,7 +1,7 @@
 // How a convolution is divided: among the threads of a team, and into blocks that stay in registers.
 #pragma once
 
-#include "threads.h"
+#include "thread_team.h"
 
 namespace skipnet::cpu {
 namespace {

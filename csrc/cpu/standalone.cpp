@@ -3,10 +3,10 @@
 
 #include <vector>
 
-#include "convolution.h"
-#include "gates.h"
+#include "resident/conv_nhwc.h"
+#include "gate_step.h"
 #include "variant.h"
-#include "winograd.h"
+#include "compacted/winograd_nchwc.h"
 
 // Makes the compiler believe that vector registers are looked at, so that every round is needed.
 #if defined(__aarch64__)

@@ -6,6 +6,6 @@ from skipnet_rt.engines.cpu_native import NativeCpuEngine
 
 
 class CompactedCpuEngine(NativeCpuEngine):
-    """All threads share each convolution over the executing images; csrc/cpu/compacted.cpp."""
+    """All threads share each convolution over the executing images; csrc/cpu/compacted/compacted.cpp."""
 
     strategy = "compacted"

@@ -1,6 +1,6 @@
 """What the CPU's two strategies share: a network is packed once, and a call goes from images to logits in native code.
 
-The walks and their rooms are in csrc/cpu/resident.cpp and csrc/cpu/compacted.cpp. Sums are float32 whatever the
+The walks and their rooms are in csrc/cpu/resident/resident.cpp and csrc/cpu/compacted/compacted.cpp. Sums are float32 whatever the
 network's dtype; products of a bfloat16 network are formed from bfloat16 where the processor can (AVX512-BF16, AMX),
 gates and stem excepted.
 """

@@ -6,6 +6,6 @@ from skipnet_rt.engines.cpu_native import NativeCpuEngine
 
 
 class ResidentCpuEngine(NativeCpuEngine):
-    """Images over threads, or an image over a team of them; csrc/cpu/resident.cpp."""
+    """Images over threads, or an image over a team of them; csrc/cpu/resident/resident.cpp."""
 
     strategy = "resident"

@@ -15,7 +15,7 @@ import pytest
 from skipnet_rt import _C
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ["tests/build/native/fuzz_networks.cpp", "csrc/cpu/threads.cpp", "csrc/cpu/instruction_sets.cpp"]
+SOURCES = ["tests/build/native/fuzz_networks.cpp", "csrc/cpu/thread_team.cpp", "csrc/cpu/instruction_sets.cpp"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")]
 

@@ -9,12 +9,12 @@
 #include <vector>
 
 #ifdef __AMX_BF16__
-#include "amx.h"
+#include "../amx.h"
 #endif
-#include "blocking.h"
-#include "engine.h"
-#include "threads.h"
-#include "vector.h"
+#include "../blocking.h"
+#include "../engine.h"
+#include "../thread_team.h"
+#include "../vector.h"
 
 namespace skipnet::cpu {
 namespace {

@@ -2,7 +2,7 @@
 // Algorithms for Convolutional Neural Networks", CVPR 2016); for one instruction set.
 #pragma once
 
-#include "gemm.h"
+#include "conv_nchwc.h"
 
 namespace skipnet::cpu {
 namespace {

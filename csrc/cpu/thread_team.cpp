@@ -1,4 +1,4 @@
-#include "threads.h"
+#include "thread_team.h"
 
 #include <pthread.h>
 

@@ -9,10 +9,10 @@
 #include <memory>
 #include <vector>
 
-#include "blocking.h"
-#include "engine.h"
-#include "threads.h"
-#include "vector.h"
+#include "../blocking.h"
+#include "../engine.h"
+#include "../thread_team.h"
+#include "../vector.h"
 
 namespace skipnet::cpu {
 namespace {

@@ -7,10 +7,10 @@
 
 #include <cstring>
 
-#include "gates.h"
-#include "variant.h"
-#include "winograd.h"
-#include "workspaces.h"
+#include "../gate_step.h"
+#include "../variant.h"
+#include "winograd_nchwc.h"
+#include "../workspace_pool.h"
 
 namespace skipnet::cpu {
 namespace {

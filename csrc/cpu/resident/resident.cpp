@@ -6,10 +6,10 @@
 
 #include <atomic>
 
-#include "convolution.h"
-#include "gates.h"
-#include "variant.h"
-#include "workspaces.h"
+#include "conv_nhwc.h"
+#include "../gate_step.h"
+#include "../variant.h"
+#include "../workspace_pool.h"
 
 namespace skipnet::cpu {
 namespace {
