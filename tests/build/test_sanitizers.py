@@ -50,8 +50,8 @@ def build(folder, *flags, x86=True):
 
 def instruction_sets():
     """What this machine runs; AMX, with its tiles in software, wherever the rest of it runs."""
-    found = set(_C.instruction_sets())
-    return sorted(found | {"amx"} if "avx512bf16" in found else found)
+    supported = set(_C.instruction_sets())
+    return sorted(supported | {"amx"} if "avx512bf16" in supported else supported)
 
 
 def fuzz(program, *arguments):

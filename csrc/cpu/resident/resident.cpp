@@ -1,7 +1,7 @@
 // The resident strategy, compiled once for each instruction set (SKIPNET_ISA, SKIPNET_WIDTH; setup.py lists them).
 //
-// A team of threads takes a few images from stem to head; a worker's activations stay in its cache. Skipping is a
-// branch. The rooms are those of every engine: stem, gate_step, compact, run_block, head.
+// A group of threads takes a few images from stem to head; a worker's activations stay in its cache. Skipping is a
+// branch. The phases are those of every engine: stem, gate_step, compact, run_block, head.
 #include "resident.h"
 
 #include <atomic>
@@ -16,16 +16,16 @@ namespace {
 
 // Images that share a pass over the weights, at most. The transformed weights of SkipNet-110 are 27 MB: a pass for one
 // image alone waits for memory; docs/performance.md has the figures.
-constexpr int kGroup = 8;
+constexpr int kMaxImages = 8;
 
-constexpr std::chrono::microseconds kPatience(100);  // with late threads, for each image: less than one takes
+constexpr std::chrono::microseconds kJoinTimeout(100);  // with late threads, for each image: less than one takes
 
 struct Block {
-    int group;       // of its output, from 0
-    bool changes;    // the group: the first convolution is strided, the shortcut a projection
-    int first;       // place in direct_ where it changes the group, in winograd_ otherwise
-    int last;        // place in winograd_
-    int projection;  // place in direct_, where it changes the group
+    int stage;         // of its output, from 0
+    bool opens_stage;  // the first convolution is strided, the shortcut a projection
+    int first;         // place in direct_ where it opens a stage, in winograd_ otherwise
+    int last;          // place in winograd_
+    int projection;    // place in direct_, where it opens a stage
 };
 
 struct FeedforwardGate {
@@ -34,71 +34,74 @@ struct FeedforwardGate {
     int second;  // place in gate_direct_
 };
 
-enum class Pooled { current, from_tiles, from_plane };  // what the pooled feature is, or how to come by it
+// Whether the pooled feature is up to date, or what it has to be computed from.
+enum class PooledFrom { current, tiles, plane };
 
-// An image's memory in one group of blocks.
-struct Room {
-    Buffer x, inner;                  // the activation, and a block's inner one
-    Buffer tile_sums;                 // [tiles, channels] of x
-    Buffer halved, seen, feature;     // of a feed-forward gate: max pool, first and second convolution
+// An image's memory in one stage, the blocks of one width.
+struct StageBuffers {
+    Buffer x, inner;        // the activation, and a block's inner one
+    Buffer tile_sums;       // [tiles, channels] of x
+    Buffer gate_max_pool;   // what a feed-forward gate's layers write: FFGate-I's first two
+    Buffer gate_inner;
+    Buffer gate_feature;    // the last convolution
 };
 
-// One image on its way.
-struct Guest {
-    Buffer image;             // channels last, bordered
-    std::vector<Room> rooms;  // one a group
-    Buffer pooled, seen;      // [most channels]: of the activation, of a feed-forward gate's feature map
-    Pooled state;             // of pooled
-    Buffer feature;           // [embed]
-    Buffer hidden, cell;      // [lanes], [2 * lanes]
-    bool executes;            // the next block
+// One image on its way through the network.
+struct ImageState {
+    Buffer image;                      // channels last, bordered
+    std::vector<StageBuffers> stages;
+    Buffer pooled, gate_pooled;        // [max_channels_]: of the activation, of a feed-forward gate's feature
+    PooledFrom pooled_from;
+    Buffer embedded;                   // [embed]
+    Buffer hidden, cell;               // [lanes], [2 * lanes]
+    bool executes;                     // the next block
 };
 
-// What a team needs for a few images. Made once, reused from call to call.
+// What a group needs for a few images. Made once, reused from call to call.
 template <typename Operand>
 struct Workspace {
-    std::vector<Guest> guests;                   // [kGroup]
-    std::vector<Scratch<Operand>> scratch;       // [threads of the team]
-    std::vector<Scratch<Float32>> gate_scratch;  // [threads of the team]: gates are float32 always
+    std::vector<ImageState> states;                   // [kMaxImages]
+    std::vector<Scratch<Operand>> scratch;       // [threads of the group]
+    std::vector<Scratch<Float32>> gate_scratch;  // [threads of the group]: gates are float32 always
 };
 
-// A team's few images, shared by its threads.
-struct Visit {
+// A few images of a call, shared by a group of threads.
+struct BatchSlice {
     const Call& call;
-    Guest* guests;     // [kGroup]
+    ImageState* states;     // [kMaxImages]
     int first, count;  // images first .. first + count - 1 of the call
 };
 
-// Some of a visit's guests, in order.
-struct Guests {
-    Guest* of[kGroup];
+// Some of a slice's images, in order.
+struct ImageStates {
+    ImageState* of[kMaxImages];
     int count = 0;
 
-    void add(Guest& guest) { of[count++] = &guest; }
+    void add(ImageState& state) { of[count++] = &state; }
 };
 
-// A buffer of each of some guests.
+// A buffer of each of some images.
 struct Buffers {
-    float* of[kGroup];
+    float* of[kMaxImages];
 
     template <typename Select>
-    Buffers(const Guests& guests, const Select& select) {
-        for (int i = 0; i < guests.count; ++i) of[i] = select(*guests.of[i]).get();
+    Buffers(const ImageStates& states, const Select& select) {
+        for (int i = 0; i < states.count; ++i) of[i] = select(*states.of[i]).get();
     }
 };
 
-// One thread's part in a visit.
+// One thread's part in a slice.
 template <typename Operand>
 struct Worker {
-    Visit& visit;
-    Team team;
+    BatchSlice& slice;
+    ThreadGroup group;
     Scratch<Operand>& scratch;
     Scratch<Float32>& gate_scratch;
 
-    Guests everyone() const {
-        Guests guests;
-        for (int i = 0; i < visit.count; ++i) guests.add(visit.guests[i]);
-        return guests;
+    ImageStates all_images() const {
+        ImageStates states;
+        for (int i = 0; i < slice.count; ++i) states.add(slice.states[i]);
+        return states;
     }
 };
 
@@ -121,9 +124,9 @@ void pool(const Plane& plane, const float* x, float* to) {
     }
 }
 
-// 2x2 maximum of all four, NaN if any is; the team shares the rows.
-void max_pool(const Plane& in, const float* from, const Plane& out, float* to, const Team& team) {
-    const Share rows(out.height, team);
+// 2x2 maximum of all four, NaN if any is; the group shares the rows.
+void max_pool(const Plane& in, const float* from, const Plane& out, float* to, const ThreadGroup& group) {
+    const Share rows(out.height, group);
     for (int y = rows.begin; y < rows.end; ++y)
         for (int x = 0; x < out.width; ++x)
             for (int c = 0; c < out.channels; c += kWidth) {
@@ -148,28 +151,28 @@ public:
     void run(const Call& call) override;
 
 private:
-    void walk(const Worker& worker) const;
+    void forward(const Worker& worker) const;
     void stem(const Worker& worker) const;
     void gate_step(const Worker& worker, int index) const;
-    Guests compact(const Worker& worker) const;
-    void run_block(const Worker& worker, int index, const Guests& executing) const;
+    ImageStates compact(const Worker& worker) const;
+    void run_block(const Worker& worker, int index, const ImageStates& executing) const;
     void head(const Worker& worker) const;
 
     void feedforward_features(const Worker& worker, int index) const;
-    float gate_logit(int index, Guest& guest) const;
-    const float* pooled(int group, Guest& guest) const;
+    float gate_logit(int index, ImageState& state) const;
+    const float* pooled(int stage, ImageState& state) const;
 
-    std::unique_ptr<Workspace> take_workspace(int threads);
-    Room make_room(int group) const;
+    std::unique_ptr<Workspace> acquire_workspace(int threads);
+    StageBuffers make_buffers(int stage) const;
 
-    // What a feed-forward gate's last convolution reads and writes in a group.
-    Plane seen_plane(int group) const {
-        const Plane& plane = planes_[group];
+    // What a feed-forward gate's last convolution reads and writes in a stage.
+    Plane gate_plane(int stage) const {
+        const Plane& plane = planes_[stage];
         return gates_[0].max_pool ? Plane{plane.height / 2, plane.width / 2, plane.channels} : plane;
     }
-    Plane feature_plane(int group) const {
-        const Plane seen = seen_plane(group);
-        return {(seen.height + 1) / 2, (seen.width + 1) / 2, seen.channels};
+    Plane feature_plane(int stage) const {
+        const Plane in = gate_plane(stage);
+        return {(in.height + 1) / 2, (in.width + 1) / 2, in.channels};
     }
 
     template <typename Layer>
@@ -178,21 +181,21 @@ private:
         return static_cast<int>(layers.size()) - 1;
     }
 
-    int classes_, most_channels_ = 0;
+    int classes_, max_channels_ = 0;
     Plane image_;                // the input, channels last
-    std::vector<Plane> planes_;  // one a group
+    std::vector<Plane> planes_;  // one per stage
     std::vector<Block> blocks_;
     Direct<Float32> stem_;       // three channels do not pair
     std::vector<Direct<Operand>> direct_;
     std::vector<Winograd<Operand>> winograd_;
     std::vector<Direct<Float32>> gate_direct_;
     std::vector<Winograd<Float32>> gate_winograd_;
-    std::vector<Linear> embeddings_, tails_;  // one a block, for the gates' kind
+    std::vector<Linear> embeddings_, tails_;  // one per block, for the gates' kind
     std::vector<FeedforwardGate> gates_;
-    std::unique_ptr<RnnCell> cell_;
+    std::unique_ptr<LstmCell> cell_;
     std::unique_ptr<Linear> head_;
 
-    Workspaces<Workspace> spaces_;
+    WorkspacePool<Workspace> workspaces_;
 };
 
 template <typename Operand>
@@ -204,7 +207,7 @@ Network<Operand>::Network(const NetworkWeights& weights)
         const BlockWeights& block = weights.blocks[index];
         const int channels = planes_.back().channels;
         Block packed{};
-        packed.changes = block.projects;
+        packed.opens_stage = block.projects;
         if (block.projects) {
             packed.projection = add(direct_, block.projection, channels);
             packed.first = add(direct_, block.first, channels);
@@ -212,7 +215,7 @@ Network<Operand>::Network(const NetworkWeights& weights)
         } else {
             packed.first = add(winograd_, block.first, channels);
         }
-        packed.group = static_cast<int>(planes_.size()) - 1;
+        packed.stage = static_cast<int>(planes_.size()) - 1;
         packed.last = add(winograd_, block.last, planes_.back().channels);
         blocks_.push_back(packed);
 
@@ -223,256 +226,255 @@ Network<Operand>::Network(const NetworkWeights& weights)
         }
         if (!weights.gates.empty()) {
             const GateConvolutions& gate = weights.gates[index];
-            const int seen = planes_.back().channels;
             FeedforwardGate packed_gate{gate.max_pool, -1, -1};
-            if (gate.max_pool) packed_gate.first = add(gate_winograd_, gate.layers[0], seen);
-            packed_gate.second = add(gate_direct_, gate.layers.back(), seen);
+            if (gate.max_pool) packed_gate.first = add(gate_winograd_, gate.layers[0], planes_.back().channels);
+            packed_gate.second = add(gate_direct_, gate.layers.back(), planes_.back().channels);
             gates_.push_back(packed_gate);
             tails_.emplace_back(weights.tails[index].weight, &weights.tails[index].bias, out, 1);
         }
     }
-    if (!embeddings_.empty()) cell_ = std::make_unique<RnnCell>(weights.lstm);
+    if (!embeddings_.empty()) cell_ = std::make_unique<LstmCell>(weights.lstm);
     head_ = std::make_unique<Linear>(weights.head_weight, weights.head_bias, weights.blocks.back().last.out, classes_);
     for (const Plane& plane : planes_)
-        if (plane.channels > most_channels_) most_channels_ = plane.channels;
+        if (plane.channels > max_channels_) max_channels_ = plane.channels;
 }
 
 template <typename Operand>
-Room Network<Operand>::make_room(int group) const {
-    const Plane& plane = planes_[group];
-    Room room{Buffer(plane.size()), Buffer(plane.size()), Buffer(plane.tiles() * plane.channels), {}, {}, {}};
+StageBuffers Network<Operand>::make_buffers(int stage) const {
+    const Plane& plane = planes_[stage];
+    StageBuffers buffers{Buffer(plane.size()), Buffer(plane.size()), Buffer(plane.tiles() * plane.channels), {}, {}, {}};
     if (!gates_.empty()) {
         if (gates_[0].max_pool) {
-            room.halved = Buffer(seen_plane(group).size());
-            room.seen = Buffer(seen_plane(group).size());
+            buffers.gate_max_pool = Buffer(gate_plane(stage).size());
+            buffers.gate_inner = Buffer(gate_plane(stage).size());
         }
-        room.feature = Buffer(feature_plane(group).size());
+        buffers.gate_feature = Buffer(feature_plane(stage).size());
     }
-    return room;
+    return buffers;
 }
 
 template <typename Operand>
-auto Network<Operand>::take_workspace(int threads) -> std::unique_ptr<Workspace> {
-    std::unique_ptr<Workspace> space = spaces_.take();
-    if (!space) {
-        space = std::make_unique<Workspace>();
+auto Network<Operand>::acquire_workspace(int threads) -> std::unique_ptr<Workspace> {
+    std::unique_ptr<Workspace> workspace = workspaces_.acquire();
+    if (!workspace) {
+        workspace = std::make_unique<Workspace>();
         const int lanes = cell_ ? cell_->lanes() : 0;
-        for (int i = 0; i < kGroup; ++i) {
-            Guest guest{Buffer(image_.size()), {}, Buffer(most_channels_), Buffer(most_channels_), Pooled::current,
+        for (int i = 0; i < kMaxImages; ++i) {
+            ImageState state{Buffer(image_.size()), {}, Buffer(max_channels_), Buffer(max_channels_), PooledFrom::current,
                         Buffer(cell_ ? cell_->embed() : 0), Buffer(lanes), Buffer(2 * lanes), true};
-            for (int group = 0; group < static_cast<int>(planes_.size()); ++group)
-                guest.rooms.push_back(make_room(group));
-            space->guests.push_back(std::move(guest));
+            for (int stage = 0; stage < static_cast<int>(planes_.size()); ++stage)
+                state.stages.push_back(make_buffers(stage));
+            workspace->states.push_back(std::move(state));
         }
     }
-    while (static_cast<int>(space->scratch.size()) < threads) {
-        space->scratch.emplace_back(planes_, kGroup);
-        space->gate_scratch.emplace_back(gate_winograd_.empty() ? std::vector<Plane>() : planes_, kGroup);
+    while (static_cast<int>(workspace->scratch.size()) < threads) {
+        workspace->scratch.emplace_back(planes_, kMaxImages);
+        workspace->gate_scratch.emplace_back(gate_winograd_.empty() ? std::vector<Plane>() : planes_, kMaxImages);
     }
-    return space;
+    return workspace;
 }
 
 // Few images: all threads work on each. Many: every thread takes a few at a time, as long as there are any.
 template <typename Operand>
 void Network<Operand>::run(const Call& call) {
-    struct Tour {
+    struct RunContext {
         Network& network;
         const Call& call;
-        const int team_size, group;
-        std::vector<std::unique_ptr<Workspace>> spaces;  // one a team
-        std::vector<std::unique_ptr<Visit>> visits;
+        const int group_size, slice_size;
+        std::vector<std::unique_ptr<Workspace>> workspaces;  // one per group of threads
+        std::vector<std::unique_ptr<BatchSlice>> slices;
         std::vector<std::unique_ptr<Barrier>> barriers;
-        std::atomic<int> next{0};  // the first image that nobody has taken
+        std::atomic<int> work_counter{0};  // the first image that no group has taken
 
-        // The team's first thread takes images for all of it.
-        void take(Visit& visit) {
-            visit.first = next.fetch_add(group, std::memory_order_relaxed);
-            const int left = call.batch - visit.first;
-            visit.count = left < group ? left : group;
+        // The group's first thread takes images for all of it.
+        void take(BatchSlice& slice) {
+            slice.first = work_counter.fetch_add(slice_size, std::memory_order_relaxed);
+            const int left = call.batch - slice.first;
+            slice.count = left < slice_size ? left : slice_size;
         }
     };
-    Crew crew(call.threads, call.batch * kPatience);
-    const int team_size = call.batch < crew.size() ? crew.size() / call.batch : 1, teams = crew.size() / team_size;
-    const int rounds = (call.batch + teams * kGroup - 1) / (teams * kGroup);
-    Tour tour{*this, call, team_size, (call.batch + teams * rounds - 1) / (teams * rounds), {}, {}, {}};
-    for (int team = 0; team < teams; ++team) {
-        tour.spaces.push_back(take_workspace(team_size));
-        tour.visits.push_back(std::unique_ptr<Visit>(new Visit{call, tour.spaces.back()->guests.data(), 0, 0}));
-        tour.barriers.push_back(std::make_unique<Barrier>(team_size));
+    ThreadTeam team(call.threads, call.batch * kJoinTimeout);
+    const int group_size = call.batch < team.size() ? team.size() / call.batch : 1, groups = team.size() / group_size;
+    const int rounds = (call.batch + groups * kMaxImages - 1) / (groups * kMaxImages);
+    RunContext context{*this, call, group_size, (call.batch + groups * rounds - 1) / (groups * rounds), {}, {}, {}};
+    for (int group = 0; group < groups; ++group) {
+        context.workspaces.push_back(acquire_workspace(group_size));
+        context.slices.push_back(std::unique_ptr<BatchSlice>(new BatchSlice{call, context.workspaces.back()->states.data(), 0, 0}));
+        context.barriers.push_back(std::make_unique<Barrier>(group_size));
     }
-    crew.run([](void* context, int rank) {
-        Tour& tour = *static_cast<Tour*>(context);
-        const int number = rank / tour.team_size;
-        if (number == static_cast<int>(tour.spaces.size())) return;  // too few are left for a team
-        const Team team{rank % tour.team_size, tour.team_size, tour.barriers[number].get()};
-        Visit& visit = *tour.visits[number];
-        const Worker worker{visit, team, tour.spaces[number]->scratch[team.rank],
-                            tour.spaces[number]->gate_scratch[team.rank]};
+    team.run([](void* argument, int rank) {
+        RunContext& context = *static_cast<RunContext*>(argument);
+        const int number = rank / context.group_size;
+        if (number == static_cast<int>(context.workspaces.size())) return;  // too few are left for a group
+        const ThreadGroup group{rank % context.group_size, context.group_size, context.barriers[number].get()};
+        BatchSlice& slice = *context.slices[number];
+        const Worker worker{slice, group, context.workspaces[number]->scratch[group.rank],
+                            context.workspaces[number]->gate_scratch[group.rank]};
         for (;;) {
-            if (team.rank == 0) tour.take(visit);
-            team.meet();
-            if (visit.count <= 0) return;
-            tour.network.walk(worker);
-            team.meet();
+            if (group.rank == 0) context.take(slice);
+            group.barrier();
+            if (slice.count <= 0) return;
+            context.network.forward(worker);
+            group.barrier();
         }
-    }, &tour);
-    for (auto& space : tour.spaces) spaces_.give_back(std::move(space));
+    }, &context);
+    for (auto& workspace : context.workspaces) workspaces_.release(std::move(workspace));
 }
 
 template <typename Operand>
-void Network<Operand>::walk(const Worker& worker) const {
-    const int steps = worker.visit.call.steps, blocks = static_cast<int>(blocks_.size());
+void Network<Operand>::forward(const Worker& worker) const {
+    const int num_gates = worker.slice.call.num_gates, blocks = static_cast<int>(blocks_.size());
     stem(worker);
     for (int index = 0; index < blocks; ++index) {
         run_block(worker, index, compact(worker));
-        if (index < steps) gate_step(worker, index);
+        if (index < num_gates) gate_step(worker, index);
     }
     head(worker);
 }
 
 template <typename Operand>
 void Network<Operand>::stem(const Worker& worker) const {
-    const Visit& visit = worker.visit;
-    const Guests guests = worker.everyone();
+    const BatchSlice& slice = worker.slice;
+    const ImageStates states = worker.all_images();
     const int channels = image_.channels, pixels = image_.height * image_.width;
-    const Share rows(image_.height, worker.team);
-    for (int i = 0; i < guests.count; ++i) {
-        Guest& guest = *guests.of[i];
-        const std::size_t from = static_cast<std::size_t>(visit.first + i) * channels * pixels;
+    const Share rows(image_.height, worker.group);
+    for (int i = 0; i < states.count; ++i) {
+        ImageState& state = *states.of[i];
+        const std::size_t from = static_cast<std::size_t>(slice.first + i) * channels * pixels;
         for (int y = rows.begin; y < rows.end; ++y)
             for (int x = 0; x < image_.width; ++x)
                 for (int c = 0; c < channels; ++c)
-                    guest.image.get()[image_.at(y, x) + c] =
-                        visit.call.images[from + c * pixels + y * image_.width + x];
-        if (worker.team.rank == 0) {
-            guest.executes = true;
-            if (cell_) cell_->begin(guest.hidden.get(), guest.cell.get());
+                    state.image.get()[image_.at(y, x) + c] =
+                        slice.call.images[from + c * pixels + y * image_.width + x];
+        if (worker.group.rank == 0) {
+            state.executes = true;
+            if (cell_) cell_->reset(state.hidden.get(), state.cell.get());
         }
     }
-    worker.team.meet();
-    const Buffers images(guests, [](Guest& guest) -> Buffer& { return guest.image; });
-    const Buffers x(guests, [](Guest& guest) -> Buffer& { return guest.rooms[0].x; });
-    stem_.run(image_, images.of, x.of, true, guests.count, worker.team, worker.gate_scratch);
-    worker.team.meet();
+    worker.group.barrier();
+    const Buffers images(states, [](ImageState& state) -> Buffer& { return state.image; });
+    const Buffers x(states, [](ImageState& state) -> Buffer& { return state.stages[0].x; });
+    stem_.run(image_, images.of, x.of, true, states.count, worker.group, worker.gate_scratch);
+    worker.group.barrier();
 }
 
 // Pool-finish, embed, LSTM step, decide.
 template <typename Operand>
 void Network<Operand>::gate_step(const Worker& worker, int index) const {
     if (!gates_.empty()) feedforward_features(worker, index);
-    if (worker.team.rank == 0) {
-        const Visit& visit = worker.visit;
-        const Call& call = visit.call;
+    if (worker.group.rank == 0) {
+        const BatchSlice& slice = worker.slice;
+        const Call& call = slice.call;
         const bool forced = call.forced && index + 1 < static_cast<int>(blocks_.size());
-        for (int i = 0; i < visit.count; ++i) {
-            Guest& guest = visit.guests[i];
-            const std::size_t to = static_cast<std::size_t>(index) * call.batch + visit.first + i;
-            guest.executes = decide(call, to, forced, gate_logit(index, guest));
+        for (int i = 0; i < slice.count; ++i) {
+            ImageState& state = slice.states[i];
+            const std::size_t to = static_cast<std::size_t>(index) * call.batch + slice.first + i;
+            state.executes = decide(call, to, forced, gate_logit(index, state));
         }
     }
-    worker.team.meet();
+    worker.group.barrier();
 }
 
 template <typename Operand>
-float Network<Operand>::gate_logit(int index, Guest& guest) const {
-    const int group = blocks_[index].group;
+float Network<Operand>::gate_logit(int index, ImageState& state) const {
+    const int stage = blocks_[index].stage;
     if (cell_) {
-        embeddings_[index].run(pooled(group, guest), guest.feature.get());
-        return cell_->step(guest.feature.get(), guest.hidden.get(), guest.cell.get());
+        embeddings_[index].run(pooled(stage, state), state.embedded.get());
+        return cell_->step(state.embedded.get(), state.hidden.get(), state.cell.get());
     }
     float logit;
-    pool(feature_plane(group), guest.rooms[group].feature.get(), guest.seen.get());
-    tails_[index].run(guest.seen.get(), &logit);
+    pool(feature_plane(stage), state.stages[stage].gate_feature.get(), state.gate_pooled.get());
+    tails_[index].run(state.gate_pooled.get(), &logit);
     return logit;
 }
 
 template <typename Operand>
 void Network<Operand>::feedforward_features(const Worker& worker, int index) const {
     const FeedforwardGate& gate = gates_[index];
-    const int group = blocks_[index].group;
-    const Guests guests = worker.everyone();
-    const Buffers x(guests, [&](Guest& guest) -> Buffer& { return guest.rooms[group].x; });
-    const Buffers feature(guests, [&](Guest& guest) -> Buffer& { return guest.rooms[group].feature; });
+    const int stage = blocks_[index].stage;
+    const ImageStates states = worker.all_images();
+    const Buffers x(states, [&](ImageState& state) -> Buffer& { return state.stages[stage].x; });
+    const Buffers feature(states, [&](ImageState& state) -> Buffer& { return state.stages[stage].gate_feature; });
     if (!gate.max_pool) {
-        gate_direct_[gate.second].run(planes_[group], x.of, feature.of, true, guests.count, worker.team,
+        gate_direct_[gate.second].run(planes_[stage], x.of, feature.of, true, states.count, worker.group,
                                       worker.gate_scratch);
     } else {
-        const Buffers halved(guests, [&](Guest& guest) -> Buffer& { return guest.rooms[group].halved; });
-        const Buffers seen(guests, [&](Guest& guest) -> Buffer& { return guest.rooms[group].seen; });
-        const Plane plane = seen_plane(group);
-        for (int i = 0; i < guests.count; ++i) max_pool(planes_[group], x.of[i], plane, halved.of[i], worker.team);
-        worker.team.meet();
-        gate_winograd_[gate.first].run(plane, halved.of, seen.of, false, nullptr, guests.count, worker.team,
+        const Buffers max_pooled(states, [&](ImageState& state) -> Buffer& { return state.stages[stage].gate_max_pool; });
+        const Buffers inner(states, [&](ImageState& state) -> Buffer& { return state.stages[stage].gate_inner; });
+        const Plane plane = gate_plane(stage);
+        for (int i = 0; i < states.count; ++i) max_pool(planes_[stage], x.of[i], plane, max_pooled.of[i], worker.group);
+        worker.group.barrier();
+        gate_winograd_[gate.first].run(plane, max_pooled.of, inner.of, false, nullptr, states.count, worker.group,
                                        worker.gate_scratch);
-        worker.team.meet();
-        gate_direct_[gate.second].run(plane, seen.of, feature.of, true, guests.count, worker.team,
+        worker.group.barrier();
+        gate_direct_[gate.second].run(plane, inner.of, feature.of, true, states.count, worker.group,
                                       worker.gate_scratch);
     }
-    worker.team.meet();
+    worker.group.barrier();
 }
 
-// The guests that run the next block, in order. Every thread of a team makes the same list.
+// The images that run the next block, in order. Every thread of a group makes the same list.
 template <typename Operand>
-Guests Network<Operand>::compact(const Worker& worker) const {
-    Guests executing;
-    for (int i = 0; i < worker.visit.count; ++i)
-        if (worker.visit.guests[i].executes) executing.add(worker.visit.guests[i]);
+ImageStates Network<Operand>::compact(const Worker& worker) const {
+    ImageStates executing;
+    for (int i = 0; i < worker.slice.count; ++i)
+        if (worker.slice.states[i].executes) executing.add(worker.slice.states[i]);
     return executing;
 }
 
 template <typename Operand>
-void Network<Operand>::run_block(const Worker& worker, int index, const Guests& executing) const {
+void Network<Operand>::run_block(const Worker& worker, int index, const ImageStates& executing) const {
     const Block& block = blocks_[index];
-    const int group = block.group;
-    const Plane& plane = planes_[group];
-    const Team& team = worker.team;
-    const Buffers inner(executing, [&](Guest& guest) -> Buffer& { return guest.rooms[group].inner; });
-    const Buffers x(executing, [&](Guest& guest) -> Buffer& { return guest.rooms[group].x; });
-    const Buffers sums(executing, [&](Guest& guest) -> Buffer& { return guest.rooms[group].tile_sums; });
-    if (block.changes) {
-        const Guests guests = worker.everyone();
-        const Buffers all_before(guests, [&](Guest& guest) -> Buffer& { return guest.rooms[group - 1].x; });
-        const Buffers all_x(guests, [&](Guest& guest) -> Buffer& { return guest.rooms[group].x; });
-        const Buffers before(executing, [&](Guest& guest) -> Buffer& { return guest.rooms[group - 1].x; });
-        direct_[block.projection].run(planes_[group - 1], all_before.of, all_x.of, false, guests.count, team,
+    const int stage = block.stage;
+    const Plane& plane = planes_[stage];
+    const ThreadGroup& group = worker.group;
+    const Buffers inner(executing, [&](ImageState& state) -> Buffer& { return state.stages[stage].inner; });
+    const Buffers x(executing, [&](ImageState& state) -> Buffer& { return state.stages[stage].x; });
+    const Buffers sums(executing, [&](ImageState& state) -> Buffer& { return state.stages[stage].tile_sums; });
+    if (block.opens_stage) {
+        const ImageStates states = worker.all_images();
+        const Buffers all_before(states, [&](ImageState& state) -> Buffer& { return state.stages[stage - 1].x; });
+        const Buffers all_x(states, [&](ImageState& state) -> Buffer& { return state.stages[stage].x; });
+        const Buffers before(executing, [&](ImageState& state) -> Buffer& { return state.stages[stage - 1].x; });
+        direct_[block.projection].run(planes_[stage - 1], all_before.of, all_x.of, false, states.count, group,
                                       worker.scratch);
-        direct_[block.first].run(planes_[group - 1], before.of, inner.of, true, executing.count, team,
+        direct_[block.first].run(planes_[stage - 1], before.of, inner.of, true, executing.count, group,
                                  worker.scratch);
-        if (team.rank == 0)
-            for (int i = 0; i < guests.count; ++i) guests.of[i]->state = Pooled::from_plane;
+        if (group.rank == 0)
+            for (int i = 0; i < states.count; ++i) states.of[i]->pooled_from = PooledFrom::plane;
     } else {
-        winograd_[block.first].run(plane, x.of, inner.of, false, nullptr, executing.count, team, worker.scratch);
+        winograd_[block.first].run(plane, x.of, inner.of, false, nullptr, executing.count, group, worker.scratch);
     }
-    team.meet();
-    winograd_[block.last].run(plane, inner.of, x.of, true, sums.of, executing.count, team, worker.scratch);
-    if (team.rank == 0)
-        for (int i = 0; i < executing.count; ++i) executing.of[i]->state = Pooled::from_tiles;
-    team.meet();
+    group.barrier();
+    winograd_[block.last].run(plane, inner.of, x.of, true, sums.of, executing.count, group, worker.scratch);
+    if (group.rank == 0)
+        for (int i = 0; i < executing.count; ++i) executing.of[i]->pooled_from = PooledFrom::tiles;
+    group.barrier();
 }
 
 // Global average pool and classifier.
 template <typename Operand>
 void Network<Operand>::head(const Worker& worker) const {
-    if (worker.team.rank != 0) return;
-    const Visit& visit = worker.visit;
-    for (int i = 0; i < visit.count; ++i) {
-        Guest& guest = visit.guests[i];
-        const std::size_t image = visit.first + i;
-        head_->run(pooled(static_cast<int>(planes_.size()) - 1, guest), visit.call.logits + image * classes_);
-        if (cell_) cell_->finish(guest.hidden.get(), guest.cell.get(), visit.call, image);
+    if (worker.group.rank != 0) return;
+    const BatchSlice& slice = worker.slice;
+    for (int i = 0; i < slice.count; ++i) {
+        ImageState& state = slice.states[i];
+        const std::size_t image = slice.first + i;
+        head_->run(pooled(static_cast<int>(planes_.size()) - 1, state), slice.call.logits + image * classes_);
+        if (cell_) cell_->finish(state.hidden.get(), state.cell.get(), slice.call, image);
     }
 }
 
 // The activation's pooled feature, brought up to date. An image that skipped its block has it still.
 template <typename Operand>
-const float* Network<Operand>::pooled(int group, Guest& guest) const {
-    const Plane& plane = planes_[group];
-    const Room& room = guest.rooms[group];
-    if (guest.state == Pooled::from_plane) pool(plane, room.x.get(), guest.pooled.get());
-    if (guest.state == Pooled::from_tiles)
-        average(room.tile_sums.get(), plane.tiles(), plane.channels, plane.height * plane.width, guest.pooled.get());
-    guest.state = Pooled::current;
-    return guest.pooled.get();
+const float* Network<Operand>::pooled(int stage, ImageState& state) const {
+    const Plane& plane = planes_[stage];
+    const StageBuffers& buffers = state.stages[stage];
+    if (state.pooled_from == PooledFrom::plane) pool(plane, buffers.x.get(), state.pooled.get());
+    if (state.pooled_from == PooledFrom::tiles)
+        average(buffers.tile_sums.get(), plane.tiles(), plane.channels, plane.height * plane.width, state.pooled.get());
+    state.pooled_from = PooledFrom::current;
+    return state.pooled.get();
 }
 
 }  // namespace
