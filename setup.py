@@ -14,12 +14,18 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
+from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
 sys.path.insert(0, str(Path(__file__).parent / "csrc"))
 from nvcc import ALL_ARCHS, DEFAULT_ARCHS, FLAGS, find_nvcc
+from object_cache import compiled
 from variants import MACROS, VARIANT_SOURCES, VARIANTS
+
+MODULE = "csrc/bindings/module.cpp"
+# What a file of these kinds may include.
+CPU_SOURCES = [*Path("csrc").glob("*.h"), Path("csrc/cpu")]
+CUDA_SOURCES = [*Path("csrc").glob("*.h"), Path("csrc/cuda")]
 
 
 def toolkit_root(nvcc: str) -> Path:
@@ -42,12 +48,12 @@ def cuda_archs() -> tuple[str, ...]:
     return DEFAULT_ARCHS
 
 
-Compilation = Callable[[], str]
-"""Compiles one file; returns the object's path."""
+Compilation = Callable[[], Path]
+"""Compiles one file, or finds that it has been; returns the object's path."""
 
 
 class BuildExtension(build_ext):
-    """Compiles the .cu sources with nvcc beside the C++ ones and links cudart statically."""
+    """Compiles everything through the object cache, the .cu sources with nvcc, and links cudart statically."""
 
     def build_extension(self, ext: Pybind11Extension) -> None:
         """Build one extension; without nvcc it is CPU only, and says so."""
@@ -60,22 +66,37 @@ class BuildExtension(build_ext):
         else:
             why, compilations = self.cuda(ext, nvcc)
         print(f"skipnet-rt: CUDA sources {why}")
-        ext.define_macros.append(("SKIPNET_CUDA_BUILD", f'"{why}"'))
-        ext.define_macros += MACROS
         with ThreadPoolExecutor(int(os.environ.get("SKIPNET_BUILD_JOBS", 0)) or os.cpu_count()) as pool:
-            ext.extra_objects += pool.map(lambda compilation: compilation(), [*compilations, *self.variants(ext)])
-        self.force = True  # setuptools knows nothing of these objects: it would keep an earlier build's library
+            compilations += [*self.variants(), *self.cpp(ext, why)]
+            ext.extra_objects += [str(path) for path in pool.map(lambda compilation: compilation(), compilations)]
+        ext.sources, ext.language = [], "c++"  # what is left is to link
+        self.force = True
         super().build_extension(ext)
 
-    def variants(self, ext: Pybind11Extension) -> list[Compilation]:
+    def variants(self) -> list[Compilation]:
         """The CPU kernels for each instruction set, with fused multiply-adds where there are any."""
-        def compilation(source: str, isa: str, width: int, flags: list[str]) -> str:
-            return self.compiler.compile(
-                [f"csrc/cpu/{source}"], output_dir=str(Path(self.build_temp) / isa),
-                macros=[("SKIPNET_ISA", isa), ("SKIPNET_WIDTH", str(width))], depends=ext.depends,
-                extra_postargs=["-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=fast", *flags])[0]
+        flags = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-ffp-contract=fast", "-fvisibility=hidden"]
+
+        def compilation(source: str, isa: str, width: int, isa_flags: list[str]) -> Path:
+            macros = [f"-DSKIPNET_ISA={isa}", f"-DSKIPNET_WIDTH={width}"]
+            return compiled([*self.compiler.compiler_so_cxx, *flags, *isa_flags, *macros, "-c", f"csrc/cpu/{source}"],
+                            CPU_SOURCES)
 
         return [partial(compilation, source, *variant) for variant in VARIANTS for source in VARIANT_SOURCES]
+
+    def cpp(self, ext: Pybind11Extension, about_cuda: str) -> list[Compilation]:
+        """All other C++ sources, of which one is told about CUDA."""
+        includes = [*self.compiler.include_dirs, *ext.include_dirs]
+        flags = [*ext.extra_compile_args, *(f"-D{name}={value}" for name, value in MACROS),
+                 *(f"-I{folder}" for folder in includes)]
+
+        def compilation(source: str) -> Path:
+            macros = [("SKIPNET_CUDA_BUILD", f'"{about_cuda}"'), *ext.define_macros] if source == MODULE else []
+            return compiled([*self.compiler.compiler_so_cxx, *flags, *(f"-D{name}={value}" for name, value in macros),
+                             "-c", source],
+                            [*CPU_SOURCES, *CUDA_SOURCES, Path("csrc/bindings"), *map(Path, includes)])
+
+        return [partial(compilation, source) for source in ext.sources]
 
     def cuda(self, ext: Pybind11Extension, nvcc: str) -> tuple[str, list[Compilation]]:
         """The CUDA sources, and what is being done with them."""
@@ -83,13 +104,9 @@ class BuildExtension(build_ext):
         codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
         newest = archs[-1].rstrip("af")
         codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
-        folder = Path(self.build_temp) / "cuda"
-        folder.mkdir(parents=True, exist_ok=True)
 
-        def compilation(source: Path) -> str:
-            target = folder / f"{source.stem}.o"
-            subprocess.run([nvcc, *FLAGS, "--threads=0", *codes, "-c", str(source), "-o", str(target)], check=True)
-            return str(target)
+        def compilation(source: Path) -> Path:
+            return compiled([nvcc, *FLAGS, "--threads=0", *codes, "-c", source], CUDA_SOURCES)
 
         # The largest first: it takes longer than all others.
         sources = sorted(Path("csrc/cuda").glob("*.cu"), key=lambda source: source.stat().st_size, reverse=True)
@@ -102,13 +119,11 @@ class BuildExtension(build_ext):
                 [partial(compilation, source) for source in sources])
 
 
-ParallelCompile("SKIPNET_BUILD_JOBS", default=0).install()
 setup(
     ext_modules=[Pybind11Extension(
         "skipnet_rt._C",
-        ["csrc/bindings/module.cpp", "csrc/bindings/cpu.cpp",
+        [MODULE, "csrc/bindings/cpu.cpp",
          *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp") if path.name not in VARIANT_SOURCES)],
-        depends=[str(path) for path in Path("csrc").rglob("*.h")],
         cxx_std=17,
         # No contraction by the compiler: one rounding sequence, whatever instruction set it builds for.
         extra_compile_args=["-O3", "-fno-math-errno", "-ffp-contract=off"],

@@ -65,7 +65,7 @@ def test_gate_step_in_pytorch(benchmark: BenchmarkFixture, network: PackedNetwor
 
 @pytest.fixture(scope="module")
 def peak() -> float:
-    """Operations a second of one core in fused multiply-adds alone, with the best instruction set."""
+    """Operations per second of one core in fused multiply-adds alone, with the best instruction set."""
     best = 0.0
     for _ in range(5):
         started = time.perf_counter()

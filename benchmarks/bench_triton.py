@@ -1,7 +1,7 @@
 """Microbenchmarks of the Triton kernels on a GPU: ``pytest benchmarks/bench_triton.py --benchmark-enable``.
 
 Every row is :data:`REPEATS` launches in a CUDA graph, replayed and waited for: no time of the host's is in it but the
-one replay's. The group's extra columns are microseconds a launch and, for convolutions, TFLOP/s. Convolutions take the
+one replay's. The extra columns are microseconds per launch and, for convolutions, TFLOP/s. Convolutions take the
 configurations that ``skipnet-rt doctor --warm`` has measured on this machine, else the best guesses.
 """
 
@@ -18,10 +18,10 @@ import skipnet_rt as srt
 from skipnet_rt import kernels
 from skipnet_rt.kernels import tuning
 from skipnet_rt.kernels.gathered_conv import Layer, Workspace, configurations
-from skipnet_rt.kernels.language import INTERPRETED, missing
+from skipnet_rt.kernels.language import INTERPRETED, unavailable_reason
 from skipnet_rt.model.packing import PackedEmbedding, pack
 
-REASON = "times in the interpreter say nothing" if INTERPRETED else missing()
+REASON = "times in the interpreter say nothing" if INTERPRETED else unavailable_reason()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 BATCHES = (1, 8, 64, 256)
@@ -76,12 +76,12 @@ def test_convolution(benchmark: BenchmarkFixture, who: str, batch: int, shape: t
         with torch.backends.cudnn.flags(enabled=True, benchmark=True):
             timed(benchmark, lambda: F.relu_(F.conv2d(planar, packed, half, stride, kernel // 2)), operations)
     else:
-        chosen = tuning.results(x.device).get(str(layer), configurations(layer)[0])
+        configuration = tuning.results(x.device).get(str(layer), configurations(layer)[0])
         out = torch.empty(batch, height, width, out_channels, dtype=x.dtype, device="cuda")
-        workspace = Workspace.empty([(layer, chosen)], batch, x.device)
+        workspace = Workspace.empty([(layer, configuration)], batch, x.device)
         timed(benchmark, lambda: kernels.gathered_conv2d(
             x, weight, bias, count, gather=rows, stride=stride, padding=kernel // 2, relu=True, out=out,
-            configuration=chosen, workspace=workspace), operations)
+            configuration=configuration, workspace=workspace), operations)
 
 
 @pytest.mark.parametrize("batch", BATCHES)

@@ -1,4 +1,4 @@
-"""Our engines and their peers on one network, in one process, taking turns: ``skipnet-rt benchmark`` as a script.
+"""Our engines and their baselines on one network, in one process, taking turns: ``skipnet-rt benchmark`` as a script.
 
     pip install onnx onnxruntime openvino matplotlib
     python benchmarks/compare.py --arch cifar10_rnn_gate_110 --output benchmarks/results

@@ -25,12 +25,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import skipnet_rt as srt
-from skipnet_rt.engines.autoselect import keep
-from skipnet_rt.engines.cuda_resident import ResidentCudaEngine
+from skipnet_rt.engines import autoselect
+from skipnet_rt.engines.cuda import CudaEngine
+from skipnet_rt.engines.cuda_resident import ResidentStrategy
 from skipnet_rt.engines.registry import REGISTRY, EngineError
-from skipnet_rt.measure.baselines import PEERS
-from skipnet_rt.measure.benchmark import BenchmarkError, benchmark, measure_crossover, random_routing, unwaiting_engines
-from skipnet_rt.measure.clock import Timing, alternate
+from skipnet_rt.measure.baselines import BASELINES
+from skipnet_rt.measure.benchmark import (
+    BenchmarkError,
+    benchmark,
+    measure_crossover,
+    random_routing,
+    supporting_engines,
+)
+from skipnet_rt.measure.clock import Timing, time_interleaved
 from skipnet_rt.model.packing import PackedEmbedding, PackedNetwork, pack
 from skipnet_rt.runtime import usable_device
 from skipnet_rt.util import machine
@@ -39,78 +46,71 @@ ARCH = "cifar10_rnn_gate_110"
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Everyone at one batch size, half of the gated blocks executed and all of them."""
+    """Engines and baselines at one batch size, half of the gated blocks executed and all of them."""
     model = srt.build(arguments.arch).eval()
     device, dtype = torch.device("cuda"), getattr(torch, arguments.dtype)
-    engines = unwaiting_engines(model.arch, device, dtype)
-    found = benchmark(model, engines=engines, batches=[arguments.batch], fractions=(0.5, 1.0),
-                      dtype=dtype, peers=[peer for peer in PEERS if peer.name not in arguments.without],
-                      seconds=arguments.seconds, device=device,
-                      on_progress=lambda what, share: print(f"{share:6.1%} {what}", flush=True))
-    return found.to_dict()
+    return benchmark(model, engines=supporting_engines(model.arch, device, dtype, asynchronous=True),
+                     batches=[arguments.batch], fractions=(0.5, 1.0), dtype=dtype,
+                     baselines=[baseline for baseline in BASELINES if baseline.name not in arguments.without],
+                     seconds=arguments.seconds, device=device,
+                     on_progress=lambda what, share: print(f"{share:6.1%} {what}", flush=True)).to_dict()
 
 
 def slope(arguments: argparse.Namespace) -> dict[str, Any]:
     """Each engine's time against the executed fraction: how straight it is, and how steep beside the ideal."""
     model = srt.build(arguments.arch).eval()
-    device, dtype = torch.device("cuda"), getattr(torch, arguments.dtype)
-    images = torch.randn(arguments.batch, 3, *model.arch.image_size, device=device, dtype=dtype)
-    fractions = (0.0, 0.25, 0.5, 0.75, 1.0)
-    routes = {fraction: random_routing(model.arch, arguments.batch, fraction).to(device) for fraction in fractions}
-    runtimes = {name: srt.compile(model, engine=name, device=device, dtype=dtype)
-                for name in unwaiting_engines(model.arch, device, dtype)}
-    calls = {f"{name} {fraction}": (lambda runtime=runtime, route=route: runtime.infer(images, routing=route))
-             for name, runtime in runtimes.items() for fraction, route in routes.items()}
-    timings = alternate(calls, seconds=arguments.seconds, device=device, device_time=True)
+    measured = measure_crossover(model, torch.device("cuda"), getattr(torch, arguments.dtype),
+                                 batches=[arguments.batch], seconds=arguments.seconds, device_clock=True)
     engines = {}
-    for name in runtimes:
-        times = [1e3 * timings[f"{name} {fraction}"].median for fraction in fractions]
-        between = [times[0] + fraction * (times[-1] - times[0]) for fraction in fractions]
+    for name, batches in measured.milliseconds.items():
+        times = batches[arguments.batch]
+        line = {fraction: times[0.0] + fraction * (times[1.0] - times[0.0]) for fraction in times}
         engines[name] = {
-            "milliseconds": dict(zip(map(str, fractions), times, strict=True)),
-            "most_off_the_line": max(abs(time / line - 1) for time, line in zip(times, between, strict=True)),
-            "share_that_skipping_saves": 1 - times[0] / times[-1],
+            "milliseconds": times,
+            "most_off_the_line": max(abs(times[fraction] / line[fraction] - 1) for fraction in times),
+            "share_that_skipping_saves": 1 - times[0.0] / times[1.0],
         }
     return {"architecture": str(model.arch), "dtype": arguments.dtype, "batch": arguments.batch, "engines": engines}
 
 
 def crossover(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Which engine wins, by batch size and executed share; kept, so that ``"auto"`` goes by it here."""
+    """Which engine wins, by batch size and executed share; saved, so that ``"auto"`` goes by it here."""
     model = srt.build(arguments.arch).eval()
     device, dtype = torch.device("cuda", torch.cuda.current_device()), getattr(torch, arguments.dtype)
-    found = measure_crossover(model, device, dtype, seconds=arguments.seconds)
-    keep(found, model.arch, device, dtype)
-    return {"architecture": str(model.arch), "dtype": arguments.dtype, "milliseconds": found.milliseconds,
-            "winners": found.winners, "order": found.order()}
+    measured = measure_crossover(model, device, dtype, seconds=arguments.seconds)
+    autoselect.save(measured.milliseconds, model.arch, device, dtype)
+    return {"architecture": str(model.arch), "dtype": arguments.dtype, "milliseconds": measured.milliseconds,
+            "winners": {result.batch: result.winners for result in measured.results},
+            "order": autoselect.fastest_first(measured.milliseconds)}
 
 
-def plans(network: PackedNetwork) -> dict[str, ResidentCudaEngine]:
-    """The resident engine by the images that a block of threads takes at a time, clusters taking one included."""
-    engines = {"as planned": ResidentCudaEngine(network)}
+def plans(network: PackedNetwork) -> dict[str, ResidentStrategy]:
+    """The resident strategy by the images that a thread block takes at a time, clusters taking one included."""
+    strategies = {"as planned": ResidentStrategy(network)}
     for count in (1, 2, 3):
-        if engines["as planned"].fits(count):
-            engines[str(count)] = ResidentCudaEngine(network, images=count)
+        if strategies["as planned"].fits(count):
+            strategies[str(count)] = ResidentStrategy(network, images=count)
     for cluster in (2, 4):
         if torch.cuda.get_device_capability(network.device)[0] in (9, 10):
-            engines[f"1/{cluster}"] = ResidentCudaEngine(network, cluster=cluster)
-    return engines
+            strategies[f"1/{cluster}"] = ResidentStrategy(network, cluster=cluster)
+    return strategies
 
 
 def waves(arguments: argparse.Namespace) -> dict[str, Any]:
     """The resident engine's time in all of its plans."""
     model = srt.build(arguments.arch).eval()
     device, dtype = torch.device("cuda", torch.cuda.current_device()), getattr(torch, arguments.dtype)
-    if objection := (REGISTRY["cuda"].objection(model.arch, device, dtype)
-                     or ResidentCudaEngine.misfit(model.arch, device, dtype)):
-        raise EngineError(objection)
+    if reason := (REGISTRY["cuda"].unsupported_reason(model.arch, device, dtype)
+                  or ResidentStrategy.unsupported_reason(model.arch, device, dtype)):
+        raise EngineError(reason)
     network = pack(model, device, dtype)
     images = torch.randn(arguments.batch, 3, *model.arch.image_size, device=device, dtype=dtype)
-    route = random_routing(model.arch, arguments.batch, 0.5).to(device)
-    calls = {name: (lambda engine=engine: engine.run(images, route, model.arch.num_gates))
-             for name, engine in plans(network).items()}
-    timings = alternate(calls, seconds=arguments.seconds, device=device, device_time=True)
+    forced = random_routing(model.arch, arguments.batch, 0.5).to(device).t()
+    calls = {name: (lambda strategy=strategy: strategy.run(images, forced, model.arch.num_gates))
+             for name, strategy in plans(network).items()}
+    timings = time_interleaved(calls, seconds=arguments.seconds, device=device, device_time=True)
     return {"architecture": str(model.arch), "dtype": arguments.dtype, "batch": arguments.batch,
-            "images_of_a_block": {name: timing.to_dict() for name, timing in timings.items()}}
+            "images_per_thread_block": {name: timing.to_dict() for name, timing in timings.items()}}
 
 
 def gates(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -124,8 +124,8 @@ def gates(arguments: argparse.Namespace) -> dict[str, Any]:
             images = torch.randn(batch, 3, 32, 32, device=device, dtype=dtype)
             nothing = torch.zeros(batch, runtime.arch.num_gates, dtype=torch.bool, device=device)
             calls[name] = lambda runtime=runtime, images=images, nothing=nothing: runtime.infer(images, nothing)
-        times[str(batch)] = alternate(calls, seconds=arguments.seconds, device=device, device_time=True)
-    return {"dtype": arguments.dtype, "microseconds_a_skipped_block": {
+        times[str(batch)] = time_interleaved(calls, seconds=arguments.seconds, device=device, device_time=True)
+    return {"dtype": arguments.dtype, "microseconds_per_skipped_block": {
         batch: 1e6 * (timed["cifar10_rnn_gate_152"].median - timed["cifar10_rnn_gate_38"].median) / (74 - 17)
         for batch, timed in times.items()}}
 
@@ -182,7 +182,7 @@ def kernels(arguments: argparse.Namespace) -> dict[str, Any]:
         return _graph(lambda: [once() for _ in range(repeats)] and None).replay
 
     calls = {name: many(once) for name, once in work.items()}
-    timings = alternate(calls, seconds=arguments.seconds, device=device, device_time=True, per=repeats)
+    timings = time_interleaved(calls, seconds=arguments.seconds, device=device, device_time=True, per=repeats)
     return {"dtype": arguments.dtype, "kernels": {name: timing.to_dict() for name, timing in timings.items()}}
 
 
@@ -200,9 +200,10 @@ def touch(arguments: argparse.Namespace) -> dict[str, Any]:
         runtime = srt.compile(model, engine="cuda", device=device, dtype=dtype)
         results = [runtime.infer(images), runtime.infer(images, route)]
         executed[name] = [int(result.executed.sum()) for result in results]
-        if isinstance(runtime.engine, ResidentCudaEngine):
-            for engine in plans(runtime.engine.network).values():
-                engine.run(images.to(dtype), route, arch.num_gates)
+        assert isinstance(runtime.engine, CudaEngine)
+        if isinstance(runtime.engine.strategy, ResidentStrategy):
+            for strategy in plans(runtime.engine.network).values():
+                strategy.run(images.to(dtype), route.t(), arch.num_gates)
     torch.cuda.synchronize()
     return {"executed": executed}
 
@@ -217,16 +218,16 @@ def table(folder: Path) -> None:
             print(f"  cannot be read: {error}")
             continue
         for result in document.get("results", ()):
-            for name, time in result["peers"].items():
+            for name, time in result["baselines"].items():
                 print(f"  {name:24} {_microseconds(time)}")
-            for one in result["engines"]:
+            for each in result["engines"]:
                 best = result["best_dense"]
-                print(f"  {one['engine']}, {one['fraction']:4.0%} executed{'':{8 - len(one['engine'])}} "
-                      f"{_microseconds(one['time'])}  {one['share_of_ceiling']:4.0f}% of the ceiling, "
-                      f"{one['speedup_over'][best]:.2f} x {best}")
+                print(f"  {each['engine']}, {each['fraction']:4.0%} executed{'':{8 - len(each['engine'])}} "
+                      f"{_microseconds(each['time'])}  {each['share_of_ceiling']:4.0f}% of the ceiling, "
+                      f"{each['speedup_over'][best]:.2f} x {best}")
         for name, time in document.get("kernels", {}).items():
             print(f"  {name:44} {_microseconds(time)}")
-        for key in ("engines", "winners", "images_of_a_block", "microseconds_a_skipped_block"):
+        for key in ("engines", "winners", "images_per_thread_block", "microseconds_per_skipped_block"):
             for name, value in document.get(key, {}).items():
                 print(f"  {name:20} {json.dumps(value)}")
         _triton(document.get("benchmarks", ()))
@@ -244,7 +245,7 @@ def _triton(rows: Sequence[dict[str, Any]]) -> None:
     if times:
         print("  microseconds by batch size; of convolutions over all images, over half of them, and cuDNN's over all")
     for what, batches in times.items():
-        print(f"  {what:40}", *(f"{batch}: {' '.join(found):18}" for batch, found in batches.items()))
+        print(f"  {what:40}", *(f"{batch}: {' '.join(shown):18}" for batch, shown in batches.items()))
 
 
 def _microseconds(time: dict[str, float]) -> str:
@@ -262,7 +263,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"))
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--without", action="append", default=[], help="a peer to leave out")
+    parser.add_argument("--without", action="append", default=[], help="a baseline to leave out")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     if arguments.part == "table":
@@ -271,11 +272,11 @@ def main() -> None:
     torch.manual_seed(0)
     try:
         usable_device("cuda")
-        found = parts[arguments.part](arguments)
+        measured = parts[arguments.part](arguments)
     except (BenchmarkError, EngineError) as error:
         parser.exit(1, f"{error}\n")
     document = {"part": arguments.part, "versions": machine.versions(), "gpu": machine.gpu(torch.device("cuda")),
-                **found}
+                **measured}
     name = f"{arguments.part}-{arguments.arch}-{arguments.dtype}-{arguments.batch}"
     if arguments.output:
         (arguments.output / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")

@@ -27,13 +27,12 @@ def main() -> None:
     print(f"| kernel | {' | '.join(TARGETS)} |\n|---{'|---' * len(TARGETS)}|")
     for dtype, tf32 in ((torch.float16, False), (torch.float32, False), (torch.float32, True)):
         large, small = (Layer(size, size, 256, 256, 3, 1, 1, dtype, pooled=True, tf32=tf32) for size in (56, 14))
-        plans = [(large, one) for one in configurations(large)]
-        plans += [(small, one) for one in configurations(small) if one.slices > 1]
-        for layer, one in plans:
-            used = (shown(resources.convolution(layer, one, target), target) for target in TARGETS)
+        plans = [(large, configuration) for configuration in configurations(large)]
+        plans += [(small, configuration) for configuration in configurations(small) if configuration.split_k > 1]
+        for layer, configuration in plans:
+            used = (shown(resources.convolution(layer, configuration, target), target) for target in TARGETS)
             name = "TF32" if tf32 else str(dtype).removeprefix("torch.")
-            print(f"| {name}, {one.block_m}x{one.block_n}x{one.block_k}, {one.warps} warps, {one.stages} stages"
-                  f"{f', {one.slices} slices' if one.slices > 1 else ''} | {' | '.join(used)} |", flush=True)
+            print(f"| {name}, {configuration} | {' | '.join(used)} |", flush=True)
     for name, pixels, channels, hidden in (("gate step, 1024 pixels of 16 channels", 1024, 16, 10),
                                            ("gate step, 3136 of 256", 3136, 256, 10),
                                            ("gate step, 49 of 2048", 49, 2048, 10),

@@ -1,6 +1,6 @@
 """The gate step: finish the pool, embed, advance the LSTM, decide, and list the executing images, in one launch.
 
-One program an image. The program that finishes last lists the executing images with a prefix sum over all flags, so
+One program per image. The program that finishes last lists the executing images with a prefix sum over all flags, so
 that their order is theirs in the batch, however the programs were scheduled. All arithmetic is float32.
 """
 
@@ -37,7 +37,7 @@ class GateStep:
 
     @classmethod
     def empty(cls, batch: int, device: torch.device) -> GateStep:
-        """Memory for a batch."""
+        """Memory for the results of so many images."""
         logit, probability = torch.empty(2, batch, device=device)
         rows, count = (torch.empty(size, dtype=torch.int32, device=device) for size in (batch, 1))
         return cls(logit, probability, torch.empty(batch, dtype=torch.bool, device=device), rows, count)
@@ -179,7 +179,7 @@ def gate_step_kernel(
 def pool_kernel(sums_ptr: tl.tensor, pooled_ptr: tl.tensor, TILES: tl.constexpr, PIXELS: tl.constexpr,
                 CHANNELS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
                 INTERPRETED: tl.constexpr) -> None:
-    """Partial sums to averages; a program an image and block of channels."""
+    """Partial sums to averages; one program per image and block of channels."""
     image, channel = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     pooled = _pooled(sums_ptr, image, channel, TILES, PIXELS, CHANNELS, BLOCK_T)
     tl.store(pooled_ptr + image.to(tl.int64) * CHANNELS + channel,

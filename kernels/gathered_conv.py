@@ -4,8 +4,8 @@ One kernel for every layer of every network. Rows of the product are output pixe
 the sum runs over taps and input channels. The grid is persistent: programs stride over the tiles of ``count`` images,
 and ``count`` is read on the device.
 
-A long sum is cut into slices. Where tiles are too few for the GPU, a program computes one slice, and whichever arrives
-last adds them all; where they are many, a program computes all slices of its tile.
+A long sum is cut into slices (split-K). Where tiles are too few for the GPU, a program computes one slice, and the one
+that arrives last adds them all; where they are many, a program computes all slices of its tile.
 
 Bits do not depend on the batch: an output element is summed in one order, which the configuration alone decides: slice
 by slice from zero, each block by block of BLOCK_K, then the slices from first to last. A pooled sum is formed inside
@@ -86,10 +86,10 @@ class Configuration:
     Attributes:
         block_m: output pixels of a tile; for a pooled layer a multiple of :data:`POOL_TILE`.
         block_n: output channels of a tile.
-        block_k: terms of a sum that one step adds. All configurations of a layer have the same.
+        block_k: terms of a sum that one product of blocks adds. All configurations of a layer have the same.
         warps: warps of a program.
         stages: blocks of operands in flight.
-        slices: parts of a sum that may be formed at the same time.
+        split_k: slices that a sum is cut into, which may be formed at the same time.
     """
 
     block_m: int
@@ -97,7 +97,12 @@ class Configuration:
     block_k: int
     warps: int
     stages: int
-    slices: int = 1
+    split_k: int = 1
+
+    def __str__(self) -> str:
+        """Such as ``64x32x64, 4 warps, 5 stages, split-K 4``."""
+        split_k = f", split-K {self.split_k}" if self.split_k > 1 else ""
+        return f"{self.block_m}x{self.block_n}x{self.block_k}, {self.warps} warps, {self.stages} stages{split_k}"
 
 
 # (block_m, block_n, warps, stages) by the products' format, best guess first. The first ones fit the shared
@@ -117,7 +122,7 @@ def configurations(layer: Layer) -> tuple[Configuration, ...]:
     if INTERPRETED:  # few large tiles: time goes by the number of operations, not by their size
         block_k = max(16, min(256, power_of_two(layer.kernel ** 2 * layer.channels) // 2))
         block_m = max(POOL_TILE, min(512, power_of_two(pixels))) if layer.pooled else 512
-        return (Configuration(block_m, channels, block_k, warps=1, stages=1, slices=_slices(layer, block_k)),)
+        return (Configuration(block_m, channels, block_k, warps=1, stages=1, split_k=_split_k(layer, block_k)),)
     size = layer.dtype.itemsize
     # Whole channels of one tap where they divide.
     block_k = next((block for block in (128 // size, 32, 16) if layer.channels % block == 0), 32)
@@ -125,20 +130,21 @@ def configurations(layer: Layer) -> tuple[Configuration, ...]:
     widest = 9 / 8 * _padded(pixels, POOL_TILE)
     tilings = [tiling for tiling in _TILINGS["tf32" if layer.tf32 else "16 bits" if size == 2 else "float32"]
                if tiling[1] <= channels and not (layer.pooled and _padded(pixels, tiling[0]) > widest)]
-    whole = [Configuration(block_m, block_n, block_k, warps, stages) for block_m, block_n, warps, stages in tilings]
-    slices = _slices(layer, block_k)
+    unsplit = [Configuration(block_m, block_n, block_k, warps, stages) for block_m, block_n, warps, stages in tilings]
+    split_k = _split_k(layer, block_k)
     # Small tiles only: there are more of them, and a program holds a tile twice, one slice and the sum of all.
-    sliced = [replace(one, slices=slices) for one in whole if slices > 1 and one.block_m * one.block_n <= 64 * 64]
-    return (*sliced, *whole)
+    split = [replace(configuration, split_k=split_k) for configuration in unsplit
+             if split_k > 1 and configuration.block_m * configuration.block_n <= 64 * 64]
+    return (*split, *unsplit)
 
 
-def _slices(layer: Layer, block_k: int) -> int:
+def _split_k(layer: Layer, block_k: int) -> int:
     """Into how many slices a sum is cut, by the layer alone: docs/triton.md has the reasons for these numbers."""
-    steps = -(-layer.kernel ** 2 * layer.channels // block_k)
+    blocks = -(-layer.kernel ** 2 * layer.channels // block_k)
     if INTERPRETED:  # in two wherever that is possible: small networks are to show it
-        return min(2, steps)
+        return min(2, blocks)
     tiles = -(-layer.out_size[0] * layer.out_size[1] // 64) * -(-layer.out_channels // 64)
-    return max(1, min(8, steps // 8, 128 // tiles))
+    return max(1, min(8, blocks // 8, 128 // tiles))
 
 
 def _padded(size: int, block: int) -> int:
@@ -147,7 +153,7 @@ def _padded(size: int, block: int) -> int:
 
 
 def _tiles(layer: Layer, configuration: Configuration, batch: int) -> int:
-    """Tiles of a batch's product."""
+    """Tiles of the product for so many images."""
     pixels = layer.out_size[0] * layer.out_size[1]
     rows = batch * (_padded(pixels, configuration.block_m) if layer.pooled else pixels)
     return -(-rows // configuration.block_m) * -(-layer.out_channels // configuration.block_n)
@@ -155,36 +161,37 @@ def _tiles(layer: Layer, configuration: Configuration, batch: int) -> int:
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where the slices of few tiles meet: for one launch at a time.
+    """Where the slices of few tiles are left to be added: for one launch at a time.
 
     Attributes:
-        parts: float32, flat, a tile's slices one after the other.
+        partials: float32, flat, a tile's slices one after the other.
         arrivals: int32, flat, how many slices of a tile are there; zero before and after a launch.
     """
 
-    parts: Tensor
+    partials: Tensor
     arrivals: Tensor
 
     @classmethod
     def empty(cls, plans: Iterable[tuple[Layer, Configuration]], batch: int, device: torch.device) -> Workspace:
-        """Enough for a batch in any of these layers. Tiles that fill half of the GPU are many: they need none."""
+        """Enough for this many images in each of these layers. Tiles that fill half of the GPU need none."""
         few = max(1, programs(device) // 2)
-        sizes = [(min(few, _tiles(layer, one, batch)), _part(one)) for layer, one in plans if one.slices > 1]
-        return cls(torch.empty(max((tiles * part for tiles, part in sizes), default=0), device=device),
+        sizes = [(min(few, _tiles(layer, configuration, batch)), _partials_per_tile(configuration))
+                 for layer, configuration in plans if configuration.split_k > 1]
+        return cls(torch.empty(max((tiles * partials for tiles, partials in sizes), default=0), device=device),
                    torch.zeros(max((tiles for tiles, _ in sizes), default=1), dtype=torch.int32, device=device))
 
-    def room(self, configuration: Configuration) -> int:
-        """Tiles that there is room for."""
-        return min(len(self.arrivals), len(self.parts) // _part(configuration))
+    def capacity(self, configuration: Configuration) -> int:
+        """How many tiles' partial sums it takes."""
+        return min(len(self.arrivals), len(self.partials) // _partials_per_tile(configuration))
 
 
-def _part(configuration: Configuration) -> int:
-    """A tile's values in a workspace."""
-    return configuration.slices * configuration.block_m * configuration.block_n
+def _partials_per_tile(configuration: Configuration) -> int:
+    """How many values of a tile's slices stand in a workspace."""
+    return configuration.split_k * configuration.block_m * configuration.block_n
 
 
 def sum_tiles(size: tuple[int, int]) -> int:
-    """Partial sums an image has, for an activation of this height and width."""
+    """Partial sums per image, for an activation of this height and width."""
     return -(-size[0] * size[1] // POOL_TILE)
 
 
@@ -207,12 +214,12 @@ def gathered_conv2d_ref(x: Tensor, weight: Tensor, bias: Tensor, count: Tensor |
         out = y.new_empty(len(x), *y.shape[1:])
     out[written] = y
     if sums is not None:
-        parts = torch.split(y.float().flatten(1, 2), POOL_TILE, dim=1)
-        sums[written] = torch.stack([part.sum(1) for part in parts], 1)
+        tiles = torch.split(y.float().flatten(1, 2), POOL_TILE, dim=1)
+        sums[written] = torch.stack([tile.sum(1) for tile in tiles], 1)
     return out
 
 
-@jit(do_not_specialize=["batch", "room"])
+@jit(do_not_specialize=["batch", "capacity"])
 def gathered_conv_kernel(
         x_ptr: tl.tensor,  # [N, HEIGHT, WIDTH, CHANNELS], by the strides below
         weight_ptr: tl.tensor,  # [KERNEL * KERNEL * CHANNELS, OUT_CHANNELS], by the strides below
@@ -223,36 +230,36 @@ def gathered_conv_kernel(
         gather_ptr: tl.tensor,  # int32 [N]: where slot i reads; None: i
         scatter_ptr: tl.tensor,  # int32 [N]: where slot i writes; None: i
         count_ptr: tl.tensor,  # int32 [1], slots in use; None: batch
-        parts_ptr: tl.tensor,  # float32 [room, SLICES, BLOCK_M, BLOCK_N]; None with one slice
-        arrivals_ptr: tl.tensor,  # int32 [room]: 0 before and after; None with one slice
-        batch: tl.tensor, room: tl.tensor,
+        partials_ptr: tl.tensor,  # float32 [capacity, SPLIT_K, BLOCK_M, BLOCK_N]; None with one slice
+        arrivals_ptr: tl.tensor,  # int32 [capacity]: 0 before and after; None with one slice
+        batch: tl.tensor, capacity: tl.tensor,
         IMAGE_STRIDE: tl.constexpr, ROW_STRIDE: tl.constexpr, PIXEL_STRIDE: tl.constexpr, CHANNEL_STRIDE: tl.constexpr,
         HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
         OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr, OUT_CHANNELS: tl.constexpr,
         KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, RELU: tl.constexpr,
         TERM_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr, PRECISION: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
         POOL_TILE: tl.constexpr, INTERPRETED: tl.constexpr) -> None:
     """See the top of the file and :func:`gathered_conv2d`."""
     PIXELS: tl.constexpr = OUT_HEIGHT * OUT_WIDTH
     TERMS: tl.constexpr = KERNEL * KERNEL * CHANNELS
     WHOLE_TAPS: tl.constexpr = CHANNELS % BLOCK_K == 0
-    COLUMNS: tl.constexpr = (OUT_CHANNELS + BLOCK_N - 1) // BLOCK_N
-    PARTS: tl.constexpr = (PIXELS + BLOCK_M - 1) // BLOCK_M
+    TILE_COLUMNS: tl.constexpr = (OUT_CHANNELS + BLOCK_N - 1) // BLOCK_N
+    IMAGE_TILES: tl.constexpr = (PIXELS + BLOCK_M - 1) // BLOCK_M
     POOL_TILES: tl.constexpr = (PIXELS + POOL_TILE - 1) // POOL_TILE
     # Rows of the product that an image takes: with pooled sums whole tiles, else just its pixels.
-    SPAN: tl.constexpr = PIXELS if sums_ptr is None else PARTS * BLOCK_M
+    SPAN: tl.constexpr = PIXELS if sums_ptr is None else IMAGE_TILES * BLOCK_M
     # Terms of a slice: whole blocks.
-    SLICE: tl.constexpr = (TERMS + SLICES * BLOCK_K - 1) // (SLICES * BLOCK_K) * BLOCK_K
+    SLICE_TERMS: tl.constexpr = (TERMS + SPLIT_K * BLOCK_K - 1) // (SPLIT_K * BLOCK_K) * BLOCK_K
     images = batch if count_ptr is None else tl.load(count_ptr)
-    tiles = tl.cdiv(images * SPAN, BLOCK_M) * COLUMNS
-    own = SLICES  # how many slices of a tile one program sums up: all, or where tiles are few, one
-    if SLICES > 1:
-        own = tl.where(tiles <= room, 1, SLICES)
-    for item in tl.range(tl.program_id(0), tiles * (SLICES // own), tl.num_programs(0)):
-        tile, first = item * own // SLICES, item * own % SLICES
-        row = tile // COLUMNS * BLOCK_M + tl.arange(0, BLOCK_M)
-        channel_out = tile % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)
+    tiles = tl.cdiv(images * SPAN, BLOCK_M) * TILE_COLUMNS
+    slices_per_program = SPLIT_K  # how many slices of a tile one program sums up: all, or where tiles are few, one
+    if SPLIT_K > 1:
+        slices_per_program = tl.where(tiles <= capacity, 1, SPLIT_K)
+    for item in tl.range(tl.program_id(0), tiles * (SPLIT_K // slices_per_program), tl.num_programs(0)):
+        tile, first_slice = item * slices_per_program // SPLIT_K, item * slices_per_program % SPLIT_K
+        row = tile // TILE_COLUMNS * BLOCK_M + tl.arange(0, BLOCK_M)
+        channel_out = tile % TILE_COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)
         slot, pixel = row // SPAN, row % SPAN
         used = (slot < images) & (pixel < PIXELS)
         source = slot if gather_ptr is None else tl.load(gather_ptr + slot, mask=used, other=0)
@@ -260,11 +267,11 @@ def gathered_conv_kernel(
         x = (pixel % OUT_WIDTH * STRIDE - PADDING)[:, None]
         corner = source.to(tl.int64)[:, None] * IMAGE_STRIDE + y * ROW_STRIDE + x * PIXEL_STRIDE
         total = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
-        for begin in tl.range(first * SLICE, (first + own) * SLICE, SLICE):
-            part = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
-            for start in tl.range(begin, tl.minimum(begin + SLICE, TERMS), BLOCK_K):
+        for begin in tl.range(first_slice * SLICE_TERMS, (first_slice + slices_per_program) * SLICE_TERMS, SLICE_TERMS):
+            slice_sum = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+            for start in tl.range(begin, tl.minimum(begin + SLICE_TERMS, TERMS), BLOCK_K):
                 term = start + tl.arange(0, BLOCK_K)
-                tap = (start if WHOLE_TAPS else term[None, :]) // CHANNELS  # one for the block, or one a column
+                tap = (start if WHOLE_TAPS else term[None, :]) // CHANNELS  # one for the block, or one per column
                 dy, dx = tap // KERNEL, tap % KERNEL
                 inside, known = used[:, None], (channel_out < OUT_CHANNELS)[None, :]
                 if PADDING > 0:
@@ -279,22 +286,22 @@ def gathered_conv_kernel(
                 a = a.to(b.dtype)
                 if INTERPRETED:  # it multiplies bfloat16 as the integers that it keeps them in
                     a, b = a.to(tl.float32), b.to(tl.float32)
-                part = tl.dot(a, b, part, input_precision=PRECISION)
-            total += part
-        complete = own == SLICES
-        if SLICES > 1:
+                slice_sum = tl.dot(a, b, slice_sum, input_precision=PRECISION)
+            total += slice_sum
+        complete = slices_per_program == SPLIT_K
+        if SPLIT_K > 1:
             value = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-            parts = parts_ptr + tile * SLICES * BLOCK_M * BLOCK_N + value
+            partials = partials_ptr + tile * SPLIT_K * BLOCK_M * BLOCK_N + value
             if not complete:
-                tl.store(parts + first * BLOCK_M * BLOCK_N, total)
+                tl.store(partials + first_slice * BLOCK_M * BLOCK_N, total)
                 tl.debug_barrier()  # all of this program's writes are done before it says so
-                complete = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == SLICES - 1
+                complete = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == SPLIT_K - 1
                 if complete:
                     tl.store(arrivals_ptr + tile, 0)
                     total = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
-                    for other in tl.range(0, SLICES):
+                    for other in tl.range(0, SPLIT_K):
                         # Past the first-level cache: other programs have written them just now.
-                        total += tl.load(parts + other * BLOCK_M * BLOCK_N, cache_modifier=".cg")
+                        total += tl.load(partials + other * BLOCK_M * BLOCK_N, cache_modifier=".cg")
         if complete:
             total += tl.load(bias_ptr + channel_out, mask=channel_out < OUT_CHANNELS, other=0.0)[None, :]
             written = slot if scatter_ptr is None else tl.load(scatter_ptr + slot, mask=used, other=0)
@@ -307,12 +314,13 @@ def gathered_conv_kernel(
             result = rounded(total, out_ptr.dtype.element_ty, INTERPRETED)
             tl.store(out_ptr + place, result, mask=known)
             if sums_ptr is not None:
-                here = tile // COLUMNS // PARTS
-                image = (here if scatter_ptr is None else tl.load(scatter_ptr + here)).to(tl.int64)
+                pooled_slot = tile // TILE_COLUMNS // IMAGE_TILES
+                image = pooled_slot if scatter_ptr is None else tl.load(scatter_ptr + pooled_slot)
                 values = tl.where(used[:, None], result.to(tl.float32), 0.0)
                 pooled = tl.sum(tl.reshape(values, (BLOCK_M // POOL_TILE, POOL_TILE, BLOCK_N)), 1)
-                pool_tile = tile // COLUMNS % PARTS * (BLOCK_M // POOL_TILE) + tl.arange(0, BLOCK_M // POOL_TILE)
-                place = (image * POOL_TILES + pool_tile)[:, None] * OUT_CHANNELS + channel_out[None, :]
+                first_pool_tile = tile // TILE_COLUMNS % IMAGE_TILES * (BLOCK_M // POOL_TILE)
+                pool_tile = first_pool_tile + tl.arange(0, BLOCK_M // POOL_TILE)
+                place = (image.to(tl.int64) * POOL_TILES + pool_tile)[:, None] * OUT_CHANNELS + channel_out[None, :]
                 tl.store(sums_ptr + place, pooled,
                          mask=(pool_tile < POOL_TILES)[:, None] & (channel_out < OUT_CHANNELS)[None, :])
 
@@ -328,7 +336,7 @@ def constants(layer: Layer, configuration: Configuration, strides: tuple[int, ..
                 KERNEL=layer.kernel, STRIDE=layer.stride, PADDING=layer.padding, RELU=relu,
                 TERM_STRIDE=weight_strides[0], OUT_STRIDE=weight_strides[1], PRECISION="tf32" if layer.tf32 else "ieee",
                 BLOCK_M=configuration.block_m, BLOCK_N=configuration.block_n, BLOCK_K=configuration.block_k,
-                SLICES=configuration.slices, POOL_TILE=POOL_TILE, INTERPRETED=INTERPRETED)
+                SPLIT_K=configuration.split_k, POOL_TILE=POOL_TILE, INTERPRETED=INTERPRETED)
 
 
 def gathered_conv2d(x: Tensor, weight: Tensor, bias: Tensor, count: Tensor | None = None, *,
@@ -358,8 +366,8 @@ def gathered_conv2d(x: Tensor, weight: Tensor, bias: Tensor, count: Tensor | Non
             output, ``tiles`` being :func:`sum_tiles` of its size; what is not listed keeps its content.
         tf32: cut float32 operands to TF32, for tensor cores.
         configuration: one of :func:`configurations`; by default the first.
-        workspace: for one launch at a time; made here if None. With less room than its ``empty`` gives, fewer tiles
-            are shared by programs, which changes no bit.
+        workspace: for one launch at a time; made here if None. One smaller than ``Workspace.empty`` gives lets
+            programs share fewer tiles, which changes no bit.
 
     Returns:
         ``out``.
@@ -384,13 +392,13 @@ def gathered_conv2d(x: Tensor, weight: Tensor, bias: Tensor, count: Tensor | Non
     if batch == 0:
         return out
     configuration = configuration or configurations(layer)[0]
-    parts, arrivals, room = None, None, 0
-    if configuration.slices > 1:
+    partials, arrivals, capacity = None, None, 0
+    if configuration.split_k > 1:
         workspace = workspace or Workspace.empty([(layer, configuration)], batch, x.device)
-        parts, arrivals, room = workspace.parts, workspace.arrivals, workspace.room(configuration)
-    grid = min(_tiles(layer, configuration, batch) * configuration.slices, programs(x.device, 2))
+        partials, arrivals, capacity = workspace.partials, workspace.arrivals, workspace.capacity(configuration)
+    grid = min(_tiles(layer, configuration, batch) * configuration.split_k, programs(x.device, 2))
     gathered_conv_kernel[(grid,)](
-        x, weight, bias, residual, out, sums, gather, scatter, count, parts, arrivals, batch, room,
+        x, weight, bias, residual, out, sums, gather, scatter, count, partials, arrivals, batch, capacity,
         **constants(layer, configuration, x.stride(), _by_term(weight), relu),
         num_warps=configuration.warps, num_stages=configuration.stages, **FUSED)
     return out

@@ -35,7 +35,7 @@ def rounded(value: tl.tensor, dtype: tl.constexpr, INTERPRETED: tl.constexpr) ->
     return value.to(dtype)
 
 
-def missing() -> str | None:
+def unavailable_reason() -> str | None:
     """Why kernels cannot run on this machine, or None."""
     if triton is None:
         return "Triton is not installed (pip install skipnet-rt[gpu])"
@@ -51,7 +51,7 @@ def check_device(**tensors: Tensor | None) -> None:
         RuntimeError: no kernel can run on this machine.
         ValueError: a tensor is elsewhere.
     """
-    if (reason := missing()) is not None:
+    if (reason := unavailable_reason()) is not None:
         raise RuntimeError(reason)
     kind, where = "cpu" if INTERPRETED else "cuda", None
     for name, tensor in tensors.items():

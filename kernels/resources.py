@@ -56,11 +56,11 @@ def convolution(layer: Layer, configuration: Configuration, target: str) -> Reso
     tensors = dict(x_ptr=dtype, weight_ptr=dtype, bias_ptr=torch.float32, out_ptr=dtype, count_ptr=integer)
     tensors |= (dict(residual_ptr=dtype, sums_ptr=torch.float32, scatter_ptr=integer) if layer.pooled
                 else dict(gather_ptr=integer))
-    if configuration.slices > 1:
-        tensors |= dict(parts_ptr=torch.float32, arrivals_ptr=integer)
+    if configuration.split_k > 1:
+        tensors |= dict(partials_ptr=torch.float32, arrivals_ptr=integer)
     strides = (layer.height * layer.width * layer.channels, layer.width * layer.channels, layer.channels, 1)
     by_term = (1, layer.kernel ** 2 * layer.channels) if layer.tf32 else (layer.out_channels, 1)
-    return _compiled(gathered_conv.gathered_conv_kernel, tensors, ("batch", "room"),
+    return _compiled(gathered_conv.gathered_conv_kernel, tensors, ("batch", "capacity"),
                      gathered_conv.constants(layer, configuration, strides, by_term, relu=True), target,
                      num_warps=configuration.warps, num_stages=configuration.stages)
 
@@ -111,7 +111,7 @@ def _usage(cubin: bytes) -> tuple[int, int]:
         file.write(cubin)
         file.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
-        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said)
-    assert found is not None, said
-    return int(found[1]), int(found[2]) + int(found[3])
+        output = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", output)
+    assert usage is not None, output
+    return int(usage[1]), int(usage[2]) + int(usage[3])

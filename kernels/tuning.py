@@ -1,4 +1,4 @@
-"""Which configuration a layer's convolution takes: measured once for a GPU, kept in a file that can be shipped.
+"""Which configuration a layer's convolution takes: measured once for a GPU, kept in a file that others can import.
 
 The batch is no part of the choice (an image's bits must not depend on it), nor is anything measured behind a caller's
 back: without a file every layer takes its best guess. ``skipnet-rt doctor --warm`` measures and writes the file.
@@ -32,7 +32,7 @@ from skipnet_rt.kernels.gathered_conv import (
     sum_tiles,
 )
 from skipnet_rt.kernels.language import INTERPRETED, triton
-from skipnet_rt.util import cache as measured
+from skipnet_rt.util import cache
 
 BATCHES = (1, 8, 64)
 """What a configuration is measured on; the least geometric mean wins."""
@@ -61,7 +61,7 @@ def _cuda_driver() -> str:
 
 def path(device: torch.device) -> Path:
     """Where this machine's results are kept."""
-    return measured.path("tuning", identity(device))
+    return cache.path("tuning", identity(device))
 
 
 def results(device: torch.device) -> dict[str, Configuration]:
@@ -72,20 +72,20 @@ def results(device: torch.device) -> dict[str, Configuration]:
         return {}
 
 
-def ship(file: Path, device: torch.device) -> None:
+def export_results(file: Path, device: torch.device) -> None:
     """Write this machine's results to a file, for others with the same GPU, driver, Triton and source."""
     _write(file, device, results(device))
 
 
-def receive(file: Path, device: torch.device) -> int:
-    """Add a shipped file's results to this machine's; returns how many there are in it.
+def import_results(file: Path, device: torch.device) -> int:
+    """Add an exported file's results to this machine's; returns how many there are in it.
 
     Raises:
         TuningError: it was measured with something else, or is no such file; the message says what differs.
     """
-    received = _read(file, device)
-    _write(path(device), device, results(device) | received)
-    return len(received)
+    imported = _read(file, device)
+    _write(path(device), device, results(device) | imported)
+    return len(imported)
 
 
 def tune(layers: Iterable[Layer], device: torch.device, *,
@@ -101,13 +101,13 @@ def tune(layers: Iterable[Layer], device: torch.device, *,
         The configurations, by layer.
     """
     known = results(device)
-    missing = [layer for layer in dict.fromkeys(layers) if str(layer) not in known]
-    for done, layer in enumerate(missing):
+    unmeasured = [layer for layer in dict.fromkeys(layers) if str(layer) not in known]
+    for done, layer in enumerate(unmeasured):
         if on_progress is not None:
-            on_progress(layer, done, len(missing))
+            on_progress(layer, done, len(unmeasured))
         candidates = configurations(layer)
-        fastest = min(candidates, key=lambda one: _time(layer, one, device)) if len(candidates) > 1 else candidates[0]
-        known[str(layer)] = fastest
+        known[str(layer)] = candidates[0] if len(candidates) == 1 else min(
+            candidates, key=lambda configuration: _time(layer, configuration, device))
         _write(path(device), device, known)  # after every layer: it may take minutes, and be interrupted
     return known
 
@@ -137,16 +137,16 @@ def _time(layer: Layer, configuration: Configuration, device: torch.device) -> f
 def _read(file: Path, device: torch.device) -> dict[str, Configuration]:
     try:
         document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        measured, layers = document["identity"], document["layers"]
-        found = {layer: Configuration(*values) for layer, values in layers.items()}
+        measured_with, layers = document["identity"], document["layers"]
+        configuration_by_layer = {layer: Configuration(*values) for layer, values in layers.items()}
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise TuningError(f"{file} holds no tuning results: {error!r}") from error
     for name, here in identity(device).items():
-        if measured.get(name) != here:
-            raise TuningError(f"{file} was measured with {name} {measured.get(name)!r}, here it is {here!r}")
-    return found
+        if measured_with.get(name) != here:
+            raise TuningError(f"{file} was measured with {name} {measured_with.get(name)!r}, here it is {here!r}")
+    return configuration_by_layer
 
 
 def _write(file: Path, device: torch.device, layers: dict[str, Configuration]) -> None:
-    measured.write(file, dict(identity=identity(device),
-                              layers={layer: astuple(one) for layer, one in sorted(layers.items())}))
+    cache.save(file, dict(identity=identity(device), layers={
+        layer: astuple(configuration) for layer, configuration in sorted(layers.items())}))

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from skipnet_rt import ops
-from skipnet_rt.checkpoint.files import load
+from skipnet_rt.checkpoint import as_skipnet
 from skipnet_rt.engines.base import Engine, EnginePass
+from skipnet_rt.engines.executor import Executor
 from skipnet_rt.engines.registry import EngineError, choose_engine
 from skipnet_rt.model.arch import SkipNetArch
 from skipnet_rt.model.network import published_output
@@ -41,7 +42,8 @@ class SkipNetRuntime(nn.Module):
         self.dtype: torch.dtype = engine.network.dtype
         self.max_batch = max_batch
         self._model_dtype = model_dtype
-        self._number = ops.register(self)
+        self._executor = Executor(engine, max_batch)
+        self._number = ops.register(self._executor)
         self.training = False
 
     @property
@@ -66,8 +68,8 @@ class SkipNetRuntime(nn.Module):
         Raises:
             TypeError, ValueError: the images are not as described.
         """
-        steps = self.arch.num_gates + self.arch.steps_last_gate
-        done = self._run(images, None, steps)
+        num_gates = self.arch.num_gates + self.arch.steps_last_gate
+        done = self._run(images, None, num_gates)
         decisions = done.decisions
         hidden = (decisions.hidden.unsqueeze(0), decisions.cell.unsqueeze(0)) if self.arch.returns_hidden else None
         return published_output(self.arch, done.logits,
@@ -89,29 +91,13 @@ class SkipNetRuntime(nn.Module):
         return InferenceResult(done.logits, done.decisions.executed.t(), done.decisions.probabilities.t(), self.arch)
 
     @torch.no_grad()
-    def _run(self, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
+    def _run(self, images: Tensor, routing: Tensor | None, num_gates: int) -> EnginePass:
         self._check_images(images)
-        forced = None if routing is None else self._checked_routing(routing, images.shape[0])
+        forced = None if routing is None else self._forced(routing, images.shape[0])
         images = (images if images.dtype in self.engine.image_dtypes else images.to(self.dtype)).contiguous()
         if torch.compiler.is_compiling():
-            return ops.as_pass(ops.run(images, forced, self._number, steps))
-        return self.execute(images, forced, steps)
-
-    def execute(self, images: Tensor, forced: Tensor | None, steps: int) -> EnginePass:
-        """The engine on checked arguments, part by part where ``max_batch`` says so.
-
-        Args:
-            images, forced, steps: as for :meth:`skipnet_rt.engines.base.Engine.run`; N may be 0.
-        """
-        if len(images) == 0:
-            logits = torch.empty(0, self.arch.num_classes, dtype=self.dtype, device=self.device)
-            return EnginePass(logits, self.engine.begin(0, steps, forced))
-        size = self.max_batch or len(images)
-        if len(images) <= size:
-            return self.engine.run(images, forced, steps)
-        passes = [self.engine.run(part, None if forced is None else forced[start:start + size], steps)
-                  for start, part in zip(range(0, len(images), size), torch.split(images, size), strict=True)]
-        return EnginePass.joined(passes)
+            return ops.as_pass(ops.run(images, forced, self._number, num_gates))
+        return self._executor.run(images, forced, num_gates)
 
     def _check_images(self, images: Tensor) -> None:
         if not isinstance(images, Tensor):
@@ -128,8 +114,8 @@ class SkipNetRuntime(nn.Module):
         if tensor.device != self.device:
             raise ValueError(f"{name} must be on {self.device}, where the runtime was compiled, got {tensor.device}")
 
-    def _checked_routing(self, routing: Tensor, batch: int) -> Tensor:
-        """The routing as bool ``[N, G]``."""
+    def _forced(self, routing: Tensor, batch: int) -> Tensor:
+        """A routing ``[G]`` or ``[N, G]`` as engines take it: bool ``[G, N]``, a view where it can be one."""
         if not isinstance(routing, Tensor):
             raise TypeError(f"routing must be a torch.Tensor, got {type(routing).__name__}")
         gates = self.arch.num_gates
@@ -142,7 +128,7 @@ class SkipNetRuntime(nn.Module):
             if len(other):
                 raise ValueError(f"routing must be bool, or 0 and 1, got {other[0].item()}")
             routing = routing != 0
-        return routing.expand(batch, gates)
+        return routing.expand(batch, gates).t()
 
     def train(self, mode: bool = True) -> SkipNetRuntime:
         """A runtime only evaluates; ``train()`` raises and ``eval()`` does nothing."""
@@ -179,7 +165,7 @@ def compile(model: nn.Module, engine: str = "auto", device: torch.device | str |
         model: a :class:`skipnet_rt.SkipNet`, or an instance of the published code's own classes (recognised by its
             state dict). It is left as it is; later training does not reach the runtime.
         engine: a name of :func:`skipnet_rt.engines`, or ``"auto"`` for the fastest that takes the network: as measured
-            here (crossover.py), or in the registry's order.
+            here (autoselect.py), or in the registry's order.
         device: where to run; the model's own by default.
         dtype: float32, bfloat16, float16 or float64, as the engine allows; the model's own by default.
         max_batch: split larger batches, which bounds the memory a call takes; results do not depend on it.
@@ -197,6 +183,6 @@ def compile(model: nn.Module, engine: str = "auto", device: torch.device | str |
         raise TypeError(f"model must have parameters, got {type(model).__name__} without any")
     target = usable_device(device or parameter.device)
     chosen_dtype = dtype or parameter.dtype
-    network = load(model)
+    network = as_skipnet(model)
     chosen = choose_engine(engine, network.arch, target, chosen_dtype, max_batch)
-    return SkipNetRuntime(chosen.build(pack(network, target, chosen_dtype)), parameter.dtype, max_batch)
+    return SkipNetRuntime(chosen(pack(network, target, chosen_dtype)), parameter.dtype, max_batch)

@@ -1,9 +1,11 @@
 """Fixtures of several test files."""
 
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
+from interpreted import fixed_products
 
 from skipnet_rt import _C
 
@@ -17,6 +19,13 @@ def lesser_processor():
         if best := os.environ.get("SKIPNET_TEST_INSTRUCTION_SET"):
             known = _C.instruction_sets()
             patch.setattr(_C, "instruction_sets", lambda: known[known.index(best):])
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter():
+    """Sessions under Triton's interpreter have its products in a fixed order."""
+    with fixed_products() if os.environ.get("TRITON_INTERPRET") == "1" else nullcontext():
         yield
 
 

@@ -163,11 +163,12 @@ void bind_cuda(py::module_& module) {
         py::arg("device"), "A GPU's multiprocessors, and the bytes of shared memory that a thread block can have.");
 
     py::class_<cuda::ResidentPlan>(module, "ResidentPlan", "How a batch is spread over a GPU.")
-        .def(py::init<int, int, bool, int>(), py::arg("images"), py::arg("blocks"), py::arg("queues"),
+        .def(py::init<int, int, bool, int>(), py::arg("images"), py::arg("blocks"), py::arg("dynamic"),
              py::arg("cluster"))
         .def_readonly("images", &cuda::ResidentPlan::images, "Images that a thread block takes at a time.")
         .def_readonly("blocks", &cuda::ResidentPlan::blocks)
-        .def_readonly("queues", &cuda::ResidentPlan::dynamic, "More images than fit at once: `taken` is needed.")
+        .def_readonly("dynamic", &cuda::ResidentPlan::dynamic,
+                      "More images than fit at once: `work_counter` is needed.")
         .def_readonly("cluster", &cuda::ResidentPlan::cluster, "Thread blocks that share an image.");
     py::class_<CudaResident>(module, "CudaResident", "A whole CIFAR-scale network in one launch. Weights and arrays "
                              "are addresses of device memory, as csrc/cuda/resident.h describes them.")
@@ -181,21 +182,22 @@ void bind_cuda(py::module_& module) {
         .def("plan", &CudaResident::plan, py::arg("batch"))
         .def(
             "run",
-            [](const CudaResident& resident, const cuda::ResidentPlan& plan, int batch, int steps, Address images,
+            [](const CudaResident& resident, const cuda::ResidentPlan& plan, int batch, int num_gates, Address images,
                Address forced, std::pair<int, int> forced_strides, Address logits, Address gate_logits,
-               Address probabilities, Address executed, Address hidden, Address cell, Address taken, Address stream) {
+               Address probabilities, Address executed, Address hidden, Address cell, Address work_counter,
+               Address stream) {
                 resident.run(plan,
-                             {batch, steps, pointer<const void>(images), pointer<const bool>(forced),
+                             {batch, num_gates, pointer<const void>(images), pointer<const bool>(forced),
                               forced_strides.first, forced_strides.second, pointer<void>(logits),
                               pointer<float>(gate_logits), pointer<float>(probabilities), pointer<bool>(executed),
-                              pointer<float>(hidden), pointer<float>(cell), pointer<int>(taken)},
+                              pointer<float>(hidden), pointer<float>(cell), pointer<int>(work_counter)},
                              stream);
             },
-            py::arg("plan"), py::arg("batch"), py::arg("steps"), py::arg("images"), py::arg("forced"),
+            py::arg("plan"), py::arg("batch"), py::arg("num_gates"), py::arg("images"), py::arg("forced"),
             py::arg("forced_strides"), py::arg("logits"), py::arg("gate_logits"), py::arg("probabilities"),
-            py::arg("executed"), py::arg("hidden"), py::arg("cell"), py::arg("taken"), py::arg("stream"),
-            "Images to logits and decisions on a stream; `forced`, with strides of images and gates, and `taken` may "
-            "be 0.");
+            py::arg("executed"), py::arg("hidden"), py::arg("cell"), py::arg("work_counter"), py::arg("stream"),
+            "Images to logits and decisions on a stream; `forced`, with strides of images and gates, and "
+            "`work_counter` may be 0.");
     py::class_<CudaCompacted>(module, "CudaCompacted", "Any network, block by block. Weights and arrays are addresses "
                               "of device memory, as csrc/cuda/compacted.h describes them.")
         .def(py::init<int, const std::string&, int, std::pair<int, int>, bool, bool, const Shape&,
@@ -209,18 +211,18 @@ void bind_cuda(py::module_& module) {
         .def("workspace_bytes", &CudaCompacted::workspace_bytes, py::arg("batch"))
         .def(
             "run",
-            [](const CudaCompacted& compacted, int batch, int steps, Address present, Address images, Address forced,
-               Address logits, Address gate_logits, Address probabilities, Address executed, Address hidden,
-               Address cell, Address workspace, Address stream) {
-                compacted.run({batch, steps, pointer<int>(present), pointer<const void>(images),
+            [](const CudaCompacted& compacted, int batch, int num_gates, Address present, Address images,
+               Address forced, Address logits, Address gate_logits, Address probabilities, Address executed,
+               Address hidden, Address cell, Address workspace, Address stream) {
+                compacted.run({batch, num_gates, pointer<int>(present), pointer<const void>(images),
                                pointer<const bool>(forced), pointer<float>(logits), pointer<float>(gate_logits),
                                pointer<float>(probabilities), pointer<bool>(executed), pointer<float>(hidden),
                                pointer<float>(cell), pointer<void>(workspace)},
                               stream);
             },
-            py::arg("batch"), py::arg("steps"), py::arg("present"), py::arg("images"), py::arg("forced"), py::arg("logits"),
-            py::arg("gate_logits"), py::arg("probabilities"), py::arg("executed"), py::arg("hidden"), py::arg("cell"),
-            py::arg("workspace"), py::arg("stream"),
+            py::arg("batch"), py::arg("num_gates"), py::arg("present"), py::arg("images"), py::arg("forced"),
+            py::arg("logits"), py::arg("gate_logits"), py::arg("probabilities"), py::arg("executed"), py::arg("hidden"),
+            py::arg("cell"), py::arg("workspace"), py::arg("stream"),
             "Images to logits and decisions on a stream; `present` (how many of the batch's places hold an image) and "
             "`forced` may be 0.");
 

@@ -1,15 +1,59 @@
-"""Options of a command from the fields of a dataclass, so that what is written there once is not written again."""
+"""Options that several commands share, and options from the fields of a dataclass."""
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
+
+from skipnet_rt.checkpoint import load
+from skipnet_rt.measure.demo import bundled_model
+from skipnet_rt.model.network import SkipNet
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+ModelPath = Annotated[Path | None, typer.Option(
+    "--model", metavar="CKPT", help="A checkpoint, published or .safetensors.", show_default="the bundled one")]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="A torch device: cpu, cuda, cuda:1.")]
+
+
+class CommandError(Exception):
+    """What a user asked for cannot be done; the message is one clear line."""
+
+
+class DTypeName(str, Enum):
+    """The dtypes that engines compute in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float64 = "float64"
+
+
+def load_or_bundled(path: Path | None) -> SkipNet:
+    """The network of ``--model``."""
+    return bundled_model() if path is None else load(path)
+
+
+def short_names(paths: Sequence[Path | None]) -> list[str]:
+    """Names of checkpoints: without folder and extension, if that tells them apart."""
+    short = ["the bundled network" if path is None else path.name.partition(".")[0] for path in paths]
+    return [name if path is None or short.count(name) == 1 else str(path)
+            for path, name in zip(paths, short, strict=True)]
+
+
+def prepare_plots(option: str, folder: Path) -> None:
+    """Find out before long work, not after it, that its figures cannot be drawn."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise CommandError(f"{option} needs matplotlib; install it with: pip install 'skipnet-rt[plots]'") from None
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def field_options(kind: type, helps: Mapping[str, str]) -> list[inspect.Parameter]:

@@ -1,14 +1,13 @@
-"""Which engine is the fastest for a network on this machine: measured once, kept, and what ``"auto"`` goes by.
+"""Which engine is the fastest for a network on this machine: measured once, saved, and what ``"auto"`` goes by.
 
 Engines differ in what a launch costs and in what a skipped block saves, so which one wins may depend on the batch and
 on the executed share. :func:`skipnet_rt.measure.benchmark.measure_crossover` measures it,
-``skipnet-rt doctor --warm`` keeps it. Where nothing has been measured, ``"auto"`` goes by the registry's order.
+``skipnet-rt doctor --warm`` saves it. Where nothing has been measured, ``"auto"`` goes by the registry's order.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -17,65 +16,51 @@ import torch
 
 from skipnet_rt import _C
 from skipnet_rt.model.arch import SkipNetArch
-from skipnet_rt.util import cache as measured
-from skipnet_rt.util import machine
+from skipnet_rt.util import cache, machine
 
 
 class CrossoverError(ValueError):
-    """A kept file that cannot be read; the message names it."""
+    """A saved file that cannot be read; the message names it."""
 
 
-@dataclass(frozen=True)
-class Crossover:
-    """Our engines' times for one network.
+Milliseconds = dict[str, dict[int, dict[float, float]]]
+"""One network's times per batch, by engine, batch size and executed share of the gated blocks (0 to 1)."""
 
-    Attributes:
-        milliseconds: of a batch, by engine, batch size and executed share of the gated blocks (0 to 1).
+
+def fastest_first(times: Milliseconds, max_batch: int | None = None) -> list[str]:
+    """The engines, by the geometric mean over executed shares and batch sizes.
+
+    Args:
+        times: of the engines.
+        max_batch: leaves larger batches out (but for the smallest).
     """
+    def mean(name: str) -> float:
+        batches = times[name]
+        counted = [batch for batch in batches if max_batch is None or batch <= max_batch] or [min(batches)]
+        return geometric_mean(time for batch in counted for time in batches[batch].values())
 
-    milliseconds: dict[str, dict[int, dict[float, float]]]
-
-    @property
-    def winners(self) -> dict[int, dict[float, str]]:
-        """The fastest engine, by batch size and executed share."""
-        times = self.milliseconds
-        some = next(iter(times.values()))
-        return {batch: {share: min(times, key=lambda name: times[name][batch][share]) for share in some[batch]}
-                for batch in some}
-
-    def order(self, max_batch: int | None = None) -> list[str]:
-        """Engines, the fastest first: by the geometric mean over executed shares and batch sizes.
-
-        Args:
-            max_batch: leaves larger batches out (but for the smallest).
-        """
-        def mean(name: str) -> float:
-            batches = self.milliseconds[name]
-            counted = [batch for batch in batches if max_batch is None or batch <= max_batch] or [min(batches)]
-            return geometric_mean(time for batch in counted for time in batches[batch].values())
-
-        return sorted(self.milliseconds, key=mean)
+    return sorted(times, key=mean)
 
 
-def keep(found: Crossover, architecture: SkipNetArch, device: torch.device, dtype: torch.dtype) -> Path:
-    """Keep a network's times on this machine; returns the file."""
+def save(times: Milliseconds, architecture: SkipNetArch, device: torch.device, dtype: torch.dtype) -> Path:
+    """Save a network's times for this machine; returns the file."""
     identity = _identity(architecture, device, dtype)
-    file = measured.path("crossover", identity)
-    measured.write(file, {"identity": identity, "milliseconds": found.milliseconds})
+    file = cache.path("crossover", identity)
+    cache.save(file, {"identity": identity, "milliseconds": times})
     return file
 
 
-def kept(architecture: SkipNetArch, device: torch.device, dtype: torch.dtype) -> Crossover | None:
-    """What has been kept for a network on this machine; None if nothing has.
+def load(architecture: SkipNetArch, device: torch.device, dtype: torch.dtype) -> Milliseconds | None:
+    """A network's times on this machine; None if none were saved.
 
     Raises:
         CrossoverError: the file is damaged.
     """
-    file = measured.path("crossover", _identity(architecture, device, dtype))
+    file = cache.path("crossover", _identity(architecture, device, dtype))
     try:
         engines = json.loads(file.read_text(encoding="utf-8"))["milliseconds"]
-        return Crossover({name: {int(batch): {float(share): float(time) for share, time in times.items()}
-                                 for batch, times in batches.items()} for name, batches in engines.items()})
+        return {name: {int(batch): {float(share): float(time) for share, time in times.items()}
+                       for batch, times in batches.items()} for name, batches in engines.items()}
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -1,8 +1,8 @@
-"""What an engine is: five rooms, and the walk through them.
+"""What an engine is: five phases, and the data path through them.
 
-Every engine shows the same rooms under the same names, in this order: ``stem``, ``gate_step``, ``compact``,
-``run_block``, ``head``. :meth:`WalkingEngine.run` is the data path; an engine that does the whole walk in one native
-call is an :class:`Engine` only, and its native source shows the rooms.
+Every engine shows the same phases under the same names, in this order: ``stem``, ``gate_step``, ``compact``,
+``run_block``, ``head``. :meth:`BlockwiseEngine.forward` is the data path; an engine that goes from images to
+logits in one native call is an :class:`Engine` only, and its native source shows the phases.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Decisions:
         gate_logits: ``[S, N]``, the execute logits, in the gates' dtype. Gate-major, so that a gate writes one row.
         probabilities: ``[S, N]``, their sigmoid.
         executed: bool ``[S, N]``: p > 0.5, or what was forced.
-        hidden, cell: ``[N, hidden_dim]``, the LSTM's state, advanced in place (no columns without RNNGate).
+        hidden, cell: ``[N, state_dim]``, the LSTM's state, advanced in place.
         forced: bool ``[G, N]``, decisions that replace the gates' own, or None.
     """
 
@@ -59,6 +59,29 @@ class Decisions:
     def forced_by(self, index: int) -> Tensor | None:
         """What was forced for gate ``index``, bool ``[N]``; None where it decides itself (the unused last one does)."""
         return None if self.forced is None or index == len(self.forced) else self.forced[index]
+
+
+def empty_decisions(network: PackedNetwork, batch: int, num_gates: int, forced: Tensor | None, *,
+                    zeroed: bool = True) -> Decisions:
+    """Decisions of a batch before the first gate.
+
+    Args:
+        network: whose gates decide.
+        batch: N.
+        num_gates: S.
+        forced: bool ``[G, N]`` of any strides, or None.
+        zeroed: the decisions and the LSTM's state begin at zero; False where kernels write all of them themselves.
+    """
+    make = torch.zeros if zeroed else torch.empty
+    gates: dict[str, Any] = {"dtype": network.gate_dtype, "device": network.device}
+    return Decisions(
+        gate_logits=torch.empty(num_gates, batch, **gates),
+        probabilities=torch.empty(num_gates, batch, **gates),
+        executed=make(num_gates, batch, dtype=torch.bool, device=network.device),
+        hidden=make(batch, network.arch.state_dim, **gates),
+        cell=make(batch, network.arch.state_dim, **gates),
+        forced=None if forced is None else forced.contiguous(),
+    )
 
 
 @dataclass(frozen=True)
@@ -91,14 +114,14 @@ class Engine(ABC):
         devices: device types it runs on; None: any that torch has.
         dtypes: of networks it runs.
         image_dtypes: that ``run`` takes whatever the network's own, and rounds to it itself.
-        waits_for: device types on which a call waits for the device (promise 4 does not hold there).
+        synchronizes_on: device types on which a call waits for the device (promise 4 does not hold there).
     """
 
     name: ClassVar[str]
     devices: ClassVar[tuple[str, ...] | None]
     dtypes: ClassVar[tuple[torch.dtype, ...]]
     image_dtypes: ClassVar[tuple[torch.dtype, ...]] = ()
-    waits_for: ClassVar[tuple[str, ...]] = ()
+    synchronizes_on: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, network: PackedNetwork) -> None:
         self.network = network
@@ -109,7 +132,7 @@ class Engine(ABC):
         return Availability(True)
 
     @classmethod
-    def objection(cls, architecture: SkipNetArch, device: torch.device, dtype: torch.dtype) -> str | None:
+    def unsupported_reason(cls, architecture: SkipNetArch, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why the engine would not take such a network, or None."""
         if not (status := cls.availability()):
             return f"it is {status}"
@@ -124,34 +147,15 @@ class Engine(ABC):
         """Bytes of the device's memory that it holds; see :attr:`skipnet_rt.SkipNetRuntime.memory`."""
         return self.network.nbytes
 
-    def begin(self, batch: int, steps: int, routing: Tensor | None) -> Decisions:
-        """Empty decisions for a batch; ``routing`` is bool ``[N, G]`` or None."""
-        network = self.network
-        options: dict[str, Any] = {"dtype": network.gate_dtype, "device": network.device}
-        state = network.arch.hidden_dim if network.arch.gate == "rnn" else 0
-        return Decisions(
-            gate_logits=torch.empty(steps, batch, **options),
-            probabilities=torch.empty(steps, batch, **options),
-            executed=torch.zeros(steps, batch, dtype=torch.bool, device=network.device),
-            hidden=torch.zeros(batch, state, **options),
-            cell=torch.zeros(batch, state, **options),
-            forced=None if routing is None else routing.t().contiguous(),
-        )
-
-    @classmethod
-    def build(cls, network: PackedNetwork) -> Engine:
-        """The engine for a network it has no objection to."""
-        return cls(network)
-
     @abstractmethod
-    def run(self, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
+    def run(self, images: Tensor, forced: Tensor | None, num_gates: int) -> EnginePass:
         """From images to logits.
 
         Args:
             images: ``[N, in_channels, H, W]``, N >= 1, in the network's dtype or one of :attr:`image_dtypes`, on its
                 device, contiguous.
-            routing: bool ``[N, G]``, decisions that replace the gates' own; None lets the gates decide.
-            steps: gates to evaluate: G, or G + 1 where the last one's probabilities are wanted too.
+            forced: bool ``[G, N]`` of any strides, decisions that replace the gates' own; None lets the gates decide.
+            num_gates: gates to evaluate: G, or G + 1 where the last one's probabilities are wanted too.
         """
 
 
@@ -162,11 +166,11 @@ Rows = TypeVar("Rows")
 """How an engine lists images: int64 ``[count]``, say, or a longer list with the count beside it on the device."""
 
 
-class WalkingEngine(Engine, Generic[Activation, Rows]):
-    """An engine that goes block by block; it fills the rooms."""
+class BlockwiseEngine(Engine, Generic[Activation, Rows]):
+    """An engine that goes block by block; it fills in the phases."""
 
     @abstractmethod
-    def everyone(self, decisions: Decisions) -> Rows:
+    def all_rows(self, decisions: Decisions) -> Rows:
         """The list of all images."""
 
     @abstractmethod
@@ -189,20 +193,20 @@ class WalkingEngine(Engine, Generic[Activation, Rows]):
     def head(self, x: Activation) -> Tensor:
         """Global average pool and classifier: logits ``[N, num_classes]``."""
 
-    def run(self, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
-        return self.walk(images, self.begin(len(images), steps, routing))
+    def run(self, images: Tensor, forced: Tensor | None, num_gates: int) -> EnginePass:
+        return self.forward(images, empty_decisions(self.network, len(images), num_gates, forced))
 
-    def walk(self, images: Tensor, decisions: Decisions) -> EnginePass:
-        """From images to logits through every room; the decisions come empty and are filled on the way."""
-        architecture, steps = self.network.arch, len(decisions.executed)
-        everyone = self.everyone(decisions)
-        x = self.run_block(0, self.stem(images), everyone)
+    def forward(self, images: Tensor, decisions: Decisions) -> EnginePass:
+        """From images to logits through every phase; the decisions come empty and are filled on the way."""
+        architecture, num_gates = self.network.arch, len(decisions.executed)
+        all_rows = self.all_rows(decisions)
+        x = self.run_block(0, self.stem(images), all_rows)
         for index in range(1, architecture.num_blocks):
-            rows = everyone
+            rows = all_rows
             if architecture.gated:
                 self.gate_step(index - 1, x, decisions)
                 rows = self.compact(index - 1, decisions)
             x = self.run_block(index, x, rows)
-        if steps > architecture.num_gates:
+        if num_gates > architecture.num_gates:
             self.gate_step(architecture.num_gates, x, decisions)
         return EnginePass(self.head(x), decisions)

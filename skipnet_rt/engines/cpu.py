@@ -1,29 +1,98 @@
-"""The CPU engine: which strategy takes which network."""
+"""The CPU engine: a network is packed once, and a call goes from images to logits in native code.
+
+It has two strategies, whose five phases are in the native source:
+
+- resident (csrc/cpu/resident/), for CIFAR-scale networks: an image's activation stays in its core's cache. Images
+  over threads, or an image over a team of them;
+- compacted (csrc/cpu/compacted/), for ImageNet-scale networks and any other: block by block, all threads share
+  each convolution over the executing images.
+
+Sums are float32 whatever the network's dtype; products of a bfloat16 network are formed from bfloat16 where the
+processor can (AVX512-BF16, AMX), gates and stem excepted.
+"""
 
 from __future__ import annotations
 
-import torch
+from typing import Literal
 
-from skipnet_rt.engines.base import Engine
+import numpy as np
+import torch
+from torch import Tensor
+
+from skipnet_rt import _C
+from skipnet_rt.engines.base import Engine, EnginePass, empty_decisions
 from skipnet_rt.model.arch import SkipNetArch
-from skipnet_rt.model.packing import PackedNetwork
+from skipnet_rt.model.packing import (
+    PackedConvolution,
+    PackedEmbedding,
+    PackedFeedforwardGate,
+    PackedLSTM,
+    PackedNetwork,
+)
+
+Strategy = Literal["resident", "compacted"]
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.float().numpy()
+
+
+def _layer(layer: PackedConvolution) -> _C.Layer:
+    return _array(layer.weight), _array(layer.bias), layer.stride
+
+
+def _lstm(lstm: PackedLSTM) -> _C.LSTM:
+    return (_array(lstm.input_weight), _array(lstm.hidden_weight), _array(lstm.bias),
+            _array(lstm.projection_weight), lstm.projection_bias.item())
+
+
+def _strategy(architecture: SkipNetArch) -> Strategy:
+    """What a network runs by, unless told otherwise."""
+    return "resident" if architecture.stem == "cifar" and architecture.block == "basic" else "compacted"
 
 
 class CpuEngine(Engine):
-    """Resident for CIFAR-scale networks, compacted for the others; see the files of these names."""
+    """One native call on threads of our own.
+
+    Args:
+        network: any; the resident strategy takes CIFAR-scale networks of basic blocks only.
+        strategy, instruction_set: instead of the network's own strategy and the processor's best instruction set. For
+            tests and measurements.
+    """
 
     name = "cpu"
     devices = ("cpu",)
     dtypes = (torch.float32, torch.bfloat16)
+    # PyTorch would convert large batches on threads that go on spinning afterwards, in the way of ours.
+    image_dtypes = (torch.float32, torch.bfloat16)
 
-    @staticmethod
-    def resident(architecture: SkipNetArch) -> bool:
-        """Whether the network is one for the resident strategy."""
-        return architecture.stem == "cifar" and architecture.block == "basic"
+    def __init__(self, network: PackedNetwork, strategy: Strategy | None = None,
+                 instruction_set: str | None = None) -> None:
+        super().__init__(network)
+        self._native = _C.Network(
+            strategy=strategy or _strategy(network.arch),
+            image_size=network.arch.image_size,
+            stem=_layer(network.stem),
+            max_pool=network.arch.stem_pools,
+            blocks=[([_layer(layer) for layer in block.convolutions],
+                     None if block.projection is None else _layer(block.projection)) for block in network.blocks],
+            embeddings=[(_array(gate.weight), _array(gate.bias)) for gate in network.gates
+                        if isinstance(gate, PackedEmbedding)],
+            lstm=None if network.lstm is None else _lstm(network.lstm),
+            gates=[(gate.max_pool, [_layer(layer) for layer in gate.convolutions], _array(gate.weight),
+                    gate.bias.item()) for gate in network.gates if isinstance(gate, PackedFeedforwardGate)],
+            head_weight=_array(network.head_weight),
+            head_bias=_array(network.head_bias),
+            bfloat16=network.dtype == torch.bfloat16,
+            instruction_set=instruction_set or _C.instruction_sets()[0],
+        )
 
-    @classmethod
-    def build(cls, network: PackedNetwork) -> Engine:
-        from skipnet_rt.engines.cpu_compacted import CompactedCpuEngine
-        from skipnet_rt.engines.cpu_resident import ResidentCpuEngine
-
-        return (ResidentCpuEngine if cls.resident(network.arch) else CompactedCpuEngine)(network)
+    def run(self, images: Tensor, forced: Tensor | None, num_gates: int) -> EnginePass:
+        decisions = empty_decisions(self.network, len(images), num_gates, forced)
+        logits = torch.empty(len(images), self.network.arch.num_classes)
+        pixels = images.view(torch.uint16) if images.dtype == torch.bfloat16 else images
+        self._native.run(
+            pixels.numpy(), logits.numpy(), decisions.gate_logits.numpy(), decisions.probabilities.numpy(),
+            decisions.executed.numpy(), None if decisions.forced is None else decisions.forced.numpy(),
+            decisions.hidden.numpy(), decisions.cell.numpy(), torch.get_num_threads())
+        return EnginePass(logits.to(self.network.dtype), decisions)

@@ -1,7 +1,7 @@
 """The GPU's compacted strategy: any network, block by block on the executing images, without asking the host.
 
-The walk and its rooms are in csrc/cuda/compacted.cu; here a network is described and its weights are laid out as it
-reads them.
+Its five phases are in csrc/cuda/compacted.cu; here a network is described and its weights are laid out as that reads
+them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skipnet_rt import _C
-from skipnet_rt.engines.base import EnginePass
-from skipnet_rt.engines.cuda import CudaEngine
+from skipnet_rt.engines.base import EnginePass, empty_decisions
 from skipnet_rt.engines.cuda_graphs import Graphs
 from skipnet_rt.engines.tolerances import tf32_asked
 from skipnet_rt.model.packing import PackedConvolution, PackedEmbedding, PackedFeedforwardGate, PackedNetwork
@@ -77,12 +76,12 @@ class Description:
         arch, lstm = network.arch, network.lstm
         gates = [gate for gate in network.gates if isinstance(gate, PackedFeedforwardGate)]
         return cls(
-            arch.in_channels, arch.image_size, arch.stem == "imagenet", any(gate.max_pool for gate in gates),
+            arch.in_channels, arch.image_size, arch.stem_pools, any(gate.max_pool for gate in gates),
             _shape(network.stem),
             [([*map(_shape, block.convolutions)], [] if block.projection is None else [_shape(block.projection)])
              for block in network.blocks],
             (_padded(network.head_weight.shape[1]), _padded(network.head_weight.shape[0]), 1, 1),
-            0 if lstm is None else lstm.input_weight.shape[1], 0 if lstm is None else len(lstm.projection_weight),
+            arch.embed_dim if arch.state_dim else 0, arch.state_dim,
             0.0 if lstm is None else lstm.projection_bias.item(),
             [([*map(_shape, gate.convolutions)], gate.bias.item()) for gate in gates])
 
@@ -125,16 +124,15 @@ def element(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and tf32_asked() else str(dtype).removeprefix("torch.")
 
 
-class CompactedCudaEngine(CudaEngine):
-    """A few launches a block, none of which waits for the host; for most batches a CUDA graph of :class:`Graphs`."""
+class CompactedStrategy:
+    """A few launches per residual block, none of which waits for the host; most in a CUDA graph of :class:`Graphs`."""
 
     def __init__(self, network: PackedNetwork) -> None:
-        super().__init__(network)
+        self.network = network
         self._weights = CompactedWeights.of(network)
         device = network.device
         self._native = _C.CudaCompacted(
-            torch.cuda.current_device() if device.index is None else device.index,
-            element(network.dtype), **vars(Description.of(network)),
+            device.index, element(network.dtype), **vars(Description.of(network)),
             elements=self._weights.elements.data_ptr(), elements_count=len(self._weights.elements),
             floats=self._weights.floats.data_ptr(), floats_count=len(self._weights.floats))
         self._graphs = Graphs(network.arch, device, network.dtype)
@@ -142,21 +140,23 @@ class CompactedCudaEngine(CudaEngine):
 
     @property
     def memory(self) -> int:
-        return super().memory + self._weights.elements.nbytes + self._weights.floats.nbytes + self._graphs.memory
+        """Bytes of the device's memory for the weights as its kernels read them, and for graphs."""
+        return self._weights.elements.nbytes + self._weights.floats.nbytes + self._graphs.memory
 
-    def run(self, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
-        return self._graphs.run(self._walk, images, routing, steps)
+    def run(self, images: Tensor, forced: Tensor | None, num_gates: int) -> EnginePass:
+        """See :meth:`skipnet_rt.engines.base.Engine.run`."""
+        return self._graphs.run(self._forward, images, forced, num_gates)
 
-    def _walk(self, images: Tensor, routing: Tensor | None, present: Tensor | None, steps: int) -> EnginePass:
+    def _forward(self, images: Tensor, forced: Tensor | None, present: Tensor | None, num_gates: int) -> EnginePass:
         """All launches, on the current stream."""
         batch, device, classes = len(images), self.network.device, self.network.arch.num_classes
-        decisions = self.begin(batch, steps, routing)
-        forced = None if decisions.forced is None else decisions.forced.contiguous()
+        decisions = empty_decisions(self.network, batch, num_gates, forced, zeroed=False)
         logits = torch.empty(batch, _padded(classes), device=device)
         workspace = torch.empty(self._native.workspace_bytes(batch), dtype=torch.uint8, device=device)
         self._native.run(
-            batch, steps, 0 if present is None else present.data_ptr(), images.data_ptr(),
-            0 if forced is None else forced.data_ptr(), logits.data_ptr(), decisions.gate_logits.data_ptr(),
-            decisions.probabilities.data_ptr(), decisions.executed.data_ptr(), decisions.hidden.data_ptr(),
-            decisions.cell.data_ptr(), workspace.data_ptr(), torch.cuda.current_stream(device).cuda_stream)
+            batch, num_gates, 0 if present is None else present.data_ptr(), images.data_ptr(),
+            0 if decisions.forced is None else decisions.forced.data_ptr(), logits.data_ptr(),
+            decisions.gate_logits.data_ptr(), decisions.probabilities.data_ptr(), decisions.executed.data_ptr(),
+            decisions.hidden.data_ptr(), decisions.cell.data_ptr(), workspace.data_ptr(),
+            torch.cuda.current_stream(device).cuda_stream)
         return EnginePass(logits[:, :classes].to(self.network.dtype).contiguous(), decisions)

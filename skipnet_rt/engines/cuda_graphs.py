@@ -1,4 +1,4 @@
-"""CUDA graphs of our own: a walk's launches captured once for each size of batch, and replayed.
+"""CUDA graphs of our own: a forward pass's launches captured once for each size of batch, and replayed.
 
 A graph is captured for a bucket, the next power of two, and takes any batch up to it: how many images are there is a
 number on the device (``present``), and empty places cost next to nothing. Buckets share one memory pool, so that they
@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from skipnet_rt.engines.base import Decisions, EnginePass
+from skipnet_rt.kernels.language import power_of_two
 from skipnet_rt.model.arch import SkipNetArch
 
-Walk = Callable[[Tensor, "Tensor | None", "Tensor | None", int], EnginePass]
-"""From images ``[B, ...]``, routing bool ``[B, G]`` or None, present int32 ``[1]`` (None: B) and steps to a result of B
-rows, of which those that are not present are undefined."""
+Forward = Callable[[Tensor, "Tensor | None", "Tensor | None", int], EnginePass]
+"""From images ``[B, ...]``, forced bool ``[G, B]`` or None, present int32 ``[1]`` (None: B) and the gates to evaluate,
+to a result of B rows, of which those that are not present are undefined."""
 
 _MOST_PIXELS = 32 * 224 * 224
 """Of a bucket's images. More keep a GPU busy for longer than the host needs for the launches: a graph would bring
@@ -40,27 +41,22 @@ class _Bucket:
 
     graph: torch.cuda.CUDAGraph
     images: Tensor  # [B, in_channels, H, W]
-    routing: Tensor | None  # bool [B, G]
+    forced: Tensor | None  # bool [G, B]
     present: Tensor  # int32 [1]
     result: EnginePass
-
-
-def bucket_size(batch: int) -> int:
-    """The next power of two."""
-    return 1 << (batch - 1).bit_length()
 
 
 class Graphs:
     """The captured graphs of one network on one GPU.
 
-    Its engine's walk is captured: it must not wait for the device, and use nothing beyond ``present`` images. It comes
-    with every call, for whoever kept it would keep the engine and its memory.
+    Its engine's forward pass is captured: it must not wait for the device, and use nothing beyond ``present`` images.
+    It comes with every call, for whoever kept it would keep the engine and its memory.
 
     Args:
-        architecture: of the network, for the shapes of images and routing.
+        architecture: of the network, for the shapes of images and forced decisions.
         device: a CUDA device.
         dtype: of images.
-        loading: around a bucket's first walk, which compiles or loads what is new; shows that, for instance.
+        loading: around a bucket's first pass, which compiles or loads what is new; shows that, for instance.
     """
 
     def __init__(self, architecture: SkipNetArch, device: torch.device, dtype: torch.dtype,
@@ -80,68 +76,68 @@ class Graphs:
             if not self._buckets:
                 return 0
             inputs = [tensor for bucket in self._buckets.values()
-                      for tensor in (bucket.images, bucket.routing, bucket.present) if tensor is not None]
+                      for tensor in (bucket.images, bucket.forced, bucket.present) if tensor is not None]
             segments = torch.cuda.memory_snapshot(self._pool, include_traces=False)  # type: ignore[no-untyped-call]
         return sum(tensor.nbytes for tensor in inputs) + sum(segment["total_size"] for segment in segments)
 
-    def run(self, walk: Walk, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
+    def run(self, forward: Forward, images: Tensor, forced: Tensor | None, num_gates: int) -> EnginePass:
         """A batch on the current stream: its bucket replayed, which the first such batch captures, and waits for that.
 
         Launched directly where a graph would bring nothing, where the caller captures one that shall hold it, and where
         PyTorch's allocator does not cache.
         """
         with torch.cuda.device(self._device):
-            if not self._fits(bucket_size(len(images))) or torch.cuda.is_current_stream_capturing():
-                return walk(images, routing, None, steps)
-            return self._replayed(walk, images, routing, steps)
+            if not self._fits(power_of_two(len(images))) or torch.cuda.is_current_stream_capturing():
+                return forward(images, forced, None, num_gates)
+            return self._replayed(forward, images, forced, num_gates)
 
-    def capture(self, walk: Walk, batches: Iterable[int], steps: int, forced: bool) -> None:
+    def capture(self, forward: Forward, batches: Iterable[int], num_gates: int, forces: bool) -> None:
         """Capture ahead, the largest first: the smaller ones then find room in its memory."""
         with self._lock, torch.cuda.device(self._device):
-            for size in sorted(filter(self._fits, {bucket_size(batch) for batch in batches}), reverse=True):
-                self._bucket(walk, size, steps, forced)
+            for size in sorted(filter(self._fits, {power_of_two(batch) for batch in batches}), reverse=True):
+                self._bucket(forward, size, num_gates, forces)
 
     def _fits(self, size: int) -> bool:
         height, width = self._architecture.image_size
         return _CAPTURES and size * height * width <= _MOST_PIXELS
 
-    def _replayed(self, walk: Walk, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
+    def _replayed(self, forward: Forward, images: Tensor, forced: Tensor | None, num_gates: int) -> EnginePass:
         with self._lock:
-            bucket = self._bucket(walk, bucket_size(len(images)), steps, routing is not None)
+            bucket = self._bucket(forward, power_of_two(len(images)), num_gates, forced is not None)
             stream = torch.cuda.current_stream()
             stream.wait_event(self._done)
             bucket.images[:len(images)].copy_(images)
             bucket.present.fill_(len(images))
-            if routing is not None:
-                assert bucket.routing is not None
-                bucket.routing[:len(images)].copy_(routing)
+            if forced is not None:
+                assert bucket.forced is not None
+                bucket.forced[:, :len(images)].copy_(forced)
             bucket.graph.replay()
             result = _copied(bucket.result, len(images))
             self._done.record(stream)
         return result
 
-    def _bucket(self, walk: Walk, size: int, steps: int, forced: bool) -> _Bucket:
-        key = size, steps, forced
+    def _bucket(self, forward: Forward, size: int, num_gates: int, forces: bool) -> _Bucket:
+        key = size, num_gates, forces
         if key not in self._buckets:
             # In a thread of its own: what stays must not belong to what this call is made in, like inference mode, or
             # the warm-up of torch.compile's CUDA graphs, in which all that a thread allocates comes from their pool.
             with ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(self._device,)) as thread:
-                self._buckets[key] = thread.submit(self._captured, walk, *key).result()
+                self._buckets[key] = thread.submit(self._captured, forward, *key).result()
         return self._buckets[key]
 
-    def _captured(self, walk: Walk, size: int, steps: int, forced: bool) -> _Bucket:
+    def _captured(self, forward: Forward, size: int, num_gates: int, forces: bool) -> _Bucket:
         architecture, device = self._architecture, self._device
         images = torch.zeros(size, architecture.in_channels, *architecture.image_size, dtype=self._dtype, device=device)
-        routing = torch.zeros(size, architecture.num_gates, dtype=torch.bool, device=device) if forced else None
+        forced = torch.zeros(architecture.num_gates, size, dtype=torch.bool, device=device) if forces else None
         present = torch.zeros(1, dtype=torch.int32, device=device)
         with self._loading():
-            walk(images, routing, present, steps)  # a capture cannot compile or load
+            forward(images, forced, present, num_gates)  # a capture cannot compile or load
         graph = torch.cuda.CUDAGraph()
         # Only this thread's calls are restricted while it captures: others may be allocating.
         with _CAPTURING, torch.cuda.graph(graph, pool=self._pool, stream=self._stream,
                                           capture_error_mode="thread_local"):
-            result = walk(images, routing, present, steps)
-        return _Bucket(graph, images, routing, present, result)
+            result = forward(images, forced, present, num_gates)
+        return _Bucket(graph, images, forced, present, result)
 
 
 def _copied(result: EnginePass, batch: int) -> EnginePass:

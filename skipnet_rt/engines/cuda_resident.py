@@ -1,6 +1,6 @@
 """The GPU's resident strategy: a CIFAR-scale network from images to logits in one launch.
 
-The walk and its rooms are in csrc/cuda/resident.cu; here weights are laid out as it reads them.
+Its five phases are in csrc/cuda/resident.cu; here weights are laid out as that reads them.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skipnet_rt import _C
-from skipnet_rt.engines.base import EnginePass
-from skipnet_rt.engines.cuda import CudaEngine
+from skipnet_rt.engines.base import EnginePass, empty_decisions
 from skipnet_rt.model.arch import SkipNetArch
 from skipnet_rt.model.packing import PackedConvolution, PackedEmbedding, PackedNetwork
 
@@ -86,22 +85,22 @@ def _index(device: torch.device) -> int:
 
 
 def _native(arch: SkipNetArch, dtype: torch.dtype) -> _C.CudaResident:
-    embed, hidden = (arch.embed_dim, arch.hidden_dim) if arch.gate == "rnn" else (0, 0)
+    embed = arch.embed_dim if arch.state_dim else 0
     return _C.CudaResident(str(dtype).removeprefix("torch."), arch.in_channels, arch.image_size, arch.num_classes,
-                           list(arch.depths), embed, hidden)
+                           list(arch.depths), embed, arch.state_dim)
 
 
-class ResidentCudaEngine(CudaEngine):
+class ResidentStrategy:
     """One launch for a batch; a call allocates its results and nothing else.
 
     Args:
-        network: what :meth:`misfit` has nothing against.
-        images: that a block of threads takes at a time, where the batch does not decide it.
-        cluster: or blocks of threads that share an image, 2 or 4. For tests and measurements: results are the same.
+        network: one that :meth:`unsupported_reason` has nothing against.
+        images: that a thread block takes at a time, where the batch does not decide it.
+        cluster: or thread blocks that share an image, 2 or 4. For tests and measurements: results are the same.
     """
 
     def __init__(self, network: PackedNetwork, images: int | None = None, cluster: int | None = None) -> None:
-        super().__init__(network)
+        self.network = network
         self._weights = ResidentWeights.of(network)
         self._native = _native(network.arch, network.dtype)
         self._images, self._cluster = images, cluster
@@ -112,10 +111,11 @@ class ResidentCudaEngine(CudaEngine):
 
     @property
     def memory(self) -> int:
-        return super().memory + self._weights.fragments.nbytes + self._weights.floats.nbytes
+        """Bytes of the device's memory for the weights as its kernel reads them."""
+        return self._weights.fragments.nbytes + self._weights.floats.nbytes
 
     @staticmethod
-    def misfit(arch: SkipNetArch, device: torch.device, dtype: torch.dtype) -> str | None:
+    def unsupported_reason(arch: SkipNetArch, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why a network is none for the resident strategy on a GPU, or None."""
         if dtype not in (torch.float16, torch.bfloat16):
             return f"it computes in 16 bits, not in {dtype}"
@@ -131,7 +131,7 @@ class ResidentCudaEngine(CudaEngine):
         return f"an image needs {needed} bytes of shared memory, {device} has {there}" if needed > there else None
 
     def fits(self, images: int) -> bool:
-        """Whether a block of threads can take so many images at a time."""
+        """Whether a thread block can take so many images at a time."""
         return self._native.shared_memory(images) <= _C.cuda_limits(_index(self.network.device))[1]
 
     def plan(self, batch: int) -> _C.ResidentPlan:
@@ -143,17 +143,17 @@ class ResidentCudaEngine(CudaEngine):
         blocks = min(_C.cuda_limits(_index(self.network.device))[0], -(-batch // self._images))
         return _C.ResidentPlan(self._images, blocks, blocks * self._images < batch, 1)
 
-    def run(self, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
+    def run(self, images: Tensor, forced: Tensor | None, num_gates: int) -> EnginePass:
+        """See :meth:`skipnet_rt.engines.base.Engine.run`; what is forced is read where it lies, by its strides."""
         batch, device = len(images), self.network.device
         plan = self.plan(batch)
-        decisions = self.begin(batch, steps, routing)
+        decisions = empty_decisions(self.network, batch, num_gates, None, zeroed=False)
         logits = torch.empty(batch, self.network.arch.num_classes, dtype=self.network.dtype, device=device)
-        taken = torch.zeros(1, dtype=torch.int32, device=device) if plan.queues else None
-        forced, strides = (0, (0, 0)) if routing is None else (
-            routing.data_ptr(), (routing.stride(0), routing.stride(1)))
+        work_counter = torch.zeros(1, dtype=torch.int32, device=device) if plan.dynamic else None
         self._native.run(
-            plan, batch, steps, images.data_ptr(), forced, strides, logits.data_ptr(),
+            plan, batch, num_gates, images.data_ptr(), 0 if forced is None else forced.data_ptr(),
+            (0, 0) if forced is None else (forced.stride(1), forced.stride(0)), logits.data_ptr(),
             decisions.gate_logits.data_ptr(), decisions.probabilities.data_ptr(), decisions.executed.data_ptr(),
-            decisions.hidden.data_ptr(), decisions.cell.data_ptr(), 0 if taken is None else taken.data_ptr(),
-            torch.cuda.current_stream(device).cuda_stream)
+            decisions.hidden.data_ptr(), decisions.cell.data_ptr(),
+            0 if work_counter is None else work_counter.data_ptr(), torch.cuda.current_stream(device).cuda_stream)
         return EnginePass(logits, decisions)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from skipnet_rt.engines.base import Decisions, EnginePass, WalkingEngine
+from skipnet_rt.engines.base import BlockwiseEngine, Decisions, EnginePass
 from skipnet_rt.model.packing import PackedConvolution, PackedEmbedding, PackedFeedforwardGate, PackedLSTM
 
 
@@ -31,26 +31,26 @@ def _one_by_one(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.cat([function(_alone(x, row)) for row in range(len(x))])
 
 
-class EagerEngine(WalkingEngine[Tensor, Tensor]):
+class EagerEngine(BlockwiseEngine[Tensor, Tensor]):
     """Plain PyTorch with real compaction: a block's convolutions run for the executing images only."""
 
     name = "eager"
     devices = None
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    waits_for = ("cuda", "xpu", "mps")  # the row list's length is needed on the host
+    synchronizes_on = ("cuda", "xpu", "mps")  # the row list's length is needed on the host
 
-    def run(self, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
+    def run(self, images: Tensor, forced: Tensor | None, num_gates: int) -> EnginePass:
         # On a GPU: the same algorithm every time, and float32 that is float32.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            return super().run(images, routing, steps)
+            return super().run(images, forced, num_gates)
 
-    def everyone(self, decisions: Decisions) -> Tensor:
+    def all_rows(self, decisions: Decisions) -> Tensor:
         return torch.arange(decisions.executed.shape[1], device=decisions.executed.device)
 
     def stem(self, images: Tensor) -> Tensor:
         def one(image: Tensor) -> Tensor:
             x = F.relu(_convolve(image, self.network.stem))
-            return x if self.network.arch.stem == "cifar" else F.max_pool2d(x, 3, stride=2, padding=1)
+            return F.max_pool2d(x, 3, stride=2, padding=1) if self.network.arch.stem_pools else x
 
         return _one_by_one(one, images)
 
@@ -94,7 +94,7 @@ class EagerEngine(WalkingEngine[Tensor, Tensor]):
         block = self.network.blocks[index]
         projection = block.projection
         shortcut = x if projection is None else _one_by_one(lambda image: _convolve(image, projection), x)
-        for row in rows.tolist():
+        for row in rows.tolist():  # the skip: nothing is computed for any other image
             y = _alone(x, row)
             for layer in block.convolutions[:-1]:
                 y = F.relu(_convolve(y, layer))

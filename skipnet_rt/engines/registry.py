@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from skipnet_rt.engines import autoselect as crossover
+from skipnet_rt.engines import autoselect
 from skipnet_rt.engines.base import Availability, Engine
 from skipnet_rt.engines.cpu import CpuEngine
 from skipnet_rt.engines.cuda import CudaEngine
@@ -30,7 +30,7 @@ def choose_engine(name: str, architecture: SkipNetArch, device: torch.device, dt
                   max_batch: int | None = None) -> type[Engine]:
     """The engine of a name, or for ``"auto"`` the first that takes the network on this device in this dtype.
 
-    The order is the measured one, for batches up to ``max_batch``, where there is one (crossover.py), then the
+    The order is the measured one, for batches up to ``max_batch``, where there is one (autoselect.py), then the
     registry's.
 
     Raises:
@@ -39,19 +39,19 @@ def choose_engine(name: str, architecture: SkipNetArch, device: torch.device, dt
     if name != "auto" and name not in REGISTRY:
         raise EngineError(f"no engine is called {name!r}; known: auto, {', '.join(REGISTRY)}")
     names = [*_measured_order(architecture, device, dtype, max_batch), *REGISTRY] if name == "auto" else [name]
-    objections = []
+    reasons = []
     for candidate in (REGISTRY[name] for name in dict.fromkeys(names)):
-        objection = candidate.objection(architecture, device, dtype)
-        if objection is None:
+        reason = candidate.unsupported_reason(architecture, device, dtype)
+        if reason is None:
             return candidate
-        objections.append(f"{candidate.name}: {objection}")
-    raise EngineError(f"no engine for {architecture} on {device} in {dtype}: {'; '.join(objections)}")
+        reasons.append(f"{candidate.name}: {reason}")
+    raise EngineError(f"no engine for {architecture} on {device} in {dtype}: {'; '.join(reasons)}")
 
 
 def _measured_order(architecture: SkipNetArch, device: torch.device, dtype: torch.dtype,
                     max_batch: int | None) -> list[str]:
     try:
-        known = crossover.kept(architecture, device, dtype)
-    except crossover.CrossoverError as error:
+        times = autoselect.load(architecture, device, dtype)
+    except autoselect.CrossoverError as error:
         raise EngineError(str(error)) from error
-    return [name for name in known.order(max_batch) if name in REGISTRY] if known else []
+    return [name for name in autoselect.fastest_first(times, max_batch) if name in REGISTRY] if times else []

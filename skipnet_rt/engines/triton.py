@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skipnet_rt import kernels
-from skipnet_rt.engines.base import Availability, Decisions, EnginePass, WalkingEngine
+from skipnet_rt.engines.base import Availability, BlockwiseEngine, Decisions, EnginePass, empty_decisions
 from skipnet_rt.engines.cuda_graphs import Graphs
 from skipnet_rt.engines.tolerances import tf32_asked
 from skipnet_rt.kernels import GateStep, tuning
 from skipnet_rt.kernels.gathered_conv import DTYPES, Configuration, Layer, Workspace, configurations
-from skipnet_rt.kernels.language import INTERPRETED, compilation_shown, missing
+from skipnet_rt.kernels.language import INTERPRETED, compilation_shown, unavailable_reason
 from skipnet_rt.model.packing import PackedBlock, PackedConvolution, PackedFeedforwardGate, PackedNetwork
 
 
@@ -42,7 +42,7 @@ class Activation:
 
     pixels: Tensor  # [N, H, W, C] in the network's dtype
     sums: Tensor | None  # float32 [N, tiles, C], its partial sums for the pool; the stem's output has none
-    workspace: Workspace  # the walk's, which its launches use one after the other
+    workspace: Workspace  # a pass's own, which its launches use one after the other
 
 
 @dataclass
@@ -131,7 +131,7 @@ class _FeedforwardGate:
         return sums, x.shape[1] * x.shape[2]
 
 
-class TritonEngine(WalkingEngine[Activation, Rows]):
+class TritonEngine(BlockwiseEngine[Activation, Rows]):
     """Row lists and counts stay on the device; on a GPU most batches are a CUDA graph of :class:`Graphs`."""
 
     name = "triton"
@@ -157,7 +157,7 @@ class TritonEngine(WalkingEngine[Activation, Rows]):
 
     @classmethod
     def availability(cls) -> Availability:
-        reason = missing()
+        reason = unavailable_reason()
         return Availability(reason is None, reason or "")
 
     @property
@@ -180,45 +180,46 @@ class TritonEngine(WalkingEngine[Activation, Rows]):
         copies = sum(convolution.copied for convolution in self._convolutions)
         return super().memory + copies + (0 if self._graphs is None else self._graphs.memory)
 
-    def run(self, images: Tensor, routing: Tensor | None, steps: int) -> EnginePass:
+    def run(self, images: Tensor, forced: Tensor | None, num_gates: int) -> EnginePass:
         if self._graphs is None:
             with self._interpreter:
-                return self._walk(images, routing, None, steps)
-        return self._graphs.run(self._walk, images, routing, steps)
+                return self._forward(images, forced, None, num_gates)
+        return self._graphs.run(self._forward, images, forced, num_gates)
 
-    def prepare(self, batches: Iterable[int], *, steps: int | None = None, forced: bool = False) -> None:
+    def prepare(self, batches: Iterable[int], *, num_gates: int | None = None, forced: bool = False) -> None:
         """Compile and capture ahead for these sizes of batch, so that no call has to.
 
         Args:
             batches: how many images; each is rounded up to a power of two. Those too large to be captured are left out.
-            steps: gates to evaluate, as for :meth:`run`; by default G, which is what ``infer`` asks for.
+            num_gates: gates to evaluate, as for :meth:`run`; by default G, which is what ``infer`` asks for.
             forced: for calls with a routing.
         """
         if self._graphs is not None:
-            self._graphs.capture(self._walk, batches, self.network.arch.num_gates if steps is None else steps, forced)
+            self._graphs.capture(self._forward, batches,
+                                 self.network.arch.num_gates if num_gates is None else num_gates, forced)
 
-    def _walk(self, images: Tensor, routing: Tensor | None, present: Tensor | None, steps: int) -> EnginePass:
-        """The walk for the first ``present`` images, or all; the others' results are undefined."""
+    def _forward(self, images: Tensor, forced: Tensor | None, present: Tensor | None, num_gates: int) -> EnginePass:
+        """The pass for the first ``present`` images, or all; the others' results are undefined."""
         if present is None:
             present = torch.full((1,), len(images), dtype=torch.int32, device=images.device)
-        return self.walk(images, self._decisions(len(images), routing, present, steps))
+        return self.forward(images, self._decisions(len(images), forced, present, num_gates))
 
-    def _decisions(self, batch: int, routing: Tensor | None, present: Tensor, steps: int) -> _TritonDecisions:
+    def _decisions(self, batch: int, forced: Tensor | None, present: Tensor, num_gates: int) -> _TritonDecisions:
         integers: dict[str, Any] = dict(dtype=torch.int32, device=present.device)
         rows = Rows(torch.empty(batch, **integers), torch.empty(1, **integers), present)
-        return _TritonDecisions(**vars(self.begin(batch, steps, routing)), rows=rows)
+        return _TritonDecisions(**vars(empty_decisions(self.network, batch, num_gates, forced)), rows=rows)
 
-    def everyone(self, decisions: Decisions) -> Rows:
+    def all_rows(self, decisions: Decisions) -> Rows:
         assert isinstance(decisions, _TritonDecisions)
         present = decisions.rows.present
         order = torch.arange(decisions.executed.shape[1], dtype=torch.int32, device=present.device)
         return Rows(order, present, present)
 
     def stem(self, images: Tensor) -> Activation:
-        # Made for every walk: a graph's is its own, whatever runs beside it.
+        # Made for every pass: a graph's is its own, whatever runs beside it.
         workspace = Workspace.empty(self._plans, len(images), images.device)
         x = self._stem(images.permute(0, 2, 3, 1), relu=True, workspace=workspace)
-        if self.network.arch.stem == "imagenet":
+        if self.network.arch.stem_pools:
             x = F.max_pool2d(x.permute(0, 3, 1, 2), 3, stride=2, padding=1).permute(0, 2, 3, 1).contiguous()
         return Activation(x, None, workspace)
 
@@ -244,11 +245,12 @@ class TritonEngine(WalkingEngine[Activation, Rows]):
 
     def run_block(self, index: int, x: Activation, rows: Rows) -> Activation:
         block, y, workspace = self._blocks[index], x, x.workspace
-        if block.projection is not None:  # everyone's shortcut; the executing images add to it below
+        if block.projection is not None:  # every image's shortcut; the executing images add to it below
             y = Activation(*block.projection.empty(len(x.pixels)), workspace)
             block.projection(x.pixels, rows.present, out=y.pixels, sums=y.sums, workspace=workspace)
         elif x.sums is None:
             y = Activation(x.pixels, block.last.empty(len(x.pixels))[1], workspace)
+        # The skip: these launches read how many images execute on the device, and go through no others.
         first, *between = block.first
         inner = first(x.pixels, rows.count, gather=rows.order, relu=True, workspace=workspace)
         for convolution in between:

@@ -1,7 +1,7 @@
-"""Other engines to measure against: the dense network of the same weights, every block executed.
+"""Baselines, the engines to measure against: the dense network of the same weights, every block executed.
 
-They are optional; what is not installed says so. ONNX Runtime and OpenVINO get one and the same ONNX graph. One peer is
-not dense: :data:`PUBLISHED_WAY`.
+They are optional; what is not installed says so. ONNX Runtime and OpenVINO get one and the same ONNX graph. One
+baseline is not dense: :data:`MASKED`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from skipnet_rt.measure.clock import DenseNetwork
 from skipnet_rt.model.network import SkipNet
 from skipnet_rt.model.packing import PackedConvolution, PackedNetwork, pack
 
@@ -24,7 +23,7 @@ Call = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Peer:
+class Baseline:
     """An engine that is not ours.
 
     Attributes:
@@ -41,7 +40,7 @@ class Peer:
     build: Callable[[SkipNet, Tensor, torch.dtype], Call]
     devices: tuple[str, ...] = ("cpu",)
 
-    def objection(self, dtype: torch.dtype, device: str = "cpu") -> str | None:
+    def unsupported_reason(self, dtype: torch.dtype, device: str = "cpu") -> str | None:
         """Why it cannot be measured here, or None."""
         if device not in self.devices:
             return f"does not run on {device}"
@@ -50,6 +49,50 @@ class Peer:
             return f"not installed: {', '.join(missing)}"
         known = (*self.dtypes, torch.float16) if device == "cuda" else self.dtypes
         return None if dtype in known else f"not measured in {dtype}"
+
+
+class DenseNetwork(nn.Module):
+    """A SkipNet's weights as the plain ResNet they make when every block runs: no gates, no skipping.
+
+    Plain eager PyTorch at its best: batch normalisation folded into the convolutions, ReLU and addition in place.
+
+    Args:
+        model: the network; a snapshot of its weights is taken.
+        device, dtype: where and in what to compute.
+        memory_format: of weights and activations, ``torch.contiguous_format`` or ``torch.channels_last``.
+    """
+
+    def __init__(self, model: SkipNet, device: torch.device, dtype: torch.dtype,
+                 memory_format: torch.memory_format) -> None:
+        super().__init__()
+        self.network, self.memory_format = pack(model, device, dtype), memory_format
+        self._weights = {id(layer): layer.weight.contiguous(memory_format=memory_format) for layer in self._layers()}
+
+    def _layers(self) -> list[PackedConvolution]:
+        blocks = self.network.blocks
+        return [self.network.stem, *(layer for block in blocks for layer in block.convolutions),
+                *(block.projection for block in blocks if block.projection is not None)]
+
+    def _convolve(self, x: Tensor, layer: PackedConvolution) -> Tensor:
+        return F.conv2d(x, self._weights[id(layer)], layer.bias, stride=layer.stride, padding=layer.padding)
+
+    @torch.inference_mode()
+    def forward(self, images: Tensor) -> Tensor:
+        """Images ``[N, in_channels, H, W]`` in the network's dtype to logits ``[N, num_classes]``."""
+        return self.compute(images)
+
+    def compute(self, images: Tensor) -> Tensor:
+        """The same in the caller's mode: PyTorch 2.11 cannot compile what enters inference mode."""
+        network = self.network
+        x = F.relu_(self._convolve(images.contiguous(memory_format=self.memory_format), network.stem))
+        if network.arch.stem_pools:
+            x = F.max_pool2d(x, 3, stride=2, padding=1)
+        for block in network.blocks:
+            shortcut = x if block.projection is None else self._convolve(x, block.projection)
+            for layer in block.convolutions[:-1]:
+                x = F.relu_(self._convolve(x, layer))
+            x = F.relu_(self._convolve(x, block.convolutions[-1]).add_(shortcut))
+        return F.linear(x.mean(dim=(2, 3)), network.head_weight, network.head_bias)
 
 
 def onnx_graph(network: PackedNetwork, batch: int) -> bytes:
@@ -73,7 +116,7 @@ def onnx_graph(network: PackedNetwork, batch: int) -> bytes:
         return name
 
     x = node("Relu", [convolve("images", network.stem, "stem")], "stem.relu")
-    if network.arch.stem == "imagenet":
+    if network.arch.stem_pools:
         x = node("MaxPool", [x], "stem.pool", kernel_shape=[3, 3], pads=[1] * 4, strides=[2, 2])
     for index, block in enumerate(network.blocks):
         shortcut = x if block.projection is None else convolve(x, block.projection, f"{index}.projection")
@@ -166,7 +209,7 @@ def _openvino(model: SkipNet, images: Tensor, dtype: torch.dtype) -> Call:
     return lambda batch: torch.from_numpy(request.infer([batch.numpy()])[0])
 
 
-def _published(model: SkipNet, images: Tensor, dtype: torch.dtype) -> Call:
+def _masked(model: SkipNet, images: Tensor, dtype: torch.dtype) -> Call:
     weights = {name: value.to(images.device, dtype if value.is_floating_point() else None)
                for name, value in model.state_dict().items()}
     with torch.device("meta"):
@@ -193,16 +236,19 @@ def _published(model: SkipNet, images: Tensor, dtype: torch.dtype) -> Call:
 _BOTH = (torch.float32, torch.bfloat16)
 _ANYWHERE = ("cpu", "cuda")
 
-PUBLISHED_WAY = Peer("published way", (), (torch.float32,), _published, _ANYWHERE)
+MASKED = Baseline("masked baseline", (), (torch.float32,), _masked, _ANYWHERE)
 """What the published code does: every block and every gate computed, the result chosen by multiplying with 0 or 1."""
 
-PEERS: tuple[Peer, ...] = (
-    PUBLISHED_WAY,
-    Peer("PyTorch", (), _BOTH, _pytorch(torch.contiguous_format), _ANYWHERE),
-    Peer("PyTorch channels-last", (), _BOTH, _pytorch(torch.channels_last), _ANYWHERE),
-    Peer("PyTorch, CUDA graph", (), _BOTH, _captured, ("cuda",)),
-    Peer("torch.compile", (), _BOTH, _compiled, _ANYWHERE),
-    Peer("ONNX Runtime", ("onnx", "onnxruntime"), (torch.float32,), _onnxruntime),
-    Peer("OpenVINO", ("onnx", "openvino"), _BOTH, _openvino),
+PYTORCH = Baseline("PyTorch", (), _BOTH, _pytorch(torch.contiguous_format), _ANYWHERE)
+PYTORCH_CHANNELS_LAST = Baseline("PyTorch channels-last", (), _BOTH, _pytorch(torch.channels_last), _ANYWHERE)
+
+BASELINES: tuple[Baseline, ...] = (
+    MASKED,
+    PYTORCH,
+    PYTORCH_CHANNELS_LAST,
+    Baseline("PyTorch, CUDA graph", (), _BOTH, _captured, ("cuda",)),
+    Baseline("torch.compile", (), _BOTH, _compiled, _ANYWHERE),
+    Baseline("ONNX Runtime", ("onnx", "onnxruntime"), (torch.float32,), _onnxruntime),
+    Baseline("OpenVINO", ("onnx", "openvino"), _BOTH, _openvino),
 )
 """All of them. On a GPU ``torch.compile`` means max-autotune with CUDA graphs."""

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipnet_rt.engines.autoselect import Crossover
+from skipnet_rt.engines.autoselect import Milliseconds
 from skipnet_rt.engines.registry import REGISTRY
-from skipnet_rt.measure.baselines import PEERS, PUBLISHED_WAY, Peer
-from skipnet_rt.measure.clock import Timing, alternate
+from skipnet_rt.measure.baselines import BASELINES, MASKED, Baseline
+from skipnet_rt.measure.clock import Timing, time_interleaved
 from skipnet_rt.model.arch import SkipNetArch
 from skipnet_rt.model.network import SkipNet
 from skipnet_rt.model.routing import RoutingStats
-from skipnet_rt.runtime import compile, usable_device
+from skipnet_rt.runtime import SkipNetRuntime, compile, usable_device
 from skipnet_rt.util import machine
 
 BATCHES = (1, 8, 64)
@@ -52,18 +52,18 @@ def random_routing(architecture: SkipNetArch, batch: int, fraction: float, seed:
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """One of our engines at one executed fraction.
+class EngineResult:
+    """One of our engines on one kind of routes.
 
     Attributes:
         engine: its name.
-        fraction: of the gated blocks that were executed.
+        fraction: of the gated blocks that were executed; None where the gates decided.
         multiply_adds_share: of the multiply-adds of the dense network, gates included.
-        timing: of a batch.
+        timing: per batch.
     """
 
     engine: str
-    fraction: float
+    fraction: float | None
     multiply_adds_share: float
     timing: Timing
 
@@ -77,62 +77,77 @@ class Contestant:
         return self.multiply_adds_share * self.timing.speedup_over(dense)
 
 
-def _name(engine: str, fraction: float) -> str:
-    return f"{engine}, {100 * fraction:.3g}% executed"
+def _name(engine: str, fraction: float | None) -> str:
+    return f"{engine}, {'gates decide' if fraction is None else f'{100 * fraction:.3g}% executed'}"
 
 
 @dataclass(frozen=True)
 class BatchResult:
-    """All contestants at one batch size, timed in turns.
+    """Engines and baselines at one batch size, timed in turns.
 
     Attributes:
-        batch: images a batch.
-        ours: our engines, each at every fraction.
-        peers: the others, by name.
-        wall: on a GPU, where the other timings are the device's own: everyone's by the host's clock, by name.
+        batch: images per batch.
+        engines: ours, each on every kind of routes.
+        baselines: the others, by name.
+        wall: on a GPU, where the other timings are the device's own: all of them by the host's clock, by name.
     """
 
     batch: int
-    ours: tuple[Contestant, ...]
-    peers: dict[str, Timing]
+    engines: tuple[EngineResult, ...]
+    baselines: dict[str, Timing]
     wall: dict[str, Timing] = field(default_factory=dict)
 
     @property
+    def engine_names(self) -> list[str]:
+        """Of our engines, each once."""
+        return list(dict.fromkeys(result.engine for result in self.engines))
+
+    def of(self, engine: str, fraction: float | None) -> EngineResult:
+        """One engine's result on one kind of routes."""
+        return next(result for result in self.engines if (result.engine, result.fraction) == (engine, fraction))
+
+    @property
     def best(self) -> str:
-        """Name of the fastest dense peer."""
-        return min(self.peers.keys() - {PUBLISHED_WAY.name}, key=lambda name: self.peers[name].median)
+        """Name of the fastest dense baseline."""
+        return min(self.baselines.keys() - {MASKED.name}, key=lambda name: self.baselines[name].median)
 
     @property
     def best_dense(self) -> Timing:
-        """The fastest dense peer's time: executing everything, the ceiling."""
-        return self.peers[self.best]
+        """The fastest dense baseline's time: executing everything, the ceiling."""
+        return self.baselines[self.best]
 
     @property
-    def published(self) -> Timing | None:
-        """The published way's time, if it was measured."""
-        return self.peers.get(PUBLISHED_WAY.name)
+    def masked(self) -> Timing | None:
+        """The masked baseline's time, if it was measured."""
+        return self.baselines.get(MASKED.name)
+
+    @property
+    def winners(self) -> dict[float | None, str]:
+        """Our fastest engine, by executed fraction."""
+        fastest_last = sorted(self.engines, key=lambda result: -result.timing.median)
+        return {result.fraction: result.engine for result in fastest_last}
 
     @property
     def rounds(self) -> int:
-        """How often each contestant was timed."""
-        return len(self.best_dense.seconds)
+        """How often each of them was timed."""
+        return len(self.engines[0].timing.seconds)
 
     @property
     def steady(self) -> bool:
-        """No contestant's times vary much; see :attr:`Timing.steady`."""
-        return all(timing.steady for timing in (*self.peers.values(), *(one.timing for one in self.ours)))
+        """No times vary much; see :attr:`Timing.steady`."""
+        return all(timing.steady for timing in (*self.baselines.values(), *(each.timing for each in self.engines)))
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: times in milliseconds, shares in percent, ratios as medians over the rounds."""
         return {
             "batch": self.batch, "rounds": self.rounds, "steady": self.steady, "best_dense": self.best,
-            "peers": {name: timing.to_dict() for name, timing in self.peers.items()},
+            "baselines": {name: timing.to_dict() for name, timing in self.baselines.items()},
             "engines": [{
-                "engine": one.engine, "fraction": one.fraction,
-                "multiply_adds_share": 100 * one.multiply_adds_share, "time": one.timing.to_dict(),
-                "share_of_ceiling": 100 * one.share_of_ceiling(self.best_dense),
-                "speedup_over": {name: one.timing.speedup_over(timing) for name, timing in self.peers.items()},
-            } for one in self.ours],
+                "engine": result.engine, "fraction": result.fraction,
+                "multiply_adds_share": 100 * result.multiply_adds_share, "time": result.timing.to_dict(),
+                "share_of_ceiling": 100 * result.share_of_ceiling(self.best_dense),
+                "speedup_over": {name: result.timing.speedup_over(timing) for name, timing in self.baselines.items()},
+            } for result in self.engines],
         } | ({"wall": {name: timing.to_dict() for name, timing in self.wall.items()}} if self.wall else {})
 
 
@@ -142,14 +157,15 @@ class Benchmark:
 
     Attributes:
         arch: of the network.
-        dtype: of the computation.
+        device, dtype: of the computation.
         versions, cpu, load: of the machine, before the first measurement; see :mod:`skipnet_rt.util.machine`.
-        left_out: peers that could not be measured, and why.
+        left_out: baselines that could not be measured, and why.
         results: one for each batch size.
         gpu: that was measured, after the last measurement; None where it was the CPU.
     """
 
     arch: SkipNetArch
+    device: torch.device
     dtype: torch.dtype
     versions: dict[str, str | None]
     cpu: dict[str, Any]
@@ -164,114 +180,155 @@ class Benchmark:
         threads = self.cpu["threads"]
         return self.gpu["name"] if self.gpu else f"{threads} thread{'s' * (threads > 1)}"
 
+    @property
+    def milliseconds(self) -> Milliseconds:
+        """Medians per batch, by our engine, batch size and forced fraction: what ``"auto"`` goes by."""
+        times: Milliseconds = {}
+        for result in self.results:
+            for each in result.engines:
+                if each.fraction is not None:
+                    by_fraction = times.setdefault(each.engine, {}).setdefault(result.batch, {})
+                    by_fraction[each.fraction] = 1e3 * each.timing.median
+        return times
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON; the units are those of the results."""
         return {
-            "architecture": str(self.arch), "dtype": str(self.dtype).removeprefix("torch."), "versions": self.versions,
+            "architecture": str(self.arch), "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."), "versions": self.versions,
             "cpu": self.cpu, "load": self.load, "left_out": self.left_out,
             "results": [result.to_dict() for result in self.results],
         } | ({"gpu": self.gpu} if self.gpu else {})
 
 
 def benchmark(model: SkipNet, *, engines: Sequence[str] = ("auto",), batches: Sequence[int] = BATCHES,
-              fractions: Sequence[float] = FRACTIONS, dtype: torch.dtype = torch.float32,
-              peers: Sequence[Peer] = PEERS, seconds: float = 10.0, device: torch.device | str = "cpu",
+              fractions: Sequence[float | None] = FRACTIONS, dtype: torch.dtype = torch.float32,
+              baselines: Sequence[Baseline] | None = BASELINES, seconds: float = 10.0,
+              device: torch.device | str = "cpu", images: Tensor | None = None, device_clock: bool = True,
               on_progress: Callable[[str, float], None] | None = None) -> Benchmark:
-    """Time our engines and the peers on seeded random images with forced routes.
+    """Time our engines and the baselines against each other.
 
     Args:
-        model: a gated network on the CPU. Its weights hardly matter: images and routes are the same for all.
+        model: a gated network on the CPU. Its weights hardly matter where images are random and routes forced.
         engines: ours.
-        batches, fractions: what to measure; see :func:`random_routing`.
-        dtype: of the computation. On the CPU images are float32, and converted by each contestant; on a GPU they are
+        batches: their sizes.
+        fractions: of the gated blocks to execute, see :func:`random_routing`; None lets the gates decide.
+        dtype: of the computation. On the CPU images are float32, and converted by whoever computes; on a GPU they are
             there, in this dtype.
-        peers: to measure against; those that object are left out.
+        baselines: to measure against; those that cannot be measured here are left out. None times our engines alone.
         seconds: for each batch size.
-        device: the CPU, or a GPU: then by its own clock, and once more by the host's.
+        device: the CPU, or a GPU.
+        images: float32 ``[N, in_channels, H, W]``, N a multiple of every batch size: each call goes through all of
+            them batch by batch. Otherwise one batch of random ones, seeded.
+        device_clock: on a GPU, time by its own clock, and once more by the host's; else by the host's alone.
         on_progress: told what is being done and the share of it that is done, 0 to 1.
 
     Raises:
-        BenchmarkError: the network has no gates, or no dense peer is left.
+        BenchmarkError: the network has no gates, or none of the baselines is a dense one that can be measured.
         skipnet_rt.EngineError: an engine cannot take the network, or the device cannot be used.
+        ValueError: the images don't fill whole batches.
     """
     report = on_progress or (lambda what, share: None)
     place = usable_device(device)
-    on_gpu = place.type == "cuda"
-    left_out = {peer.name: objection for peer in peers
-                if (objection := peer.objection(dtype, place.type)) is not None}
-    measured = [peer for peer in peers if peer.name not in left_out]
+    by_device = place.type == "cuda" and device_clock
     if not model.arch.gated:
         raise BenchmarkError(f"{model.arch} is a dense network: it has nothing to skip")
-    if not any(peer is not PUBLISHED_WAY for peer in measured):
+    left_out = {baseline.name: reason for baseline in baselines or ()
+                if (reason := baseline.unsupported_reason(dtype, place.type)) is not None}
+    measured = [baseline for baseline in baselines or () if baseline.name not in left_out]
+    if baselines is not None and all(baseline is MASKED for baseline in measured):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise BenchmarkError("there is no dense engine to measure against" + (f" ({reasons})" if reasons else ""))
     versions, cpu, load = machine.versions(), machine.cpu(), machine.load()
     runtimes = [compile(model, engine=engine, device=place, dtype=dtype) for engine in engines]
     results = []
     for batch in batches:
-        shape = (batch, model.arch.in_channels, *model.arch.image_size)
-        images = torch.randn(shape, generator=torch.Generator().manual_seed(batch))
-        images = images.to(place, dtype) if on_gpu else images
+        parts = _batches(model.arch, batch, images)
+        if place.type == "cuda":
+            parts = [part.to(place, dtype) for part in parts]
         calls: dict[str, Callable[[], object]] = {}
-        for number, peer in enumerate(measured):
-            report(f"batch {batch}: building {peer.name}", number / len(measured))
-            calls[peer.name] = partial(peer.build(model, images, dtype), images)
-        ours: dict[str, tuple[str, float, float]] = {}
+        for number, baseline in enumerate(measured):
+            report(f"batch {batch}: building {baseline.name}", number / len(measured))
+            calls[baseline.name] = _over(parts, baseline.build(model, parts[0], dtype))
+        untimed: list[tuple[str, float | None, float]] = []
         for fraction in fractions:
-            routing = random_routing(model.arch, batch, fraction)
-            stats = RoutingStats(model.arch)
-            stats.update(routing)
-            routing = routing.to(place)
+            routes = _routes(runtimes[0], parts, fraction)
+            share = _multiply_adds_share(model.arch, routes)
             for runtime in runtimes:
                 name = _name(runtime.engine.name, fraction)
-                calls[name] = partial(runtime.infer, images, routing=routing)
-                ours[name] = runtime.engine.name, fraction, stats.multiply_adds_share
-        timings = alternate(calls, seconds=seconds, device=place, device_time=on_gpu,
-                            on_progress=partial(report, f"batch {batch}: {len(calls)} contestants taking turns"))
-        wall = alternate(calls, seconds=seconds, device=place) if on_gpu else {}
-        results.append(BatchResult(batch, tuple(Contestant(*ours[name], timings[name]) for name in ours),
-                                   {peer.name: timings[peer.name] for peer in measured}, wall))
-    return Benchmark(model.arch, dtype, versions, cpu, load, left_out, tuple(results), machine.gpu(place))
+                calls[name] = _over(parts, runtime.infer) if fraction is None else _over(parts, runtime.infer, routes)
+                untimed.append((runtime.engine.name, fraction, share))
+        timings = time_interleaved(calls, seconds=seconds, device=place, device_time=by_device, per=len(parts),
+                                   on_progress=partial(report, f"batch {batch}: timing {len(calls)} in turns"))
+        wall = time_interleaved(calls, seconds=seconds, device=place, per=len(parts)) if by_device else {}
+        results.append(BatchResult(
+            batch, tuple(EngineResult(*one, timings[_name(one[0], one[1])]) for one in untimed),
+            {baseline.name: timings[baseline.name] for baseline in measured}, wall))
+    return Benchmark(model.arch, place, dtype, versions, cpu, load, left_out, tuple(results), machine.gpu(place))
 
 
-def unwaiting_engines(architecture: SkipNetArch, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Names of those of our engines that take a network there without waiting for the device."""
+def _batches(architecture: SkipNetArch, batch: int, images: Tensor | None) -> list[Tensor]:
+    """The images in batches; without any, one of random ones."""
+    if images is None:
+        shape = (batch, architecture.in_channels, *architecture.image_size)
+        return [torch.randn(shape, generator=torch.Generator().manual_seed(batch))]
+    if len(images) == 0 or len(images) % batch:
+        raise ValueError(f"images must fill whole batches of {batch}, got {len(images)}")
+    return list(torch.split(images, batch))
+
+
+def _routes(runtime: SkipNetRuntime, parts: Sequence[Tensor], fraction: float | None) -> list[Tensor]:
+    """The routes of each batch, bool ``[batch, G]``: the gates' own, or forced ones."""
+    if fraction is None:
+        return [runtime.infer(part).executed for part in parts]
+    forced = random_routing(runtime.arch, sum(map(len, parts)), fraction).to(parts[0].device)
+    return list(torch.split(forced, len(parts[0])))
+
+
+def _multiply_adds_share(architecture: SkipNetArch, routes: Sequence[Tensor]) -> float:
+    stats = RoutingStats(architecture)
+    for route in routes:
+        stats.update(route)
+    return stats.multiply_adds_share
+
+
+def _over(parts: Sequence[Tensor], run: Callable[..., object], routes: Sequence[Tensor] | None = None
+          ) -> Callable[[], object]:
+    """A call that goes through all batches."""
+    arguments = [(part,) for part in parts] if routes is None else list(zip(parts, routes, strict=True))
+    return lambda: [run(*each) for each in arguments]
+
+
+def supporting_engines(architecture: SkipNetArch, device: torch.device, dtype: torch.dtype, *,
+                       asynchronous: bool = False) -> list[str]:
+    """Names of those of our engines that take a network there.
+
+    Args:
+        architecture, device, dtype: what and where.
+        asynchronous: only those that don't wait for the device.
+    """
     return [name for name, engine in REGISTRY.items()
-            if device.type not in engine.waits_for and engine.objection(architecture, device, dtype) is None]
+            if engine.unsupported_reason(architecture, device, dtype) is None
+            and not (asynchronous and device.type in engine.synchronizes_on)]
 
 
 def measure_crossover(model: SkipNet, device: torch.device, dtype: torch.dtype, *,
                       batches: Sequence[int] = (1, 8, 64, 256),
-                      fractions: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
-                      seconds: float = 5.0, on_progress: Callable[[float], None] | None = None) -> Crossover:
+                      fractions: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0), seconds: float = 5.0,
+                      device_clock: bool = False,
+                      on_progress: Callable[[str, float], None] | None = None) -> Benchmark:
     """Time those of our engines against each other that take a network without waiting for the device.
 
     Args:
         model: a gated network; its weights do not matter.
         device, dtype: where and in what to compute.
-        batches, fractions: what to measure; see :func:`random_routing`.
-        seconds: for each batch size.
-        on_progress: told the share that is done, 0 to 1.
+        batches, fractions, seconds, device_clock, on_progress: see :func:`benchmark`.
 
     Raises:
         BenchmarkError: the network has no gates, or no engine takes it there.
     """
-    if not model.arch.gated:
-        raise BenchmarkError(f"{model.arch} is a dense network: it has nothing to skip")
-    names = unwaiting_engines(model.arch, device, dtype)
-    if not names:
+    engines = supporting_engines(model.arch, device, dtype, asynchronous=True)
+    if not engines:
         raise BenchmarkError(f"no engine takes {model.arch} on {device} in {dtype}")
-    runtimes = {name: compile(model, engine=name, device=device, dtype=dtype) for name in names}
-    found: dict[str, dict[int, dict[float, float]]] = {name: {} for name in names}
-    for number, batch in enumerate(batches):
-        images = torch.randn(batch, model.arch.in_channels, *model.arch.image_size).to(device, dtype)
-        routes = {fraction: random_routing(model.arch, batch, fraction).to(device) for fraction in fractions}
-        calls: dict[str, Callable[[], object]] = {
-            _name(name, fraction): partial(runtime.infer, images, routing=routing)
-            for name, runtime in runtimes.items() for fraction, routing in routes.items()}
-        timings = alternate(calls, seconds=seconds, device=device)
-        for name in names:
-            found[name][batch] = {fraction: 1e3 * timings[_name(name, fraction)].median for fraction in fractions}
-        if on_progress:
-            on_progress((number + 1) / len(batches))
-    return Crossover(found)
+    return benchmark(model, engines=engines, batches=batches, fractions=fractions, dtype=dtype, baselines=None,
+                     seconds=seconds, device=device, device_clock=device_clock, on_progress=on_progress)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from importlib import resources
 from typing import Any
 
@@ -12,11 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from skipnet_rt.checkpoint.files import load
+from skipnet_rt.checkpoint import load
 from skipnet_rt.data import DIGITS, Pictures, digits_pictures
 from skipnet_rt.engines.base import Availability
 from skipnet_rt.engines.registry import engines
-from skipnet_rt.measure.clock import Comparison, compare_with_dense
+from skipnet_rt.measure.baselines import PYTORCH, PYTORCH_CHANNELS_LAST
+from skipnet_rt.measure.benchmark import Benchmark, benchmark, supporting_engines
 from skipnet_rt.measure.evaluate import Evaluation, evaluate
 from skipnet_rt.model.network import SkipNet
 from skipnet_rt.runtime import compile
@@ -25,10 +25,13 @@ BUNDLED = "skipnet38-digits.safetensors"
 """SkipNet-38 with RNNGate, trained on the handwritten digits; see the card inside."""
 
 BATCHES = {1: 16, 64: 64}
-"""Batch sizes that the demonstration times, and the images a round: enough for their routes to be typical."""
+"""Batch sizes that the demonstration times, and the images per round: enough for their routes to be typical."""
 
 _SECONDS = {1: 4.0, 64: 7.0}
 """How long each is timed."""
+
+VARIANTS = {PYTORCH.name: "BN folded, NCHW", PYTORCH_CHANNELS_LAST.name: "BN folded, channels-last"}
+"""The kinds of plain PyTorch that it is measured against, and what they are."""
 
 
 def bundled_model() -> SkipNet:
@@ -52,20 +55,36 @@ def spread(digits: Pictures, count: int) -> Tensor:
     return torch.stack([digits[len(digits) * place // count][0] for place in range(count)])
 
 
+def _times_dict(measured: Benchmark) -> dict[str, Any]:
+    (result,) = measured.results
+    engines = {}
+    for name in result.engine_names:
+        skipping, dense = result.of(name, None), result.of(name, 1.0)
+        engines[name] = {"skipping": skipping.timing.to_dict(), "dense": dense.timing.to_dict(),
+                         "speedup_over_own_dense": skipping.timing.speedup_over(dense.timing),
+                         "speedup_over_pytorch_dense": skipping.timing.speedup_over(result.best_dense)}
+    return {
+        "device": measured.device.type, "dtype": str(measured.dtype).removeprefix("torch."),
+        "threads": measured.cpu["threads"], "batch": result.batch, "images": BATCHES[result.batch],
+        "rounds": result.rounds, "steady": result.steady, "multiply_adds_share": 100 * skipping.multiply_adds_share,
+        "pytorch_dense": {"variant": VARIANTS[result.best], **result.best_dense.to_dict()}, "engines": engines,
+    }
+
+
 @dataclass(frozen=True)
 class Demonstration:
-    """What :func:`demonstrate` found.
+    """What :func:`demonstrate` measured.
 
     Attributes:
         evaluation: of the held-out digits with the engine that ``"auto"`` chooses.
         pictures: the digits as they are, 8x8 and grey.
-        comparisons: each engine beside dense execution, one entry a device and batch size.
+        benchmarks: each engine, skipping and dense, beside plain PyTorch; one for each device and batch size.
         engines: every engine's availability.
     """
 
     evaluation: Evaluation
     pictures: list[Image.Image]
-    comparisons: list[Comparison]
+    benchmarks: list[Benchmark]
     engines: dict[str, Availability]
 
     @property
@@ -89,7 +108,7 @@ class Demonstration:
             "evaluation": self.evaluation.to_dict(),
             "easiest": self._image(self.easiest),
             "hardest": self._image(self.hardest),
-            "timings": [comparison.to_dict() for comparison in self.comparisons],
+            "timings": [_times_dict(measured) for measured in self.benchmarks],
             "engines": {name: vars(availability) for name, availability in self.engines.items()},
         }
 
@@ -112,11 +131,14 @@ def demonstrate(on_progress: Callable[[str, float], None] | None = None) -> Demo
     model, digits = bundled_model(), held_out_digits()
     evaluation = evaluate(compile(model), digits,
                           on_progress=lambda done: report("classifying the digits", done / len(digits)))
-    comparisons = []
+    benchmarks = []
     for device in devices():
+        names = supporting_engines(model.arch, torch.device(device), torch.float32)
         for batch, count in BATCHES.items():
-            progress = partial(report, f"timing batches of {batch} on {device}")
-            progress(0)
-            comparisons.append(compare_with_dense(model, spread(digits, count), batch, device=device,
-                                                  seconds=_SECONDS[batch], on_progress=progress))
-    return Demonstration(evaluation, list(digits.pictures), comparisons, engines())
+            what = f"timing batches of {batch} on {device}"
+            benchmarks.append(benchmark(
+                model, engines=names, batches=[batch], fractions=[None, 1.0],
+                baselines=[PYTORCH, PYTORCH_CHANNELS_LAST], seconds=_SECONDS[batch], device=device,
+                images=spread(digits, count), device_clock=False,
+                on_progress=lambda _, share, what=what: report(what, share)))  # type: ignore[misc]
+    return Demonstration(evaluation, list(digits.pictures), benchmarks, engines())

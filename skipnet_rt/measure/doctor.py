@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from skipnet_rt import _C
-from skipnet_rt.checkpoint.files import CheckpointError
-from skipnet_rt.engines import autoselect as crossover
+from skipnet_rt.checkpoint import CheckpointError
+from skipnet_rt.engines import autoselect
 from skipnet_rt.engines.base import Availability
 from skipnet_rt.engines.registry import EngineError, engines
 from skipnet_rt.engines.tolerances import TOLERANCES
@@ -32,7 +32,7 @@ class SelfCheck:
     Attributes:
         engine, device: what was checked.
         passed: equal decisions, and logits within float32's tolerance; see :mod:`skipnet_rt.engines.tolerances`.
-        detail: what was found, in words.
+        detail: the differences, in words.
     """
 
     engine: str
@@ -97,13 +97,13 @@ def warm(model: SkipNet, dtype: torch.dtype, on_progress: Callable[[str, float],
     build().prepare([1])
     if device.type == "cuda" and model.arch.gated:  # in the interpreter there is nothing to compare
         on_progress("comparing engines", 1 - 1 / steps)
-        crossover.keep(measure_crossover(model, device, dtype), model.arch, device, dtype)
+        autoselect.save(measure_crossover(model, device, dtype).milliseconds, model.arch, device, dtype)
     return len(engine.layers)
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What :func:`diagnose` found.
+    """What :func:`diagnose` says of an installation.
 
     Attributes:
         versions, cpu: of the machine; see :mod:`skipnet_rt.util.machine`.

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 
 from skipnet_rt.data import Split
 from skipnet_rt.model.arch import SkipNetArch
-from skipnet_rt.model.routing import InferenceResult, RoutingStats, count_operations
+from skipnet_rt.model.flops import count_operations
+from skipnet_rt.model.routing import InferenceResult, RoutingStats
 from skipnet_rt.runtime import SkipNetRuntime
 
 TOP5_CLASSES = 20
@@ -118,7 +119,7 @@ class Evaluation:
         return torch.argsort(order, stable=True).tolist()
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; accuracies, computation, shares and rates in percent, multiply-adds an image."""
+        """For JSON; accuracies, computation, shares and rates in percent, multiply-adds per image."""
         stats, ran = self.stats, self.blocks_run
         return {
             "architecture": str(self.arch), "engine": self.engine, "device": self.device,
@@ -181,7 +182,7 @@ def evaluate(runtime: SkipNetRuntime, split: Split, *, batch_size: int = 64, wor
     Args:
         runtime: the compiled network.
         split: sized, of ``(image [3, H, W], label)``: see :class:`skipnet_rt.data.Data`.
-        batch_size: images a call.
+        batch_size: images per call.
         workers: processes that load data; 0 loads in this one.
         reference: another runtime of the same network, usually the eager engine in float32, to compare with.
         reference_images: compare only about so many images, evenly spread; None compares all.

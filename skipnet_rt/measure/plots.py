@@ -10,7 +10,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import cycle, groupby
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ DPI = 150
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")  # Okabe & Ito: for all kinds of sight
 _QUIET = "#555555"
 _MARKERS = "oD^vPsX<>"
-_LETTERS = 9  # of a small text an inch of the figure's width, so that it stays well within the axes
+_LETTERS = 9  # of a small text per inch of the figure's width, so that it stays well within the axes
 _WRONG = "#c1121f"
 _ALL_CLASSES = 20  # as many classes as one picture shows; of more, those that skip the most and the fewest
 
@@ -49,7 +49,7 @@ def _titled(figure: Figure, axes: Axes, title: str, detail: str) -> None:
 
 
 def execution_rates(evaluation: Evaluation) -> Figure:
-    """The share of the images that ran each block; the first block always runs. A bar a block, coloured by group."""
+    """The share of the images that ran each block; the first block always runs. A bar per block, coloured by group."""
     blocks = evaluation.arch.blocks
     rates = np.ones(len(blocks))
     if evaluation.arch.gated:
@@ -76,7 +76,7 @@ def execution_rates(evaluation: Evaluation) -> Figure:
 def skipped_by_class(evaluation: Evaluation, labels: Sequence[str]) -> Figure:
     """How many blocks were skipped, as a distribution for each class (figure 11).
 
-    A row a class, a cell a number of skipped blocks, its colour the share of the class's images; a dot marks the mean.
+    A row per class, a cell per number of skipped blocks, its colour the share of the class's images; a dot is the mean.
     Of more than 20 classes, the ten that skip the most and the ten that skip the fewest blocks on average are shown.
 
     Args:
@@ -119,7 +119,7 @@ def easiest_and_hardest(evaluation: Evaluation, picture: Callable[[int], np.ndar
         evaluation: of a data set.
         picture: image number to pixels, uint8 ``[H, W, 3]``; see :func:`pixels`.
         labels: the classes' names.
-        columns: images a row.
+        columns: images per row.
     """
     order = evaluation.easiest_first
     columns = min(columns, len(order))
@@ -237,7 +237,7 @@ def accuracy_against_computation(networks: Sequence[TradeOff], dataset: str) -> 
                   color=color, markersize=9, markeredgecolor="black", linestyle="none", zorder=2,
                   label=f"{network.name}\n{network.computation:.1%} computation" if network.gated
                   else f"{network.name}\ndense")
-    axes.set(xlabel="multiply-adds an image (millions, gates included)", ylabel="accuracy (% of images)")
+    axes.set(xlabel="multiply-adds per image (millions, gates included)", ylabel="accuracy (% of images)")
     axes.set_xlim(left=0)
     axes.margins(y=0.15)
     axes.grid(color="#e5e5e5")
@@ -248,39 +248,39 @@ def accuracy_against_computation(networks: Sequence[TradeOff], dataset: str) -> 
     return figure
 
 
-def time_against_computation(found: Benchmark) -> Figure:
+def time_against_computation(measured: Benchmark) -> Figure:
     """What a benchmark measured: time against executed share with the proportional line, and time against batch size.
 
     On the left times are relative to the best dense engine's at the same batch size, so that one line is the ceiling
-    of all. On the right is everything that was measured, in milliseconds an image.
+    of all. On the right is everything that was measured, in milliseconds per image.
     """
     figure = Figure(figsize=(11.5, 5.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    engines = list(dict.fromkeys(one.engine for result in found.results for one in result.ours))
-    for number, result in enumerate(found.results):
-        for engine, marker in zip(engines, _MARKERS * len(engines), strict=False):
-            points = sorted((100 * one.multiply_adds_share, 100 / one.timing.speedup_over(result.best_dense))
-                            for one in result.ours if one.engine == engine)
+    for number, result in enumerate(measured.results):
+        for engine, marker in zip(result.engine_names, cycle(_MARKERS), strict=False):
+            points = sorted((100 * each.multiply_adds_share, 100 / each.timing.speedup_over(result.best_dense))
+                            for each in result.engines if each.engine == engine)
             left.plot(*zip(*points, strict=True), marker=marker, color=_COLORS[number % len(_COLORS)],
                       label=f"{engine}, batch {result.batch} (dense: {result.best})")
-    end = max(100.0, *(100 * one.multiply_adds_share for result in found.results for one in result.ours))
+    end = max(100.0, *(100 * each.multiply_adds_share for result in measured.results for each in result.engines))
     left.plot([0, end], [0, end], color=_QUIET, linestyle="--", linewidth=1, label="ceiling: time in proportion")
     left.set(xlabel="executed multiply-adds (% of the dense network's)", ylabel="time (% of the best dense engine's)")
     left.set_xlim(left=0)
     left.set_ylim(bottom=0)
 
     lines: dict[str, list[tuple[int, float]]] = {}
-    for result in found.results:
-        timings = {**result.peers, **{one.name: one.timing for one in result.ours}}
+    for result in measured.results:
+        timings = {**result.baselines, **{each.name: each.timing for each in result.engines}}
         for name, timing in timings.items():
             lines.setdefault(name, []).append((result.batch, 1e3 * timing.median / result.batch))
+    baselines = measured.results[0].baselines
     for number, (name, line) in enumerate(lines.items()):
-        peer = name in found.results[0].peers
+        dashed = name in baselines
         right.plot(*zip(*sorted(line), strict=True), marker=_MARKERS[number % len(_MARKERS)], markersize=5,
-                   linewidth=1 if peer else 2, linestyle="--" if peer else "-",
-                   color=_QUIET if peer else _COLORS[(number - len(found.results[0].peers)) % len(_COLORS)], label=name)
-    right.set(xlabel="batch size", ylabel="time an image (ms)", xscale="log", yscale="log")
-    right.xaxis.set_major_locator(FixedLocator([result.batch for result in found.results]))
+                   linewidth=1 if dashed else 2, linestyle="--" if dashed else "-",
+                   color=_QUIET if dashed else _COLORS[(number - len(baselines)) % len(_COLORS)], label=name)
+    right.set(xlabel="batch size", ylabel="time per image (ms)", xscale="log", yscale="log")
+    right.xaxis.set_major_locator(FixedLocator([result.batch for result in measured.results]))
     right.xaxis.set_minor_locator(NullLocator())
     right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     right.yaxis.set_minor_locator(NullLocator())
@@ -291,7 +291,7 @@ def time_against_computation(found: Benchmark) -> Figure:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False, fontsize=8)
-    detail = f"{found.arch}, {str(found.dtype).removeprefix('torch.')}, {found.where}"
+    detail = f"{measured.arch}, {str(measured.dtype).removeprefix('torch.')}, {measured.where}"
     _titled(figure, left, "Time against executed share", detail)
     _titled(figure, right, "Time against batch size", detail)
     return figure

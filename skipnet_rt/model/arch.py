@@ -157,6 +157,16 @@ class SkipNetArch:
         return self.widths[-1] * EXPANSION[self.block]
 
     @property
+    def stem_pools(self) -> bool:
+        """Whether a 3x3 stride-2 max pool follows the stem's convolution."""
+        return self.stem == "imagenet"
+
+    @property
+    def state_dim(self) -> int:
+        """Units of the LSTM's state: ``hidden_dim``, or 0 in a network without one."""
+        return self.hidden_dim if self.gate == "rnn" else 0
+
+    @property
     def stem_size(self) -> tuple[int, int]:
         """Height and width of the stem's output."""
         return self.image_size if self.stem == "cifar" else _halved(_halved(self.image_size))
@@ -278,12 +288,12 @@ def arch(name: str) -> SkipNetArch:
     Raises:
         ArchError: no such name; the message lists those of the same data set.
     """
-    found = PUBLISHED.get(PUBLISHED_SPELLINGS.get(name, name))
-    if found is None:
+    published = PUBLISHED.get(PUBLISHED_SPELLINGS.get(name, name))
+    if published is None:
         dataset = re.match(r"[a-z]+\d*(?=_)", name)
         alike = [known for known in PUBLISHED if dataset and known.startswith(dataset.group() + "_")]
         raise ArchError(f"no published architecture is called {name!r}; known: {', '.join(alike or PUBLISHED)}")
-    return found
+    return published
 
 
 def published_name(architecture: SkipNetArch) -> str | None:

@@ -143,7 +143,7 @@ class SkipNet(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """The stem: images ``[N, in_channels, H, W]`` to the first block's input."""
         x = F.relu(self.bn1(self.conv1(images)))
-        return x if self.arch.stem == "cifar" else F.max_pool2d(x, 3, stride=2, padding=1)
+        return F.max_pool2d(x, 3, stride=2, padding=1) if self.arch.stem_pools else x
 
     def trace(self, images: Tensor) -> Trace:
         """Run the network on images ``[N, in_channels, H, W]`` and keep masks, gate logits and LSTM state."""

@@ -129,7 +129,12 @@ class PackedNetwork:
     @property
     def gate_dtype(self) -> torch.dtype:
         """Of all gate arithmetic."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
+        return _gate_dtype(self.dtype)
+
+
+def _gate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of all gate arithmetic in a network of this dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _tensors(part: Any) -> Iterator[Tensor]:
@@ -149,7 +154,7 @@ class _Packer:
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
-        self.gate_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.gate_dtype = _gate_dtype(dtype)
 
     def gate_tensor(self, tensor: Tensor) -> Tensor:
         return tensor.detach().to(self.device, self.gate_dtype, copy=True).contiguous()

@@ -1,13 +1,4 @@
-"""Training: supervised pre-training with hard gates, then hybrid reinforcement learning.
-
-Source: SkipNet paper, section 3.3 and Algorithm 1. The hybrid objective, for image x with label y, gates
-``i = 1..G`` and sampled actions ``a_i`` (1 executes), is ``E[L(x, y, a) - sum_i alpha/G (1 - a_i)]``. Its gradient is
-the supervised loss's gradient along the sampled route, plus REINFORCE for every gate:
-``-E[sum_i grad log p(a_i) R_i]`` with the cumulative future reward ``R_i = r_i + gamma R_(i+1)``,
-``r_i = alpha/G (1 - a_i)`` and ``R_(G+1) = -L``.
-
-**Variance reduction: the leave-one-out baseline** (Kool et al., "Buy 4 REINFORCE samples, get a baseline for free!",
-2019, over a batch instead of repeated samples). See :func:`leave_one_out`.
+"""One training from beginning to end: stages, epochs, steps; the log, the state to resume from, the finished model.
 
 A run is reproducible: the same configuration on the same machine, thread count and torch version gives bitwise the
 same weights, whether it ran through or was interrupted and resumed. Every epoch's random numbers (data order,
@@ -16,204 +7,39 @@ augmentation, sampled actions) follow from the seed and the epoch's number alone
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-import os
-import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from skipnet_rt.checkpoint import files as checkpoint
+from skipnet_rt import checkpoint
 from skipnet_rt.data import Data, Split, load_dataset
 from skipnet_rt.model.arch import SkipNetArch, arch
 from skipnet_rt.model.card import ModelCard
-from skipnet_rt.model.gates import FeedforwardGate, PooledEmbedding, RNNGate
 from skipnet_rt.model.network import SkipNet, Trace, build
-
-Stages = Literal["supervised+hybrid", "supervised", "hybrid", "pure"]
-Objective = Literal["supervised", "hybrid", "pure"]
-Schedule = Literal["cosine", "constant", "cifar", "imagenet"]
-Precision = Literal["float32", "bfloat16", "float16"]
-
-SCHEDULES: dict[Schedule, Callable[[float], float]] = {
-    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
-    "constant": lambda done: 1.0,
-    "cifar": lambda done: 0.1 ** ((done >= 1 / 2) + (done >= 3 / 4)),
-    "imagenet": lambda done: 0.1 ** int(4 * done),
-}
-"""Factor of the learning rate, by the share of the stage that is done. The last two are the published code's: tenfold
-down at 32,000 and 48,000 of 64,000 iterations, and every 30 of 120 epochs."""
-
-
-class TrainError(ValueError):
-    """A training that cannot start or go on as it was asked for."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """What to train, on what, and how. The defaults are the recipe of the bundled demo model; :meth:`for_data` has
-    those of the other data sets.
-
-    Attributes:
-        data: name of the data set, see :func:`skipnet_rt.data.load_dataset`.
-        root: the data set's folder.
-        arch: a published name, or an architecture. Under a name, the classes are as many as the data set has.
-        output: folder of the run: ``model.safetensors`` at the end, ``supervised.safetensors`` after
-            pre-training, ``log.jsonl`` (a line an epoch) and ``state.pt`` (to resume from).
-        init: a checkpoint whose weights to begin with.
-        stages: ``"supervised+hybrid"`` is the paper's Algorithm 1; ``"supervised"`` its first stage alone;
-            ``"hybrid"`` its second stage alone, from scratch or from ``init``; ``"pure"`` is reinforcement learning
-            without a supervised loss: the class is sampled as one more action and an error costs a reward of 1.
-            A dense base network has no gates to reinforce: the hybrid loss is its supervised one.
-        gate_mode: ``"hard"`` gates with a straight-through gradient in supervised training, or ``"soft"`` ones
-            (the paper's Table 3). The reinforced stage samples in either case.
-        supervised_epochs, reinforce_epochs: passes over the training split.
-        batch_size: images a step.
-        supervised_lr, reinforce_lr: SGD's learning rates.
-        supervised_schedule, reinforce_schedule: how the learning rate falls within a stage, see :data:`SCHEDULES`.
-        warmup_steps: first steps of the supervised stage, at a tenth of the learning rate.
-        momentum, weight_decay: SGD's.
-        alpha: reward for skipping all gated blocks; a skipped block earns ``alpha / G`` (section 3.3).
-        gamma: discount of future rewards, from 0 to 1.
-        rl_weight: factor of the policy gradient. At 1 (and gamma 1) the objective is the paper's. The published
-            CIFAR code sums the policy gradient over a batch where it averages the supervised one: its 0.01 with
-            batches of 128 is 1.28 here.
-        temperature, final_temperature: what divides the gates' last linear layers in a reinforced stage's first epoch,
-            and in its last; geometrically in between. Above 1 routes are explored, below 1 the sampled decisions
-            come close to the hard ones, which are the same at any temperature.
-        gate_start: the gates when the hybrid stage begins: ``"kept"`` as they are, or ``"standardised"`` over 256
-            training images (RNNGate only), see :func:`standardise_gates`; again before each of the next epochs as
-            long as the policy gradient has not set in.
-        policy_warmup_epochs: first epochs of the hybrid stage without policy gradient: blocks get used to sampled
-            routes first. A network that has never skipped would teach its gates to run everything.
-        gate_bias: added to the gates' last biases before training from scratch. Above 0 the blocks begin open;
-            at 0 the gates may all close before the blocks have learned anything worth running.
-        seed: of the weights, the data order, the augmentation and the sampled actions.
-        device: a torch device.
-        precision: ``"bfloat16"`` or ``"float16"`` (with loss scaling) trains under :func:`torch.autocast`.
-        workers: processes that load data; 0 loads in this one. Their number changes the augmentation's random numbers.
-        resume: go on from ``output/state.pt`` if it is there.
-
-    Raises:
-        TrainError: a value out of its range.
-    """
-
-    data: str = "digits"
-    root: Path = Path("data")
-    arch: str | SkipNetArch = "cifar10_rnn_gate_38"
-    output: Path = Path("runs/skipnet")
-    init: Path | None = None
-    stages: Stages = "supervised+hybrid"
-    gate_mode: Literal["hard", "soft"] = "hard"
-    supervised_epochs: int = 16
-    reinforce_epochs: int = 44
-    batch_size: int = 64
-    supervised_lr: float = 0.05
-    reinforce_lr: float = 0.03
-    supervised_schedule: Schedule = "cosine"
-    reinforce_schedule: Schedule = "cosine"
-    warmup_steps: int = 23
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    alpha: float = 0.45
-    gamma: float = 1.0
-    rl_weight: float = 0.3
-    temperature: float = 1.0
-    final_temperature: float = 0.1
-    gate_start: Literal["kept", "standardised"] = "standardised"
-    policy_warmup_epochs: int = 4
-    gate_bias: float = 1.0
-    seed: int = 0
-    device: str = "cpu"
-    precision: Precision = "float32"
-    workers: int = 0
-    resume: bool = False
-
-    @classmethod
-    def for_data(cls, data: str, **changes: Any) -> TrainConfig:
-        """The recipe of a data set, with some fields changed."""
-        if data not in RECIPES:
-            raise TrainError(f"data must be one of {', '.join(RECIPES)}, got {data!r}")
-        return cls(**{"data": data, **RECIPES[data], **changes})
-
-    def __post_init__(self) -> None:
-        for field in ("root", "output", "init"):
-            if isinstance(path := getattr(self, field), str):
-                object.__setattr__(self, field, Path(path))
-        for field, allowed in (("data", RECIPES), ("stages", OBJECTIVES), ("gate_mode", ("hard", "soft")),
-                               ("supervised_schedule", SCHEDULES), ("reinforce_schedule", SCHEDULES),
-                               ("gate_start", ("kept", "standardised")), ("precision", PRECISIONS)):
-            if getattr(self, field) not in allowed:
-                raise TrainError(f"{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
-        for field, low, high in (("supervised_epochs", 0, math.inf), ("reinforce_epochs", 0, math.inf),
-                                 ("batch_size", 1, math.inf), ("supervised_lr", 0, math.inf),
-                                 ("reinforce_lr", 0, math.inf), ("warmup_steps", 0, math.inf), ("momentum", 0, 1),
-                                 ("weight_decay", 0, math.inf), ("alpha", -math.inf, math.inf), ("gamma", 0, 1),
-                                 ("rl_weight", 0, math.inf), ("temperature", 1e-6, math.inf),
-                                 ("final_temperature", 1e-6, math.inf), ("policy_warmup_epochs", 0, math.inf),
-                                 ("seed", 0, math.inf), ("workers", 0, math.inf)):
-            if not low <= getattr(self, field) <= high:
-                raise TrainError(f"{field} must be from {low:g} to {high:g}, got {getattr(self, field)!r}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {key: str(value) if isinstance(value, Path) else value
-                for key, value in dataclasses.asdict(self).items()}
-
-    def command(self) -> str:
-        """The command line that repeats this training (an architecture without a name cannot be written there)."""
-        recipe, words = TrainConfig.for_data(self.data), ["skipnet-rt", "train"]
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name == "data" or (value != getattr(recipe, field.name) and field.name != "resume"):
-                words += [f"--{field.name.replace('_', '-')}", str(value)]
-        return shlex.join(words)
-
-
-OBJECTIVES: dict[Stages, tuple[Objective, ...]] = {
-    "supervised+hybrid": ("supervised", "hybrid"),
-    "supervised": ("supervised",),
-    "hybrid": ("hybrid",),
-    "pure": ("pure",),
-}
-"""What each choice of ``stages`` optimises, one stage after the other."""
-
-PRECISIONS: dict[Precision, torch.dtype] = {
-    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# The published code's defaults: cifar/train_sp.py, cifar/train_rl.py (64,000 and 10,000 steps of 128), imagenet/.
-_CIFAR_RECIPE: dict[str, Any] = dict(
-    supervised_epochs=164, reinforce_epochs=26, batch_size=128, supervised_lr=0.1, reinforce_lr=1e-4,
-    supervised_schedule="cifar", reinforce_schedule="constant", warmup_steps=400, weight_decay=1e-4,
-    alpha=0.1, rl_weight=1.28, temperature=1.0, final_temperature=1.0, policy_warmup_epochs=0,
-    gate_start="kept", gate_bias=0.0)
-
-RECIPES: dict[str, dict[str, Any]] = {
-    "digits": {},
-    "cifar10": dict(_CIFAR_RECIPE),
-    "cifar100": dict(_CIFAR_RECIPE, arch="cifar100_rnn_gate_38"),
-    # 604,388 pictures: a twelfth of CIFAR's epochs are as many steps.
-    "svhn": dict(_CIFAR_RECIPE, arch="svhn_rnn_gate_38", supervised_epochs=14, reinforce_epochs=2),
-    "imagenet": dict(
-        arch="imagenet_rnn_gate_34", supervised_epochs=120, reinforce_epochs=40, batch_size=256, supervised_lr=0.1,
-        reinforce_lr=1e-4, supervised_schedule="imagenet", reinforce_schedule="imagenet", warmup_steps=0,
-        weight_decay=1e-4, alpha=0.01, rl_weight=0.01, temperature=0.05,
-        final_temperature=0.05, policy_warmup_epochs=0, gate_start="kept", gate_bias=0.0),
-}
-"""Per data set, what differs from :class:`TrainConfig`'s defaults, which are those of digits."""
+from skipnet_rt.model.routing import computation_of
+from skipnet_rt.training.config import (
+    OBJECTIVES,
+    PRECISIONS,
+    SCHEDULES,
+    Objective,
+    Schedule,
+    TrainConfig,
+    TrainError,
+)
+from skipnet_rt.training.gate_init import open_gates, sharpen_gates, standardise_gates
+from skipnet_rt.training.policy_gradient import objective_loss
+from skipnet_rt.util.atomic import replacing
 
 
 @dataclass(frozen=True)
@@ -223,7 +49,7 @@ class TrainResult:
     Attributes:
         model: in evaluation mode, on the training device, its card filled in.
         card: ``model.card``.
-        history: one entry an epoch, the lines of ``log.jsonl``: epoch, stage, lr, loss, train_accuracy,
+        history: one entry per epoch, the lines of ``log.jsonl``: epoch, stage, lr, loss, train_accuracy,
             train_computation, accuracy, computation (percent; the last two held out, with hard gates), seconds.
         path: the saved ``model.safetensors``.
     """
@@ -233,85 +59,6 @@ class TrainResult:
     history: list[dict[str, Any]]
     path: Path
 
-
-# The policy gradient ------------------------------------------------------------------------------------------------
-
-def cumulative_rewards(actions: Tensor, loss: Tensor, alpha: float, gamma: float) -> Tensor:
-    """What follows each gate's action: ``R_i = r_i + gamma R_(i+1)``, ``r_i = alpha/G (1 - a_i)``, ``R_(G+1) = -loss``.
-
-    Args:
-        actions: ``[N, G]``, 1 where the block was executed, 0 where it was skipped.
-        loss: ``[N]``, each image's prediction loss.
-        alpha: reward for skipping all gated blocks.
-        gamma: discount.
-
-    Returns:
-        ``[N, G]``, without gradient.
-    """
-    skipped = (1 - actions.detach()) * (alpha / max(1, actions.shape[1]))
-    future, rewards = -loss.detach(), []
-    for reward in reversed(skipped.unbind(1)):
-        future = reward + gamma * future
-        rewards.append(future)
-    return torch.stack(rewards[::-1], dim=1) if rewards else torch.zeros_like(skipped)
-
-
-def leave_one_out(rewards: Tensor) -> Tensor:
-    """Advantages: each image's reward less the mean reward of the *other* images of the batch, gate by gate.
-
-    The baseline leaves the gradient unbiased: the other images' rewards don't depend on this image's action, so
-    ``E[grad log p(a) b] = b sum_a grad p(a) = b grad 1 = 0``. (The mean over all images, this one included, would
-    shrink the gradient by (N - 1)/N.) It takes out what the images' rewards have in common, the larger part of
-    REINFORCE's variance. In training mode batch normalisation does couple the images of a batch a little; plain
-    REINFORCE per image leaves that influence out of account just the same.
-
-    Args:
-        rewards: ``[N, G]``.
-
-    Returns:
-        ``[N, G]``; of a batch of one, the rewards themselves.
-    """
-    images = rewards.shape[0]
-    return rewards if images == 1 else (rewards - rewards.mean(0)) * (images / (images - 1))
-
-
-def policy_loss(log_probabilities: Tensor, advantages: Tensor) -> Tensor:
-    """A scalar whose gradient is REINFORCE's, averaged over the batch and summed over the actions.
-
-    Args:
-        log_probabilities: ``[N, A]``, of the actions taken, differentiable.
-        advantages: ``[N, A]``, what each is worth.
-    """
-    return -(advantages.detach() * log_probabilities).sum(1).mean()
-
-
-def objective_loss(objective: Objective, trace: Trace, labels: Tensor, *, alpha: float, gamma: float,
-                   rl_weight: float) -> Tensor:
-    """The scalar to minimise for one batch.
-
-    Args:
-        objective: the stage.
-        trace: a pass in training mode, ``trace.masks`` sampled in the reinforced stages.
-        labels: ``[N]``, class numbers.
-        alpha, gamma, rl_weight: as in :class:`TrainConfig`.
-    """
-    logits, gates = trace.logits.float(), trace.masks.shape[1]
-    if objective == "supervised":
-        return F.cross_entropy(logits, labels)
-    actions, gate_logits = trace.masks.float(), trace.gate_logits[:, :gates].float()
-    log_probabilities = -F.binary_cross_entropy_with_logits(gate_logits, actions, reduction="none")
-    if objective == "hybrid":
-        losses = F.cross_entropy(logits, labels, reduction="none")
-        rewards = cumulative_rewards(actions, losses, alpha, gamma)
-        return losses.mean() + rl_weight * policy_loss(log_probabilities, leave_one_out(rewards))
-    predicted = torch.multinomial(logits.detach().softmax(1), 1)
-    wrong = (predicted.squeeze(1) != labels).float()
-    rewards = torch.cat((cumulative_rewards(actions, wrong, alpha, gamma), -wrong[:, None]), dim=1)
-    log_probabilities = torch.cat((log_probabilities, logits.log_softmax(1).gather(1, predicted)), dim=1)
-    return rl_weight * policy_loss(log_probabilities, leave_one_out(rewards))
-
-
-# One run ------------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class _Stage:
@@ -377,57 +124,21 @@ class _Meter:
 
     @property
     def computation(self) -> float:
-        """Percent: (sum of the gates' execution rates + 1) / (gates + 1)."""
-        return 100 * (self.executed / self.images + 1) / (self.gates + 1)
+        """Percent; see :func:`skipnet_rt.model.routing.computation_of`."""
+        return 100 * computation_of(self.executed / self.images, self.gates)
 
     def __str__(self) -> str:
         return f"loss {self.loss:.4f}, accuracy {self.accuracy:.1f} %, computation {self.computation:.1f} %"
 
 
-def _last_layers(model: SkipNet) -> Iterator[nn.Linear | nn.Conv2d]:
-    """The layers that give the execute logits: one shared by all gates (RNNGate) or one a gate."""
-    for module in model.modules():
-        if isinstance(module, RNNGate):
-            yield module.proj
-        elif isinstance(module, FeedforwardGate):
-            yield module.linear_layer
+def memory_format(architecture: SkipNetArch) -> torch.memory_format:
+    """Of weights and images: channels-last, the faster one, unless a strided shortcut has fewer than 8 input channels.
 
-
-@torch.no_grad()
-def open_gates(model: SkipNet, bias: float) -> None:
-    """Add to every gate's execute logit."""
-    for layer in _last_layers(model):
-        assert layer.bias is not None
-        layer.bias[-1] += bias  # of (execute,) or of (skip, execute)
-
-
-@torch.no_grad()
-def sharpen_gates(model: SkipNet, temperature: float) -> None:
-    """Divide every gate's execute logit by the temperature; hard decisions stay as they are."""
-    for layer in _last_layers(model):
-        for parameter in layer.parameters():
-            parameter.div_(temperature)
-
-
-@torch.no_grad()
-def standardise_gates(model: SkipNet, images: Tensor) -> None:
-    """Let RNNGates see what tells these images ``[N, C, H, W]`` apart, and run half of the blocks on average.
-
-    Data-dependent initialisation (Salimans and Kingma, "Weight normalization", 2016, section 3): every embedded
-    feature gets mean 0 and deviation 1, the execute logits get mean 0. What pooled features have in common is far
-    larger than their differences: otherwise a gate sees little but the former, and learns to treat all images alike.
+    PyTorch 2.13's oneDNN on AVX2 writes out of bounds where it computes the weight gradient of such a 1x1 convolution
+    from channels-last tensors; docs/training.md has the reproduction.
     """
-    features: dict[PooledEmbedding, Tensor] = {}
-    gates = [module for module in model.modules() if isinstance(module, PooledEmbedding)]
-    hooks = [gate.register_forward_hook(lambda gate, _, output: features.update({gate: output})) for gate in gates]
-    model.eval().trace(images)
-    for hook in hooks:
-        hook.remove()
-    for gate, feature in features.items():
-        convolution, deviation = cast(nn.Conv2d, gate[1]), feature.std(0) + 1e-6
-        convolution.weight.div_(deviation.view(-1, 1, 1, 1))
-        cast(Tensor, convolution.bias).sub_(feature.mean(0)).div_(deviation)
-    open_gates(model, -float(model.trace(images).gate_logits[:, :model.arch.num_gates].mean()))
+    narrow = any(plan.projects and plan.stride == 2 and plan.in_channels < 8 for plan in architecture.blocks)
+    return torch.contiguous_format if narrow else torch.channels_last
 
 
 class _Run:
@@ -442,7 +153,8 @@ class _Run:
         self.history: list[dict[str, Any]] = []
         torch.manual_seed(config.seed)
         self.model = _model(config, data).to(self.device)
-        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+        self.memory_format = memory_format(self.model.arch)
+        self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]  # torch's stub lacks it
 
     def begin(self, stage: _Stage) -> None:
         """What a stage starts with: its gates' mode, a fresh optimizer and loss scaler."""
@@ -451,8 +163,12 @@ class _Run:
                                          weight_decay=self.config.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "float16")
 
-    def train_epoch(self, epoch: int, progress: Progress, task: TaskID) -> None:
-        """One pass over the training split and one over the held-out one; adds a line to the history."""
+    def train_epoch(self, epoch: int, on_progress: Callable[[str, float], None]) -> str:
+        """One pass over the training split and one over the held-out one; adds a line to the history.
+
+        Returns:
+            The epoch in words.
+        """
         started = time.perf_counter()
         stage = next(stage for stage in self.stages if epoch < stage.end)
         torch.manual_seed(_epoch_seed(self.config.seed, epoch))
@@ -464,15 +180,15 @@ class _Run:
         for step, (images, labels) in enumerate(self._batches(self.data.train, shuffle=True)):
             lr = stage.lr((epoch - stage.first) * self.steps + step, stage.epochs * self.steps)
             self._train_step(stage.objective, lr, rl_weight, images, labels, meter)
-            progress.update(task, advance=1, description=f"{stage.objective} {epoch + 1}/{self.epochs}: {meter}")
+            on_progress(f"{stage.objective} {epoch + 1}/{self.epochs}: {meter}",
+                        (epoch * self.steps + step + 1) / (self.epochs * self.steps))
         held_out = self._measure()
         self.history.append({
             "epoch": epoch + 1, "stage": stage.objective, "lr": lr, "loss": meter.loss,
             "train_accuracy": meter.accuracy, "train_computation": meter.computation,
             "accuracy": held_out.accuracy, "computation": held_out.computation,
             "seconds": round(time.perf_counter() - started, 2)})
-        progress.console.print(f"epoch {epoch + 1}/{self.epochs} ({stage.objective}): {meter}; "
-                               f"held out: {held_out}", highlight=False)
+        return f"epoch {epoch + 1}/{self.epochs} ({stage.objective}): {meter}; held out: {held_out}"
 
     def _prepare_gates(self, stage: _Stage, done: int) -> float:
         """Before an epoch, with so many done of the stage: set the gates up, return the policy gradient's weight."""
@@ -521,7 +237,7 @@ class _Run:
         loader = DataLoader(split, self.config.batch_size, shuffle=shuffle, num_workers=self.config.workers,
                             pin_memory=self.device.type == "cuda")
         for images, labels in loader:
-            yield (images.to(self.device, non_blocking=True, memory_format=torch.channels_last),
+            yield (images.to(self.device, non_blocking=True, memory_format=self.memory_format),
                    labels.to(self.device, non_blocking=True))
 
     def _some_images(self, count: int) -> Tensor:
@@ -536,11 +252,13 @@ class _Run:
     def save(self) -> None:
         """Write the log and, last, the state: after the replacement this epoch is done, before it never happened."""
         log = "".join(json.dumps(line) + "\n" for line in self.history)
-        _replace(self.config.output / "log.jsonl", lambda path: path.write_text(log, encoding="utf-8"))
+        with replacing(self.config.output / "log.jsonl") as path:
+            path.write_text(log, encoding="utf-8")
         state = {"config": json.dumps(self.config.to_dict()), "history": json.dumps(self.history),
                  "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                  "scaler": self.scaler.state_dict()}
-        _replace(self.config.output / "state.pt", lambda path: torch.save(state, path))
+        with replacing(self.config.output / "state.pt") as path:
+            torch.save(state, path)
 
     def restore(self, path: Path) -> None:
         """Go back to the end of the last finished epoch.
@@ -599,22 +317,14 @@ def _model(config: TrainConfig, data: Data) -> SkipNet:
     return model
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file whole or not at all."""
-    unfinished = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        write(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult:
+def train(config: TrainConfig, *, on_progress: Callable[[str, float], None] | None = None,
+          on_epoch: Callable[[str], None] | None = None) -> TrainResult:
     """Train a network and save it, see :class:`TrainConfig`. The state of torch's generators is left as it was.
 
     Args:
         config: what to train.
-        console: where the progress bar and a line an epoch go; None is silent.
+        on_progress: told what is being done and the share of it that is done, 0 to 1, after every step.
+        on_epoch: told how every epoch went, in words.
 
     Raises:
         TrainError: the configuration doesn't fit the data, the network or the state to resume; or a diverged loss.
@@ -632,15 +342,14 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         run = _Run(config, data)
         if state.exists():
             run.restore(state)
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
         try:
-            with Progress(*columns, console=console or Console(quiet=True)) as progress:
-                task = progress.add_task("", total=run.epochs * run.steps, completed=len(run.history) * run.steps)
-                for epoch in range(len(run.history), run.epochs):
-                    run.train_epoch(epoch, progress, task)
-                    run.save()
-                    if epoch + 1 == run.stages[0].end and len(run.stages) > 1:
-                        run.publish(run.stages[0].objective)
+            for epoch in range(len(run.history), run.epochs):
+                words = run.train_epoch(epoch, on_progress or (lambda what, share: None))
+                run.save()
+                if on_epoch:
+                    on_epoch(words)
+                if epoch + 1 == run.stages[0].end and len(run.stages) > 1:
+                    run.publish(run.stages[0].objective)
             card = run.publish("model")
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"stopped; {len(run.history)} of {run.epochs} epochs are kept in "

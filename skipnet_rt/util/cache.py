@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from skipnet_rt.util.atomic import replacing
+
 
 def path(kind: str, identity: Mapping[str, Any]) -> Path:
     """Where it is kept: in ``$XDG_CACHE_HOME/skipnet-rt``, usually ``~/.cache/skipnet-rt``.
@@ -22,9 +24,8 @@ def path(kind: str, identity: Mapping[str, Any]) -> Path:
     return folder / f"{kind}-{name}.json"
 
 
-def write(file: Path, document: Mapping[str, Any]) -> None:
+def save(file: Path, document: Mapping[str, Any]) -> None:
     """Write a file in one step, so that another process never reads half of it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.{os.getpid()}")
-    part.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    part.replace(file)
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

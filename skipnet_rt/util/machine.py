@@ -44,17 +44,17 @@ def gpu(device: torch.device) -> dict[str, Any] | None:
     if device.type != "cuda":
         return None
     properties = torch.cuda.get_device_properties(device)
-    found: dict[str, Any] = {
+    details: dict[str, Any] = {
         "name": properties.name, "capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count, "memory": properties.total_memory,
         "cuda": torch.version.cuda}
     fields = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "temperature.gpu")
     try:
-        told = subprocess.run(["nvidia-smi", f"--id=GPU-{properties.uuid}", f"--query-gpu={','.join(fields)}",
+        answer = subprocess.run(["nvidia-smi", f"--id=GPU-{properties.uuid}", f"--query-gpu={','.join(fields)}",
                                "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
-        return found
-    return found | dict(zip(fields, (value.strip() for value in told.stdout.split(",")), strict=False))
+        return details
+    return details | dict(zip(fields, (value.strip() for value in answer.stdout.split(",")), strict=False))
 
 
 def load() -> float | None:
@@ -74,5 +74,5 @@ def _cpuinfo(field: str) -> str:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return ""
-    found = re.search(rf"^(?:{field})\s*:(.*)$", text, re.MULTILINE)
-    return found[1].strip() if found else ""
+    line = re.search(rf"^(?:{field})\s*:(.*)$", text, re.MULTILINE)
+    return line[1].strip() if line else ""

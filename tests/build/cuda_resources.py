@@ -1,4 +1,4 @@
-"""What every CUDA kernel takes of a multiprocessor, in ptxas' words; by itself it prints the table of docs/cuda.md.
+"""What every CUDA kernel takes of a multiprocessor, in ptxas' words; by itself it prints docs/cuda-design.md's table.
 
     python tests/build/cuda_resources.py
 """

@@ -1,4 +1,4 @@
-"""The CUDA sources compile for every architecture without a warning; no kernel takes more than docs/cuda.md says."""
+"""The CUDA sources compile for every architecture without a warning; none takes more than docs/cuda-design.md says."""
 
 import pytest
 from cuda_resources import ROOT, TABLE_ROW, compile_all, find_nvcc
@@ -13,8 +13,8 @@ def kernels():
 
 @pytest.fixture(scope="module")
 def budgets():
-    """Registers a thread by kernel, from the table in docs/cuda.md."""
-    rows = TABLE_ROW.finditer((ROOT / "docs" / "cuda.md").read_text())
+    """Registers per thread by kernel, from the table in docs/cuda-design.md."""
+    rows = TABLE_ROW.finditer((ROOT / "docs" / "cuda-design.md").read_text())
     return {row["kernel"]: int(row["registers"]) for row in rows}
 
 

@@ -9,8 +9,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from object_cache import FOLDER, ROOT
 
-ROOT = Path(__file__).parents[2]
+# Nothing is compiled that has been; without CUDA, which test_cuda_build.py compiles.
+ENVIRONMENT = {**os.environ, "SKIPNET_CUDA": "0", "SKIPNET_OBJECT_CACHE": str(FOLDER)}
 
 # Run by the installed package's interpreter, away from the source tree.
 CHECK = """
@@ -48,11 +50,10 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(source, tmp_path_factory):
-    """The wheel of it, without CUDA: that takes longer, and test_cuda_build.py builds it."""
+    """The wheel of it."""
     folder = tmp_path_factory.mktemp("wheel")
     subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
-                    "--wheel-dir", str(folder), str(source)], check=True, env={**os.environ, "SKIPNET_CUDA": "0"},
-                   capture_output=True)
+                    "--wheel-dir", str(folder), str(source)], check=True, env=ENVIRONMENT, capture_output=True)
     return next(folder.glob("*.whl"))
 
 
@@ -69,7 +70,7 @@ def installed(folder, *what):
             (site / entry.name).symlink_to(entry)
     subprocess.run([sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps",
                     "--no-build-isolation", *map(str, what)], check=True,
-                   env={**os.environ, "SKIPNET_CUDA": "0"}, capture_output=True, text=True)
+                   env=ENVIRONMENT, capture_output=True, text=True)
     done = subprocess.run([python, "-c", CHECK], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     import json

@@ -28,9 +28,31 @@ HEAVIEST = {dtype: Layer(56, 56, 256, 256, 3, 1, 1, dtype, pooled=True)
             for dtype in (torch.float16, torch.bfloat16, torch.float32)}
 TF32 = replace(HEAVIEST[torch.float32], tf32=True)
 
+# Of published networks. The first two hold every part of the kernel between them: sums split and whole, with and
+# without tensor cores, pooled sums, rows that are gathered and scattered.
+LAYERS = [
+    Layer(7, 7, 512, 512, 3, 1, 1, torch.float16, pooled=False),
+    Layer(32, 32, 16, 16, 3, 1, 1, torch.float32, pooled=True),
+    Layer(224, 224, 3, 64, 7, 2, 3, torch.float16, pooled=False),
+    Layer(14, 14, 1024, 256, 1, 1, 0, torch.float16, pooled=False),
+    Layer(14, 14, 256, 1024, 1, 1, 0, torch.float16, pooled=True),
+    Layer(56, 56, 256, 512, 1, 2, 0, torch.bfloat16, pooled=True),
+    Layer(56, 56, 128, 128, 3, 2, 1, torch.float32, pooled=False, tf32=True),
+    Layer(224, 224, 3, 64, 7, 2, 3, torch.float32, pooled=False, tf32=True),
+]
 
-def in_slices(layer):
-    """The same of a small image, whose sums are cut."""
+# (pixels, channels, embed, hidden)
+GATES = [(64, 16, 1, 0), (1024, 16, 10, 10), (3136, 256, 10, 10), (49, 2048, 10, 10)]
+
+
+def slow_after(count, cases):
+    """The first cases are quick enough for every run: each is compiled once for each target."""
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), id=str(case),
+                         marks=[pytest.mark.slow] if place >= count else []) for place, case in enumerate(cases)]
+
+
+def on_a_small_image(layer):
+    """The same layer where its sums are split."""
     return replace(layer, height=14, width=14)
 
 
@@ -40,20 +62,21 @@ def assert_within_limits(used, target):
         assert used.registers <= REGISTER_LIMIT
 
 
-def tilings():
+def candidates():
     """Every configuration in float16, float32 and TF32; bfloat16 differs by one word of the instruction."""
-    whole = [HEAVIEST[torch.float16], HEAVIEST[torch.float32], TF32]
-    plans = [(layer, one) for layer in whole for one in configurations(layer)]
-    plans += [(layer, one) for layer in map(in_slices, whole) for one in configurations(layer) if one.slices > 1]
+    large = [HEAVIEST[torch.float16], HEAVIEST[torch.float32], TF32]
+    small = [on_a_small_image(layer) for layer in large]
+    plans = [(layer, configuration) for layer in large for configuration in configurations(layer)]
+    plans += [(layer, configuration) for layer in small for configuration in configurations(layer)
+              if configuration.split_k > 1]
     plans.append((HEAVIEST[torch.bfloat16], configurations(HEAVIEST[torch.bfloat16])[0]))
-    for layer, one in plans:
-        dtype = "tf32" if layer.tf32 else layer.dtype
-        yield pytest.param(layer, one, id=f"{dtype}-{one.block_m}x{one.block_n}-{one.slices}")
+    for layer, configuration in plans:
+        yield pytest.param(layer, configuration, id=f"{layer}-{configuration}")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", NVIDIA)
-@pytest.mark.parametrize(("layer", "configuration"), list(tilings()))
+@pytest.mark.parametrize(("layer", "configuration"), list(candidates()))
 def test_every_configuration(layer, configuration, target):
     used = resources.convolution(layer, configuration, target)
     assert_within_limits(used, target)
@@ -64,26 +87,17 @@ def test_every_configuration(layer, configuration, target):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", NVIDIA)
-@pytest.mark.parametrize("layer", [in_slices(HEAVIEST[torch.float16]), in_slices(TF32)], ids=str)
+@pytest.mark.parametrize("layer", [on_a_small_image(HEAVIEST[torch.float16]), on_a_small_image(TF32)], ids=str)
 def test_one_main_loop_serves_both_ways(layer, target):
-    """Whether a program sums one slice or all, the same instructions do it: none more than without slices."""
-    sliced, *_ = (one for one in configurations(layer) if one.slices > 1)
-    products = [resources.convolution(layer, one, target).instructions for one in (sliced, replace(sliced, slices=1))]
+    """Whether a program sums one slice or all, the same instructions do it: none more than without split-K."""
+    split = next(configuration for configuration in configurations(layer) if configuration.split_k > 1)
+    products = [resources.convolution(layer, configuration, target).instructions
+                for configuration in (split, replace(split, split_k=1))]
     assert products[0] == products[1] != {}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("target", [*NVIDIA, "gfx942"])
-@pytest.mark.parametrize("layer", [
-    Layer(224, 224, 3, 64, 7, 2, 3, torch.float16, pooled=False),
-    Layer(14, 14, 1024, 256, 1, 1, 0, torch.float16, pooled=False),
-    Layer(14, 14, 256, 1024, 1, 1, 0, torch.float16, pooled=True),
-    Layer(56, 56, 256, 512, 1, 2, 0, torch.bfloat16, pooled=True),
-    Layer(32, 32, 16, 16, 3, 1, 1, torch.float32, pooled=True),
-    Layer(7, 7, 512, 512, 3, 1, 1, torch.float16, pooled=False),
-    Layer(56, 56, 128, 128, 3, 2, 1, torch.float32, pooled=False, tf32=True),
-    Layer(224, 224, 3, 64, 7, 2, 3, torch.float32, pooled=False, tf32=True),
-], ids=str)
+@pytest.mark.parametrize("layer", slow_after(2, LAYERS))
 def test_best_guesses_of_published_layers(layer, target):
     """What runs where nothing has been measured, on AMD's smaller shared memory too."""
     used = resources.convolution(layer, configurations(layer)[0], target)
@@ -94,10 +108,8 @@ def test_best_guesses_of_published_layers(layer, target):
         assert used.instructions
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("target", [*NVIDIA, "gfx942"])
-@pytest.mark.parametrize(("pixels", "channels", "embed", "hidden"), [
-    (1024, 16, 10, 10), (3136, 256, 10, 10), (49, 2048, 10, 10), (64, 16, 1, 0)])
+@pytest.mark.parametrize(("pixels", "channels", "embed", "hidden"), slow_after(2, GATES))
 def test_gate_steps(pixels, channels, embed, hidden, target):
     used = resources.gate(pixels, channels, embed, hidden, target)
     assert_within_limits(used, target)
@@ -127,18 +139,19 @@ def absent_gpu(monkeypatch):
     monkeypatch.setattr(triton.runtime.driver, "_active", AbsentGPU())
 
 
-@pytest.mark.parametrize("slices", [1, 4])
-def test_a_convolution_is_one_binary_for_all_batches(slices, absent_gpu):
+@pytest.mark.parametrize("split_k", [1, 4])
+def test_a_convolution_is_one_binary_for_all_batches(split_k, absent_gpu):
     layer = Layer(8, 8, 16, 16, 3, 1, 1, torch.float16, pooled=True)
-    one = replace(configurations(layer)[0], slices=slices)
+    configuration = replace(configurations(layer)[0], split_k=split_k)
 
-    def compiled(batch, room):
+    def compiled(batch, capacity):
         x = torch.empty(batch, 8, 8, 16, dtype=torch.float16)
         weight, bias, sums = torch.empty(3, 3, 16, 16, dtype=torch.float16), torch.empty(16), torch.empty(batch, 1, 16)
         rows, count = torch.empty(batch, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
-        shared = (None, None) if slices == 1 else (torch.empty(99 * room), torch.empty(room, dtype=torch.int32))
-        return gathered_conv_kernel.warmup(x, weight, bias, x, x, sums, None, rows, count, *shared, batch, room,
-                                           grid=(1,), **constants(layer, one, x.stride(), (16, 1), True))
+        partials, arrivals = torch.empty(99 * capacity), torch.empty(capacity, dtype=torch.int32)
+        workspace = (None, None) if split_k == 1 else (partials, arrivals)
+        return gathered_conv_kernel.warmup(x, weight, bias, x, x, sums, None, rows, count, *workspace, batch, capacity,
+                                           grid=(1,), **constants(layer, configuration, x.stride(), (16, 1), True))
 
     assert compiled(1, 0) is compiled(5, 1) is compiled(16, 16)
 

@@ -11,12 +11,11 @@ import torch
 from networks import GoldenCase, relative_error, small_images, small_model
 
 from skipnet_rt import _C
-from skipnet_rt.engines.cpu_compacted import CompactedCpuEngine
-from skipnet_rt.engines.cpu_resident import ResidentCpuEngine
+from skipnet_rt.engines.cpu import CpuEngine
 from skipnet_rt.engines.tolerances import TOLERANCES
 from skipnet_rt.model.packing import pack
 
-STRATEGIES = {"resident": ResidentCpuEngine, "compacted": CompactedCpuEngine}
+STRATEGIES = ("resident", "compacted")
 
 GOLDEN = [("resident", "cifar10_rnn_gate_38-s15"), ("resident", "cifar10_feedforward_38-s71"),
           ("resident", "cifar10_feedforward_110-s83"), ("compacted", "imagenet_rnn_gate_18-s111"),
@@ -39,11 +38,11 @@ CONVOLUTIONS = [
 
 
 def engine_for(strategy, model, instruction_set=None, dtype=torch.float32):
-    return STRATEGIES[strategy](pack(model, torch.device("cpu"), dtype), instruction_set)
+    return CpuEngine(pack(model, torch.device("cpu"), dtype), strategy, instruction_set)
 
 
 def run(engine, images, routing=None):
-    return engine.run(images, routing, engine.network.arch.num_gates)
+    return engine.run(images, None if routing is None else routing.t(), engine.network.arch.num_gates)
 
 
 @pytest.mark.parametrize("instruction_set", _C.instruction_sets())

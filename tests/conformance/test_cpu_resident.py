@@ -5,12 +5,12 @@ import torch
 from networks import GoldenCase, small_images, small_model
 
 from skipnet_rt import _C
-from skipnet_rt.engines.cpu_resident import ResidentCpuEngine
+from skipnet_rt.engines.cpu import CpuEngine
 from skipnet_rt.model.packing import pack
 
 
 def engine_for(model, instruction_set, dtype=torch.float32):
-    return ResidentCpuEngine(pack(model, torch.device("cpu"), dtype), instruction_set)
+    return CpuEngine(pack(model, torch.device("cpu"), dtype), "resident", instruction_set)
 
 
 @pytest.mark.skipif("avx512bf16" not in _C.instruction_sets(), reason="needs AVX512-BF16")

@@ -39,7 +39,7 @@ PARTS = {
     "batch invariance": ["conformance/test_promises.py", "-k", "batch_invariance_is_bitwise"],
     "other promises": ["conformance/test_promises.py", "-m", "not slow", "-k", "not batch_invariance_is_bitwise"],
     "training": ["unit/test_training.py"],
-    "interpreter": ["triton/test_interpreter.py"],
+    "interpreter": ["triton/test_interpreter.py", "-m", "not slow"],
 }
 QUICK = {("batch invariance", "avx2")}
 

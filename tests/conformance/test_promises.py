@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import skipnet_rt as srt
 from skipnet_rt.engines.registry import REGISTRY
 from skipnet_rt.engines.tolerances import TOLERANCES
-from skipnet_rt.model.routing import count_operations
+from skipnet_rt.model.flops import count_operations
 
 NETWORKS = sorted(SMALL)
 GATED = sorted(set(SMALL) - {"dense"})
@@ -33,8 +33,8 @@ def target(request):
 def compiled(model, target, dtype=torch.float32, **options):
     """A runtime, or a skipped test where the engine objects to this network or dtype."""
     engine = REGISTRY[target["engine"]]
-    if objection := engine.objection(model.arch, torch.device(target["device"]), dtype):
-        pytest.skip(f"{engine.name}: {objection}")
+    if reason := engine.unsupported_reason(model.arch, torch.device(target["device"]), dtype):
+        pytest.skip(f"{engine.name}: {reason}")
     return srt.compile(model, dtype=dtype, **target, **options)
 
 
@@ -215,7 +215,7 @@ def test_eager_computes_exactly_the_executing_images_blocks(name):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("name", GATED)
 def test_never_waits_for_the_device(target, name):
-    if target["device"] in REGISTRY[target["engine"]].waits_for or target["device"] == "cpu":
+    if target["device"] in REGISTRY[target["engine"]].synchronizes_on or target["device"] == "cpu":
         pytest.skip(f"{target['engine']} does not promise this on {target['device']}")
     runtime = compiled(small_model(name), target)
     images = small_images(name, 9).to(runtime.device)

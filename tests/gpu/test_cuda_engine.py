@@ -51,24 +51,24 @@ def test_native_code_names_what_is_wrong(change, message):
 
 @built
 def test_the_resident_strategy_says_what_it_does_not_take():
-    from skipnet_rt.engines.cuda_resident import ResidentCudaEngine
+    from skipnet_rt.engines.cuda_resident import ResidentStrategy
 
-    def misfit(arch, dtype=torch.float16):
-        return ResidentCudaEngine.misfit(arch, torch.device("cuda", 0), dtype)
+    def reason(arch, dtype=torch.float16):
+        return ResidentStrategy.unsupported_reason(arch, torch.device("cuda", 0), dtype)
 
-    assert "in 16 bits, not in torch.float32" in misfit(SMALL["rnn"], torch.float32)
+    assert "in 16 bits, not in torch.float32" in reason(SMALL["rnn"], torch.float32)
     for name in ("bottleneck", "imagenet-reinforced", "feedforward1"):
-        assert "CIFAR-scale networks of basic blocks without feed-forward gates" in misfit(SMALL[name])
-    assert "not (16, 32, 128)" in misfit(SMALL["rnn"].replace(widths=(16, 32, 128)))
-    assert "not 17 and 10" in misfit(SMALL["rnn"].replace(in_channels=17))
-    assert "not 3 and 40" in misfit(SMALL["rnn"].replace(hidden_dim=40))
+        assert "CIFAR-scale networks of basic blocks without feed-forward gates" in reason(SMALL[name])
+    assert "not (16, 32, 128)" in reason(SMALL["rnn"].replace(widths=(16, 32, 128)))
+    assert "not 17 and 10" in reason(SMALL["rnn"].replace(in_channels=17))
+    assert "not 3 and 40" in reason(SMALL["rnn"].replace(hidden_dim=40))
 
 
 def resident(name, dtype, **options):
-    """The engine itself, on a GPU."""
-    from skipnet_rt.engines.cuda_resident import ResidentCudaEngine
+    """The strategy itself, on a GPU."""
+    from skipnet_rt.engines.cuda_resident import ResidentStrategy
 
-    return ResidentCudaEngine(pack(small_model(name), torch.device("cuda", 0), dtype), **options)
+    return ResidentStrategy(pack(small_model(name), torch.device("cuda", 0), dtype), **options)
 
 
 def bits(done):
@@ -79,25 +79,24 @@ def bits(done):
 
 @pytest.mark.parametrize("dtype", on_gpu)
 def test_each_strategy_takes_its_networks(dtype):
-    kinds = {name: type(srt.compile(small_model(name), engine="cuda", device="cuda", dtype=dtype).engine).__name__
-             for name in SMALL}
-    for name, kind in kinds.items():
+    for name in SMALL:
+        runtime = srt.compile(small_model(name), engine="cuda", device="cuda", dtype=dtype)
         taken = SMALL[name].stem == "cifar" and SMALL[name].block == "basic" and SMALL[name].gate in ("rnn", "none")
-        assert kind == ("ResidentCudaEngine" if taken else "CompactedCudaEngine")
+        assert type(runtime.engine.strategy).__name__ == ("ResidentStrategy" if taken else "CompactedStrategy")
 
 
 @pytest.mark.parametrize("dtype", on_gpu)
 def test_bits_do_not_depend_on_the_plan(dtype):
     """One image at a time or several, one round or several of a dynamic plan, or a cluster per image."""
     images = small_images("rnn", 700).cuda().to(dtype)
-    routing = random_routing(SMALL["rnn"], 700, 0.5).cuda()
-    expected = bits(resident("rnn", dtype, images=1).run(images, routing, 7))
+    forced = random_routing(SMALL["rnn"], 700, 0.5).cuda().t()
+    expected = bits(resident("rnn", dtype, images=1).run(images, forced, 7))
     for engine in (resident("rnn", dtype), resident("rnn", dtype, images=2), resident("rnn", dtype, images=4)):
-        assert all(map(torch.equal, bits(engine.run(images, routing, 7)), expected))
+        assert all(map(torch.equal, bits(engine.run(images, forced, 7)), expected))
     if torch.cuda.get_device_capability()[0] in (9, 10):
         for cluster in (2, 4):
             engine = resident("rnn", dtype, cluster=cluster)
-            assert all(map(torch.equal, bits(engine.run(images, routing, 7)), expected))
+            assert all(map(torch.equal, bits(engine.run(images, forced, 7)), expected))
 
 
 @pytest.mark.parametrize("dtype", on_gpu)

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no CUDA devi
 
 # Those that run on a GPU without waiting for it.
 ENGINES = [name for name, engine in REGISTRY.items()
-           if (engine.devices is None or "cuda" in engine.devices) and "cuda" not in engine.waits_for]
+           if (engine.devices is None or "cuda" in engine.devices) and "cuda" not in engine.synchronizes_on]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -25,8 +25,8 @@ def engine(request):
 
 def compiled(name, engine, dtype=torch.float32, **options):
     """A runtime, or a skipped test where the engine objects to the network."""
-    if objection := REGISTRY[engine].objection(SMALL[name], torch.device("cuda"), dtype):
-        pytest.skip(f"{engine}: {objection}")
+    if reason := REGISTRY[engine].unsupported_reason(SMALL[name], torch.device("cuda"), dtype):
+        pytest.skip(f"{engine}: {reason}")
     return srt.compile(small_model(name), engine=engine, device="cuda", dtype=dtype, **options)
 
 

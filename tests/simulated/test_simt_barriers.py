@@ -1,5 +1,6 @@
 """No barrier or fence is there in vain, and none could be missing unnoticed: without any one, a check fails."""
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -7,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import test_simt_gathered_conv
+import test_simt_resident
 import torch
 from object_cache import ROOT
 from simt import CSRC, SimtError, build, library
 from test_simt_gate_step import GateStep, assert_compacted, assert_equals_oracle
 from test_simt_gathered_conv import ENOUGH, Case, split_k
+from test_simt_resident import images_of, model, routings, same_bits, simulate
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
@@ -19,6 +22,8 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 # through __stcg and __ldcg.
 BARRIER = r"__sync(threads|warp)\(\);"
 CONVOLUTION = BARRIER + r"|__threadfence\(\);|cp_async_wait<.*>\(\);"
+# But for what `barrier` consists of, and the one that only a cluster has: no order of threads shows the need of it.
+RESIDENT = r"^(?!.*(return|kClustered)).*(\bbarrier|__syncthreads|cp_async_wait<.*>)\(\);"
 GATE_SOURCES, CONVOLUTION_SOURCES = ("cuda/compaction.cuh", "cuda/gate_step.cu"), ("cuda/gathered_conv.cu",)
 
 
@@ -60,6 +65,18 @@ def fails(check):
     return False
 
 
+def build_changed(name, pattern, replacement):
+    """The driver NAME.cpp with some places of cuda/NAME.cu changed."""
+    changed, places = re.subn(pattern, replacement, (CSRC / "cuda" / f"{name}.cu").read_text())
+    assert places
+    folder = Path("build", "changed", name)
+    (ROOT / folder / "cuda").mkdir(parents=True, exist_ok=True)
+    unfinished = ROOT / "build" / "changed" / f"{name}.{os.getpid()}"
+    unfinished.write_text(changed)
+    unfinished.replace(ROOT / folder / "cuda" / f"{name}.cu")
+    return build(name, folder)
+
+
 def test_with_all_of_them_the_checks_pass():
     assert not any(map(fails, gate_checks()))
     assert not any(map(fails, convolution_checks()))
@@ -77,13 +94,36 @@ def test_without_one_the_convolution_fails(source, line):
         assert any(map(fails, convolution_checks()))
 
 
+@pytest.mark.slow
 def test_without_zeroed_counters_the_convolution_fails(monkeypatch):
-    """No call that the harness could leave out: it takes a source, and a library, of its own."""
-    changed, removed = re.subn(r"if .*arrivals\[tile\] = 0;", "", (CSRC / "cuda/gathered_conv.cu").read_text())
-    assert removed == 1
-    folder = ROOT / "build" / "without_zeroed_counters"
-    (folder / "cuda").mkdir(parents=True, exist_ok=True)
-    (folder / "cuda" / "gathered_conv.cu").write_text(changed)
-    broken = build("gathered_conv", folder.relative_to(ROOT))
+    """No call that the harness could leave out: it takes a library of its own."""
+    broken = build_changed("gathered_conv", r"if .*arrivals\[tile\] = 0;", "")
     monkeypatch.setattr(test_simt_gathered_conv, "library", lambda name: broken)
     assert any(map(fails, convolution_checks()))
+
+
+def resident_results():
+    """Of thread blocks that take one image after another, and of clusters that share one; all the same bits."""
+    images, routing = images_of("8", 3), routings("8", 3)["mixed"]
+    for seed in range(6):
+        for spread in (dict(at_a_time=2, multiprocessors=1), dict(cluster=2)):
+            yield lambda seed=seed, spread=spread: simulate(model("8"), images, torch.float16, routing=routing,
+                                                            last_gate=True, seed=seed, **spread)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("source", "line"), places(RESIDENT, "cuda/resident.cu"))
+def test_without_one_the_resident_strategy_fails(source, line, monkeypatch):
+    """Its `barrier` is a function of its own, so that the harness sees one place only: each call gets a condition."""
+    condition = "if (!simt::removal.covers(simt::Site::here()))"
+    removable = build_changed("resident", r"\bbarrier\(\);", f"{condition} barrier();")
+    monkeypatch.setattr(test_simt_resident, "library", lambda name: removable)
+    results = list(resident_results())
+    expected = results[0]()
+
+    def check(result):
+        assert same_bits(result(), expected)
+
+    assert not any(fails(lambda result=result: check(result)) for result in results)
+    with removable.without(source, line):
+        assert any(fails(lambda result=result: check(result)) for result in results)

@@ -26,6 +26,7 @@ from skipnet_rt.model.packing import pack
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+QUICK = [("rnn", torch.bfloat16), ("feedforward1", torch.float32)]  # of the empty places
 
 
 def bits(tensor):
@@ -121,7 +122,9 @@ def test_golden_cases(name, count):
     torch.testing.assert_close(probabilities.double(), case.probabilities[:count], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("dtype", "tf32"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)])
+@pytest.mark.parametrize(("dtype", "tf32"), [(torch.float32, False),
+                                             pytest.param(torch.float32, True, marks=pytest.mark.slow),
+                                             pytest.param(torch.bfloat16, False, marks=pytest.mark.slow)])
 def test_wide_networks(dtype, tf32):
     """As many channels as the two wider tiles and split-K are for; neither which tile nor who adds shows."""
     arch = srt.SkipNetArch("imagenet", "bottleneck", (1, 2), (32, 128), "rnn", image_size=(40, 36))
@@ -168,8 +171,9 @@ def test_batch_invariance(dtype):
         assert torch.equal(value.flip(0), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", sorted(SMALL))
+@pytest.mark.parametrize(("name", "dtype"), [
+    pytest.param(name, dtype, marks=[] if (name, dtype) in QUICK else pytest.mark.slow)
+    for name in sorted(SMALL) for dtype in (torch.float32, torch.bfloat16)])
 def test_empty_places_do_not_change_a_bit(name, dtype):
     """As when a captured graph of a larger batch is replayed. Poison, NaN everywhere, would show; so would any work."""
     network, gates = Compacted(name, dtype), SMALL[name].num_gates

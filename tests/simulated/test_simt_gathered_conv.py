@@ -14,6 +14,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ELEMENTS = [*((dtype, False) for dtype in DTYPES), (torch.float32, True)]  # and whether products are TF32
+TENSOR_CORES_SLOW = [ELEMENTS[0], *(pytest.param(*element, marks=pytest.mark.slow) for element in ELEMENTS[1:])]
 # The rounding of the result and, for the float32 sum's own error, a share of the sum of absolute products.
 EPSILON = {torch.float32: 2.0 ** -23, torch.float16: 2.0 ** -10, torch.bfloat16: 2.0 ** -7}
 TF32 = 2.0 ** -10  # both operands' rounding, of an absolute product
@@ -242,7 +243,7 @@ def test_split_k(dtype, tf32):
         assert case.partial_sums_written == 2 * 2 * SLICES * 64 * 64
 
 
-@pytest.mark.parametrize(("dtype", "tf32"), ELEMENTS)
+@pytest.mark.parametrize(("dtype", "tf32"), TENSOR_CORES_SLOW)
 def test_how_k_is_split_makes_no_difference(dtype, tf32):
     """At the same time or one after another, in small tiles or large ones, in whatever company: the same bits."""
     shape = dict(channels_out=128, size=(9, 8), batch=4, tf32=tf32)

@@ -1,7 +1,8 @@
 """The Triton engine: its conformance under Triton's interpreter, and what it says where it cannot run.
 
-The interpreter must be chosen before Triton is imported, so what needs it runs in a process of its own. These are parts
-of the suite; all of it that the engine takes: ``TRITON_INTERPRET=1 pytest tests/conformance -k triton``.
+The interpreter must be chosen before Triton is imported, so what needs it runs in processes of their own: the kernels'
+tests, and some of the conformance suite. All that the engine takes of that:
+``TRITON_INTERPRET=1 pytest tests/conformance -k triton``.
 """
 
 import importlib.util
@@ -19,39 +20,44 @@ from networks import small_model
 
 import skipnet_rt as srt
 from skipnet_rt import kernels
-from skipnet_rt.engines.cuda_graphs import bucket_size
+from skipnet_rt.kernels.language import power_of_two
 from skipnet_rt.measure.doctor import warm
 
 TESTS = Path(__file__).parents[1]
 INSTALLED = importlib.util.find_spec("triton") is not None
 # https://github.com/triton-lang/triton/issues/9171
-AT_ODDS = INSTALLED and metadata.version("triton") < "3.7" and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
+NUMPY_TOO_NEW = INSTALLED and metadata.version("triton") < "3.7" and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
 
-# An image takes the interpreter tenths of a second: every promise on some network, every network for some promise.
-PARTS = {
-    "kernels": ["triton/test_kernels.py"],
-    "tuning": ["triton/test_tuning.py"],
-    "TF32": ["triton/test_tf32.py"],
-    "golden case": ["conformance", "-k",
-                    "triton and cifar10_feedforward_38 and (test_golden_cases or error_bar and bfloat16)"],
-    "right": ["conformance", "-k", "triton and (agrees_with_the_model or test_a_call_returns and 1-bottleneck)"],
-    "batch invariance": ["conformance", "-k", "triton and test_batch_invariance_is_bitwise and "
-                         "(bottleneck-feedforward and bfloat16 or imagenet-reinforced and float32)"],
-    "traces, NaN and input": [
-        "conformance", "-k", "triton and (leaves_no_trace and (rnn or bottleneck) or nan and (bottleneck or rnn-r) "
-        "or empty or bad_ or forcing or left_as or routing_of_any_kind)"],
+# An image takes the interpreter tenths of a second. The quick session holds every promise to some network, the others
+# every network to some promise.
+QUICK = ("agrees_with_the_model and (rnn-r or bottleneck-f) or "
+         "test_batch_invariance_is_bitwise and imagenet-reinforced and float32 or "
+         "leaves_no_trace and rnn-r or nan and rnn-r or empty or bad_ or forcing or routing_of_any_kind and bool")
+RIGHT = ("agrees_with_the_model or test_a_call_returns and 1-bottleneck or "
+         "cifar10_feedforward_38 and (test_golden_cases or error_bar and bfloat16)")
+UNTOUCHED = ("test_batch_invariance_is_bitwise and bottleneck-feedforward and bfloat16 or "
+             "leaves_no_trace and (rnn or bottleneck) or nan and bottleneck or left_as or routing_of_any_kind")
+KERNELS = ["triton/test_kernels.py", "triton/test_tf32.py"]
+PROMISES = "conformance/test_promises.py"
+SESSIONS = {
+    "quick": [*KERNELS, "triton/test_tuning.py", "triton/test_products.py", PROMISES, "-m", "not slow",
+              "-k", f"not test_promises or triton and ({QUICK})"],
+    "kernels": [*KERNELS, "-m", "slow"],
+    "right": [PROMISES, "-k", f"triton and ({RIGHT}) and not ({QUICK})"],
+    "batches, traces and NaN": [PROMISES, "-k", f"triton and ({UNTOUCHED}) and not ({QUICK})"],
 }
 
 
 @pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")
-@pytest.mark.skipif(AT_ODDS, reason="the interpreter of Triton before 3.7 does not run with NumPy 2.4")
-@pytest.mark.slow
-@pytest.mark.parametrize("part", PARTS)
-def test_under_the_interpreter(part):
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *PARTS[part]], cwd=TESTS,
-                          env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " skipped" not in done.stdout.splitlines()[-1], "the engine objected"
+@pytest.mark.skipif(NUMPY_TOO_NEW, reason="the interpreter of Triton before 3.7 does not run with NumPy 2.4")
+@pytest.mark.parametrize("session", [pytest.param(name, marks=[] if name == "quick" else pytest.mark.slow)
+                                     for name in SESSIONS])
+def test_under_the_interpreter(session):
+    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *SESSIONS[session]],
+                         cwd=TESTS, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
+                         check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert " skipped" not in run.stdout.splitlines()[-1], "the engine objected"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -73,14 +79,14 @@ def test_everything_imports_without_triton(tmp_path):
     program = ("import json, torch, skipnet_rt as srt; from skipnet_rt import kernels; "
                "rows, count = kernels.compact_ref(torch.tensor([False, True])); "
                "print(json.dumps([rows.tolist(), srt.engines()['triton'].reason]))")
-    done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(tmp_path)},
-                          capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == [[1, -1], "Triton is not installed (pip install skipnet-rt[gpu])"]
+    run = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(tmp_path)},
+                         capture_output=True, text=True, check=True)
+    assert json.loads(run.stdout) == [[1, -1], "Triton is not installed (pip install skipnet-rt[gpu])"]
 
 
 @pytest.mark.parametrize(("batch", "size"), [(1, 1), (2, 2), (3, 4), (8, 8), (9, 16), (1000, 1024)])
 def test_buckets_are_powers_of_two(batch, size):
-    assert bucket_size(batch) == size
+    assert power_of_two(batch) == size
 
 
 def test_auto_prefers_the_cpu_engine_to_the_interpreter():

@@ -6,14 +6,18 @@ from networks import small_model
 
 from skipnet_rt import kernels
 from skipnet_rt.kernels.gathered_conv import POOL_TILE, Configuration, Layer, Workspace, configurations
-from skipnet_rt.kernels.language import INTERPRETED, missing
+from skipnet_rt.kernels.language import INTERPRETED, unavailable_reason
 from skipnet_rt.model.packing import PackedFeedforwardGate, pack
 
-if missing() is not None:
-    pytest.skip(str(missing()), allow_module_level=True)
+if unavailable_reason() is not None:
+    pytest.skip(str(unavailable_reason()), allow_module_level=True)
 
 DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", torch.cuda.current_device())
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Where every launch has many tiles, which takes the interpreter seconds.
+QUICK_DTYPES = [torch.float16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES[:2])]
+# Where every launch has many tiles, which takes the interpreter seconds.
+QUICK_DTYPES = [torch.float16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES[:2])]
 
 
 @pytest.fixture
@@ -145,39 +149,40 @@ def test_gathered_conv2d_bits_do_not_depend_on_the_batch(dtype, generator):
 
 
 def workspace(tiles, configuration):
-    """Room for so many tiles, filled with NaN."""
-    part = configuration.slices * configuration.block_m * configuration.block_n
-    return Workspace(torch.full((tiles * part,), float("nan"), device=DEVICE),
+    """For the slices of so many tiles, filled with NaN."""
+    partials = configuration.split_k * configuration.block_m * configuration.block_n
+    return Workspace(torch.full((tiles * partials,), float("nan"), device=DEVICE),
                      torch.zeros(tiles, dtype=torch.int32, device=DEVICE))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(7, 9, 16, 24, 3, 2, 1), (9, 8, 32, 12, 3, 1, 1), (3, 2, 70, 10, 1, 1, 0)], ids=str)
-@pytest.mark.parametrize("slices", [2, 4])
-def test_slices_give_the_same_bits_however_programs_share_them(shape, slices, dtype, generator):
+@pytest.mark.parametrize("split_k", [2, 4])
+def test_slices_give_the_same_bits_however_programs_share_them(shape, split_k, dtype, generator):
     """Of several tiles, with every epilogue: all in one program, or each in one; also where one has nothing to add."""
     height, width, channels, out_channels, kernel, stride, padding = shape
-    batch, count = 4, 3
+    batch, count = 3, 2
     x = normal(batch, height, width, channels, generator=generator, dtype=dtype)
     weight = normal(kernel, kernel, channels, out_channels, generator=generator) / (kernel * channels ** 0.5)
     weight, bias = weight.to(dtype), normal(out_channels, generator=generator)
     rows, number = listed(batch, count, generator)
-    one = Configuration(64, 16, 16, warps=4, stages=2, slices=slices)
+    configuration = Configuration(64, 16, 16, warps=4, stages=2, split_k=split_k)
     expected = kernels.gathered_conv2d_ref(x, weight, bias, number, gather=rows, stride=stride, padding=padding)
     size = expected.shape[1:3]
     tiles = count * kernels.sum_tiles(size) * -(-out_channels // 16)  # with pooled sums, whose tiles are images' own
 
-    def run(room):
-        memory = workspace(room, one)
+    def run(capacity):
+        memory = workspace(capacity, configuration)
         plain = torch.zeros_like(expected)
         kernels.gathered_conv2d(x, weight, bias, number, gather=rows, stride=stride, padding=padding, out=plain,
-                                configuration=one, workspace=memory)
+                                configuration=configuration, workspace=memory)
         out = torch.ones(batch, *size, out_channels, dtype=dtype, device=DEVICE)
         sums = torch.zeros(batch, kernels.sum_tiles(size), out_channels, device=DEVICE)
         kernels.gathered_conv2d(x, weight, bias, number, gather=rows, scatter=rows, stride=stride, padding=padding,
-                                relu=True, residual=out, out=out, sums=sums, configuration=one, workspace=memory)
+                                relu=True, residual=out, out=out, sums=sums, configuration=configuration,
+                                workspace=memory)
         assert not memory.arrivals.any()
-        assert not memory.parts.isnan().any(), "a slice was not written"
+        assert not memory.partials.isnan().any(), "a slice was not written"
         return plain, out, sums
 
     shared, alone = run(tiles), run(0)
@@ -186,19 +191,19 @@ def test_slices_give_the_same_bits_however_programs_share_them(shape, slices, dt
     assert_close(shared[0][:count], expected[:count])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
 def test_the_count_may_decide_who_sums_and_changes_no_bit(dtype, generator):
     x = normal(6, 8, 8, 40, generator=generator, dtype=dtype)
     weight, bias = normal(3, 3, 40, 16, generator=generator, dtype=dtype) / 20, normal(16, generator=generator)
-    one = Configuration(64, 16, 32, warps=4, stages=2, slices=4)
-    memory = workspace(2, one)
-    whole = kernels.gathered_conv2d(x, weight, bias, padding=1, configuration=one, workspace=memory)
-    assert memory.parts.isnan().all()  # six tiles
+    configuration = Configuration(64, 16, 32, warps=4, stages=2, split_k=4)
+    memory = workspace(2, configuration)
+    whole = kernels.gathered_conv2d(x, weight, bias, padding=1, configuration=configuration, workspace=memory)
+    assert memory.partials.isnan().all()  # six tiles
     for images in (1, 2, 3, 5):
         count = torch.tensor([images], dtype=torch.int32, device=DEVICE)
-        out = kernels.gathered_conv2d(x, weight, bias, count, padding=1, configuration=one, workspace=memory)
+        out = kernels.gathered_conv2d(x, weight, bias, count, padding=1, configuration=configuration, workspace=memory)
         assert torch.equal(out[:images], whole[:images])
-    assert not memory.parts.isnan().any()  # of one and of two tiles
+    assert not memory.partials.isnan().any()  # of one and of two tiles
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -207,14 +212,15 @@ def test_slices_meet_in_order_every_time(dtype, generator):
     x = normal(2, 7, 7, 256, generator=generator, dtype=dtype)
     weight, bias = normal(3, 3, 256, 64, generator=generator, dtype=dtype) / 48, normal(64, generator=generator)
     layer = Layer(7, 7, 256, 64, 3, 1, 1, dtype, pooled=False)
-    one = configurations(layer)[0]
-    assert one.slices > 1
-    whole = kernels.gathered_conv2d(x, weight, bias, padding=1, configuration=one, workspace=workspace(0, one))
-    memory = Workspace.empty([(layer, one)], 2, DEVICE)
-    assert memory.room(one) > 0
+    configuration = configurations(layer)[0]
+    assert configuration.split_k > 1
+    whole = kernels.gathered_conv2d(x, weight, bias, padding=1, configuration=configuration,
+                                    workspace=workspace(0, configuration))
+    memory = Workspace.empty([(layer, configuration)], 2, DEVICE)
+    assert memory.capacity(configuration) > 0
     differing = torch.zeros((), dtype=torch.int64, device=DEVICE)
     for _ in range(2 if INTERPRETED else 1000):
-        differing += (kernels.gathered_conv2d(x, weight, bias, padding=1, configuration=one, workspace=memory)
+        differing += (kernels.gathered_conv2d(x, weight, bias, padding=1, configuration=configuration, workspace=memory)
                       != whole).sum()
     assert differing.item() == 0
 
@@ -224,10 +230,10 @@ def test_a_workspace_suits_every_layer_it_was_made_for():
         (7, 7, 512, 512, 3, 1, 1), (1, 1, 2048, 1000, 1, 1, 0), (56, 56, 16, 16, 1, 1, 0))]
     plans = [(layer, configurations(layer)[0]) for layer in layers]
     memory = Workspace.empty(plans, 3, DEVICE)
-    for layer, one in plans:
-        alone = Workspace.empty([(layer, one)], 3, DEVICE)
-        assert memory.room(one) >= alone.room(one)
-        assert alone.room(one) > 0 or one.slices == 1
+    for layer, configuration in plans:
+        alone = Workspace.empty([(layer, configuration)], 3, DEVICE)
+        assert memory.capacity(configuration) >= alone.capacity(configuration)
+        assert alone.capacity(configuration) > 0 or configuration.split_k == 1
     assert len(Workspace.empty([], 3, DEVICE).arrivals) == 1  # for the gate step
 
 
@@ -282,7 +288,8 @@ def gate_inputs(channels, units, batch, pixels, generator):
 
 
 @pytest.mark.parametrize("name", ["rnn", "bottleneck"])
-@pytest.mark.parametrize(("batch", "pixels"), [(0, 64), (1, 64), (5, 1), (5, 200), (70, 49)])
+@pytest.mark.parametrize(("batch", "pixels"), [(0, 64), (1, 64), (5, 1), (5, 200),
+                                               pytest.param(70, 49, marks=pytest.mark.slow)])
 def test_rnn_gate_step(name, batch, pixels, generator):
     network = pack(small_model(name), DEVICE, torch.float32)
     gate, lstm = network.gates[0], network.lstm

@@ -6,10 +6,10 @@ from networks import SMALL, relative_error, small_images, small_model
 
 import skipnet_rt as srt
 from skipnet_rt import kernels
-from skipnet_rt.kernels.language import INTERPRETED, missing
+from skipnet_rt.kernels.language import INTERPRETED, unavailable_reason
 
-if missing() is not None:
-    pytest.skip(str(missing()), allow_module_level=True)
+if unavailable_reason() is not None:
+    pytest.skip(str(unavailable_reason()), allow_module_level=True)
 
 DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", torch.cuda.current_device())
 
@@ -56,7 +56,7 @@ def test_it_is_decided_when_the_engine_is_built(asked):
     assert tf32_layers(compiled("rnn")) == []
 
 
-@pytest.mark.parametrize("name", ["rnn", "bottleneck"])
+@pytest.mark.parametrize("name", ["rnn", pytest.param("bottleneck", marks=pytest.mark.slow)])
 def test_logits_are_near_and_do_not_depend_on_the_batch(name, asked):
     images = small_images(name, 5).to(DEVICE)
     routing = torch.ones(SMALL[name].num_gates, dtype=torch.bool)

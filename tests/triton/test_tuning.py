@@ -1,4 +1,4 @@
-"""Tuning results: what names them, where they are kept, how they are shipped. On a GPU, or under the interpreter."""
+"""Tuning results: what names them, where they are kept, how others import them. On a GPU, or under the interpreter."""
 
 import json
 
@@ -9,12 +9,12 @@ from networks import small_images, small_model
 import skipnet_rt as srt
 from skipnet_rt.kernels import tuning
 from skipnet_rt.kernels.gathered_conv import configurations
-from skipnet_rt.kernels.language import INTERPRETED, missing
+from skipnet_rt.kernels.language import INTERPRETED, unavailable_reason
 from skipnet_rt.kernels.tuning import TuningError
 from skipnet_rt.measure.doctor import warm
 
-if missing() is not None:
-    pytest.skip(str(missing()), allow_module_level=True)
+if unavailable_reason() is not None:
+    pytest.skip(str(unavailable_reason()), allow_module_level=True)
 
 DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", torch.cuda.current_device())
 
@@ -60,25 +60,25 @@ def test_a_measured_configuration_is_used_and_changes_nothing_else():
     torch.testing.assert_close(tuned.infer(images).logits, guessed.infer(images).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_results_can_be_shipped(tmp_path, monkeypatch):
+def test_results_can_be_exported_and_imported(tmp_path, monkeypatch):
     measured = tuning.tune(layers()[:2], DEVICE)
-    tuning.ship(tmp_path / "shipped.json", DEVICE)
+    tuning.export_results(tmp_path / "exported.json", DEVICE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
     assert tuning.results(DEVICE) == {}
-    assert tuning.receive(tmp_path / "shipped.json", DEVICE) == 2
+    assert tuning.import_results(tmp_path / "exported.json", DEVICE) == 2
     assert tuning.results(DEVICE) == measured
 
 
 @pytest.mark.parametrize("name", ["source", "triton", "device", "driver"])
 def test_results_of_anything_else_are_refused(tmp_path, name):
-    """And name another file, so that they are not even found."""
-    file = tmp_path / "shipped.json"
-    tuning.ship(file, DEVICE)
+    """And name another file, so that nobody would look there."""
+    file = tmp_path / "exported.json"
+    tuning.export_results(file, DEVICE)
     document = json.loads(file.read_text())
     document["identity"][name] = "another"
     file.write_text(json.dumps(document))
     with pytest.raises(TuningError, match=f"was measured with {name} 'another', here it is"):
-        tuning.receive(file, DEVICE)
+        tuning.import_results(file, DEVICE)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"identity": {}, "layers": {"a": 3}}'])
@@ -86,7 +86,7 @@ def test_a_file_of_something_else_is_refused(tmp_path, text):
     file = tmp_path / "other.json"
     file.write_text(text)
     with pytest.raises(TuningError, match=r"other.json (holds no tuning results|was measured with)"):
-        tuning.receive(file, DEVICE)
+        tuning.import_results(file, DEVICE)
 
 
 def test_doctor_tunes_ahead(capsys):

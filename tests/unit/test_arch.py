@@ -68,8 +68,8 @@ def test_an_architecture_survives_its_dictionary(name):
 
 def test_published_name_is_found_again():
     for name, architecture in PUBLISHED.items():
-        found = published_name(architecture.replace())
-        assert found == name.replace("svhn", "cifar10")
+        found_name = published_name(architecture.replace())
+        assert found_name == name.replace("svhn", "cifar10")
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -1,4 +1,4 @@
-"""The benchmark: its routes, its figure of merit, and that all contestants compute the same network; never a time."""
+"""The benchmark: routes, turns, the figure of merit, and that all compute the same network; never a time."""
 
 from __future__ import annotations
 
@@ -11,17 +11,34 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import GoldenCase, relative_error, small_images, small_model
+from networks import SMALL, GoldenCase, relative_error, small_images, small_model
 
 import skipnet_rt as srt
 from skipnet_rt.cli import app as cli
-from skipnet_rt.measure.baselines import PEERS, PUBLISHED_WAY, Peer, onnx_graph
-from skipnet_rt.measure.benchmark import BatchResult, BenchmarkError, Contestant, benchmark, random_routing
-from skipnet_rt.measure.clock import MIN_ROUNDS, DenseNetwork, Timing
+from skipnet_rt.cli.benchmark import _print_batch
+from skipnet_rt.cli.console import out as console
+from skipnet_rt.measure.baselines import (
+    BASELINES,
+    MASKED,
+    PYTORCH,
+    PYTORCH_CHANNELS_LAST,
+    Baseline,
+    DenseNetwork,
+    onnx_graph,
+)
+from skipnet_rt.measure.benchmark import (
+    BatchResult,
+    BenchmarkError,
+    EngineResult,
+    benchmark,
+    random_routing,
+    supporting_engines,
+)
+from skipnet_rt.measure.clock import MIN_ROUNDS, Timing, time_interleaved
+from skipnet_rt.model.flops import count_operations
 from skipnet_rt.model.packing import pack
-from skipnet_rt.model.routing import count_operations
 
-QUICK = tuple(peer for peer in PEERS if peer.name in (PUBLISHED_WAY.name, "PyTorch"))
+QUICK = (MASKED, PYTORCH)
 ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 """Relative norm between two engines' logits; of bfloat16 only a rough one, for it is rounded in different places."""
 
@@ -51,42 +68,42 @@ def test_routes_differ_between_images_and_repeat_with_the_seed():
 
 def test_share_of_the_ceiling_is_formed_within_rounds():
     dense, ours = Timing((8.0, 4.0, 100.0)), Timing((2.0, 2.0, 20.0))  # ratios 4, 2 and 5; of the medians it were 4 too
-    assert Contestant("cpu", 0.5, 0.25, ours).share_of_ceiling(dense) == 1
-    assert Contestant("cpu", 0.5, 0.51, Timing((4.0, 4.0, 10.0))).share_of_ceiling(dense) == pytest.approx(0.51 * 2)
-    assert Contestant("cpu", 1 / 3, 0.5, ours).name == "cpu, 33.3% executed"
+    assert EngineResult("cpu", 0.5, 0.25, ours).share_of_ceiling(dense) == 1
+    assert EngineResult("cpu", 0.5, 0.51, Timing((4.0, 4.0, 10.0))).share_of_ceiling(dense) == pytest.approx(0.51 * 2)
+    assert EngineResult("cpu", 1 / 3, 0.5, ours).name == "cpu, 33.3% executed"
 
 
-def test_the_best_dense_engine_is_the_ceiling_and_never_the_published_way():
-    result = BatchResult(8, (Contestant("cpu", 0.5, 0.5, Timing((1.0, 1.0, 1.0))),), {
-        PUBLISHED_WAY.name: Timing((0.5, 0.5, 0.5)), "slow": Timing((3.0, 3.0, 3.0)), "fast": Timing((2.0, 2.0, 9.0))})
+def test_the_best_dense_engine_is_the_ceiling_and_never_the_masked_one():
+    result = BatchResult(8, (EngineResult("cpu", 0.5, 0.5, Timing((1.0, 1.0, 1.0))),), {
+        MASKED.name: Timing((0.5, 0.5, 0.5)), "slow": Timing((3.0, 3.0, 3.0)), "fast": Timing((2.0, 2.0, 9.0))})
     assert result.best == "fast"
     assert result.rounds == 3
     assert not result.steady
     document = result.to_dict()
     assert document["best_dense"] == "fast"
-    assert document["peers"]["fast"]["median"] == 2000
+    assert document["baselines"]["fast"]["median"] == 2000
     (ours,) = document["engines"]
     assert ours["share_of_ceiling"] == 100
     assert ours["multiply_adds_share"] == 50
-    assert ours["speedup_over"] == {PUBLISHED_WAY.name: 0.5, "slow": 3, "fast": 2}
+    assert ours["speedup_over"] == {MASKED.name: 0.5, "slow": 3, "fast": 2}
 
 
-# Peers compute what they are measured for ----------------------------------------------------------------------------
+# Baselines compute what they are measured for ------------------------------------------------------------------------
 
 def dense_logits(model: srt.SkipNet, images: torch.Tensor) -> torch.Tensor:
     everything = torch.ones(model.arch.num_gates, dtype=torch.bool)
     return srt.compile(model, engine="eager").infer(images, routing=everything).logits
 
 
-@pytest.mark.parametrize(("peer", "dtype"), [
-    pytest.param(peer, dtype, id=f"{peer.name}, {str(dtype)[6:]}",
-                 marks=[pytest.mark.slow] if peer.name == "torch.compile" else [])
-    for peer in PEERS if peer is not PUBLISHED_WAY for dtype in peer.dtypes])
-def test_a_peer_runs_the_dense_network(peer, dtype):
-    if objection := peer.objection(dtype):
-        pytest.skip(objection)
+@pytest.mark.parametrize(("baseline", "dtype"), [
+    pytest.param(baseline, dtype, id=f"{baseline.name}, {str(dtype)[6:]}",
+                 marks=[pytest.mark.slow] if baseline.name == "torch.compile" else [])
+    for baseline in BASELINES if baseline is not MASKED for dtype in baseline.dtypes])
+def test_a_baseline_runs_the_dense_network(baseline, dtype):
+    if reason := baseline.unsupported_reason(dtype):
+        pytest.skip(reason)
     model, images = small_model("rnn"), small_images("rnn", 3)
-    call = peer.build(model, images, dtype)
+    call = baseline.build(model, images, dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         logits = [call(part) for part in (images, images.flip(0))]
@@ -111,66 +128,131 @@ def test_the_onnx_graph_is_the_dense_network(case):
 
 @pytest.mark.parametrize("case", ["rnn", "rnn-reinforced", "feedforward1", "bottleneck", "imagenet-reinforced"])
 @pytest.mark.parametrize("count", [1, 9])
-def test_the_published_way_takes_its_own_decisions(case, count):
+def test_the_masked_baseline_takes_its_own_decisions(case, count):
     model, images = small_model(case), small_images(case, count)
-    logits = PUBLISHED_WAY.build(model, images, torch.float32)(images)
+    logits = MASKED.build(model, images, torch.float32)(images)
     own = srt.compile(model, engine="eager").infer(images)
     assert not own.executed.all()  # or it would be the dense network
     assert relative_error(logits, own.logits) < ERROR[torch.float32]
 
 
-def test_the_published_way_agrees_with_the_published_code():
+def test_the_masked_baseline_agrees_with_the_published_code():
     case = GoldenCase("cifar10_rnn_gate_38-s15")
-    logits = PUBLISHED_WAY.build(case.model, case.images, torch.float32)(case.images.float())
+    logits = MASKED.build(case.model, case.images, torch.float32)(case.images.float())
     assert relative_error(logits, case.logits) < ERROR[torch.float32]
 
 
-def test_what_is_not_installed_or_not_meant_objects():
-    peer = Peer("nowhere", ("torch", "not_a_package"), (torch.float32,), lambda model, images, dtype: None)
-    assert peer.objection(torch.float32) == "not installed: not_a_package"
-    assert PUBLISHED_WAY.objection(torch.float32) is None
-    assert PUBLISHED_WAY.objection(torch.bfloat16) == "not measured in torch.bfloat16"
+def test_what_is_not_installed_or_not_meant_says_so():
+    nowhere = Baseline("nowhere", ("torch", "not_a_package"), (torch.float32,), lambda model, images, dtype: None)
+    assert nowhere.unsupported_reason(torch.float32) == "not installed: not_a_package"
+    assert MASKED.unsupported_reason(torch.float32) is None
+    assert MASKED.unsupported_reason(torch.bfloat16) == "not measured in torch.bfloat16"
+
+
+# Timing --------------------------------------------------------------------------------------------------------------
+
+def test_calls_take_turns():
+    calls: list[str] = []
+    names, shares = ["a", "b", "c", "d"], []
+    timings = time_interleaved({name: lambda name=name: calls.append(name) for name in names}, seconds=1e-9, per=4,
+                               on_progress=shares.append)
+    assert calls[:4] == names  # to warm up
+    assert calls[4::2] == calls[5::2], "an untimed call right before every timed one"
+    rounds = [calls[start:start + 8:2] for start in range(4, len(calls), 8)]
+    assert len(rounds) == MIN_ROUNDS
+    assert all(sorted(order) == names for order in rounds)
+    assert len(set(map(tuple, rounds))) > 1
+    assert all(len(timing.seconds) == MIN_ROUNDS for timing in timings.values())
+    assert len(shares) == MIN_ROUNDS
+
+
+def test_ratios_are_formed_within_a_round():
+    """The machine slows down tenfold in the second round: the ratio of the medians would say 20, the paired one 2."""
+    fast, slow = Timing((1.0, 10.0, 1.0)), Timing((2.0, 20.0, 20.0))
+    assert fast.speedup_over(slow) == 2
+    assert slow.median / fast.median == 20
+    assert fast.to_dict() == {"median": 1e3, "p20": pytest.approx(1e3), "p80": pytest.approx(6.4e3)}
+
+
+def test_a_busy_machine_is_noticed():
+    calm, busy = Timing((1.0, 1.1, 1.2, 1.0)), Timing((1.0, 1.1, 3.0, 3.0))
+    for half, dense, pytorch in ((calm, calm, calm), (busy, calm, calm), (calm, busy, calm), (calm, calm, busy)):
+        result = BatchResult(1, (EngineResult("eager", 0.5, 0.5, half), EngineResult("eager", 1.0, 1.0, dense)),
+                             {PYTORCH.name: pytorch})
+        assert result.steady == (busy not in (half, dense, pytorch))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", SMALL)
+def test_dense_execution_is_the_network_with_every_block_run(name, memory_format):
+    model, images = small_model(name), small_images(name, 3)
+    everything = torch.ones(model.arch.num_gates, dtype=torch.bool)
+    expected = srt.compile(model, "eager").infer(images, routing=everything).logits
+    given = images.clone()
+    logits = DenseNetwork(model, torch.device("cpu"), torch.float32, memory_format)(given)
+    assert relative_error(logits, expected) < 1e-5
+    assert torch.equal(given, images)
 
 
 # The whole of it -----------------------------------------------------------------------------------------------------
 
 def test_everything_asked_for_is_measured():
-    model, told = small_model("rnn"), []
-    found = benchmark(model, engines=["cpu", "eager"], batches=[1, 3], fractions=[0.5, 1], peers=QUICK, seconds=0.01,
-                      on_progress=lambda what, share: told.append((what, share)))
-    assert [result.batch for result in found.results] == [1, 3]
-    assert found.left_out == {}
+    model, progress = small_model("rnn"), []
+    measured = benchmark(model, engines=["cpu", "eager"], batches=[1, 3], fractions=[0.5, 1], baselines=QUICK,
+                         seconds=0.01, on_progress=lambda what, share: progress.append((what, share)))
+    assert [result.batch for result in measured.results] == [1, 3]
+    assert measured.left_out == {}
     counts = count_operations(model.arch)
-    for result in found.results:
-        assert list(result.peers) == [PUBLISHED_WAY.name, "PyTorch"]
+    for result in measured.results:
+        assert list(result.baselines) == [MASKED.name, "PyTorch"]
         assert result.best == "PyTorch"
-        assert {(one.engine, one.fraction) for one in result.ours} == {
+        assert {(each.engine, each.fraction) for each in result.engines} == {
             (engine, fraction) for engine in ("cpu", "eager") for fraction in (0.5, 1)}
         assert result.rounds >= MIN_ROUNDS
-        for one in result.ours:
-            executed = random_routing(model.arch, result.batch, one.fraction)
-            assert one.multiply_adds_share == pytest.approx(
+        for each in result.engines:
+            executed = random_routing(model.arch, result.batch, each.fraction)
+            assert each.multiply_adds_share == pytest.approx(
                 counts.per_image(executed)[0].double().mean().item() / counts.dense.multiply_adds)
-            assert len(one.timing.seconds) == result.rounds
-    assert told[0] == ("batch 1: building published way", 0)
-    assert told[-1] == ("batch 3: 6 contestants taking turns", 1)
-    assert json.loads(json.dumps(found.to_dict()))["results"][1]["batch"] == 3
+            assert len(each.timing.seconds) == result.rounds
+    assert progress[0] == ("batch 1: building masked baseline", 0)
+    assert progress[-1] == ("batch 3: timing 6 in turns", 1)
+    assert json.loads(json.dumps(measured.to_dict()))["results"][1]["batch"] == 3
 
 
-def test_a_peer_that_objects_is_left_out_with_its_reason():
-    found = benchmark(small_model("rnn"), batches=[1], peers=QUICK, dtype=torch.bfloat16, seconds=0.01)
-    assert found.left_out == {PUBLISHED_WAY.name: "not measured in torch.bfloat16"}
-    assert found.results[0].published is None
+def test_given_images_are_timed_batch_by_batch_on_the_gates_own_routes():
+    """Every engine that takes the network beside both kinds of plain PyTorch, as the demonstration does."""
+    model, images = small_model("rnn"), small_images("rnn", 6)
+    names = supporting_engines(model.arch, torch.device("cpu"), torch.float32)
+    assert {"cpu", "eager"} <= set(names)
+    measured = benchmark(model, engines=names, batches=[2, 3], fractions=[None, 1.0], images=images,
+                         baselines=[PYTORCH, PYTORCH_CHANNELS_LAST], seconds=0)
+    result = srt.compile(model, "eager").infer(images)
+    dense = count_operations(model.arch).dense.multiply_adds
+    for timed in measured.results:
+        assert timed.engine_names == names
+        assert timed.of("eager", None).multiply_adds_share == pytest.approx(
+            result.multiply_adds.double().mean().item() / dense)
+        assert timed.of("eager", 1.0).multiply_adds_share > 1  # the gates' own come on top
+        assert set(timed.baselines) == {"PyTorch", "PyTorch channels-last"}
+    assert measured.milliseconds["cpu"][3] == {1.0: 1e3 * measured.results[1].of("cpu", 1.0).timing.median}
+    with pytest.raises(ValueError, match="whole batches of 4, got 6"):
+        benchmark(model, batches=[4], images=images, baselines=QUICK)
+
+
+def test_a_baseline_that_cannot_be_measured_is_left_out_with_its_reason():
+    measured = benchmark(small_model("rnn"), batches=[1], baselines=QUICK, dtype=torch.bfloat16, seconds=0.01)
+    assert measured.left_out == {MASKED.name: "not measured in torch.bfloat16"}
+    assert measured.results[0].masked is None
 
 
 @pytest.mark.parametrize(("case", "options", "why"), [
     ("dense", {}, "has nothing to skip"),
-    ("rnn", {"peers": [PUBLISHED_WAY]}, "no dense engine to measure against"),
+    ("rnn", {"baselines": [MASKED]}, "no dense engine to measure against"),
     ("rnn", {"dtype": torch.float64}, "PyTorch: not measured in torch.float64"),
 ])
 def test_what_cannot_be_measured_is_refused(case, options, why):
     with pytest.raises(BenchmarkError, match=why):
-        benchmark(small_model(case), **{"peers": QUICK, **options})
+        benchmark(small_model(case), **{"baselines": QUICK, **options})
 
 
 # benchmarks/gpu.py ---------------------------------------------------------------------------------------------------
@@ -188,11 +270,11 @@ def test_without_a_gpu_it_fails_with_one_line(tmp_path):
 
 
 def test_the_table_prints_whatever_there_is(tmp_path):
-    found = benchmark(small_model("rnn"), batches=[2], peers=QUICK, seconds=0).to_dict()
+    measured = benchmark(small_model("rnn"), batches=[2], baselines=QUICK, seconds=0).to_dict()
     rows = [{"name": "test_convolution[1-(8, 3)-gathered]", "params": {"who": "gathered", "batch": 1, "shape": [8, 3]},
              "extra_info": {"us a launch": 2.5}},
             {"name": "test_compaction[1]", "params": {"batch": 1}, "extra_info": {}}]
-    for name, text in (("compare", json.dumps(found)), ("cut", "{"), ("triton", json.dumps({"benchmarks": rows}))):
+    for name, text in (("compare", json.dumps(measured)), ("cut", "{"), ("triton", json.dumps({"benchmarks": rows}))):
         (tmp_path / f"{name}.json").write_text(text)
     done = subprocess.run([sys.executable, GPU_SCRIPT, "table", tmp_path], capture_output=True, text=True, check=True)
     for expected in ("PyTorch ", "cpu,  50% executed ", "% of the ceiling", "cannot be read", "convolution [8, 3]",
@@ -205,12 +287,12 @@ def test_the_table_prints_whatever_there_is(tmp_path):
 
 @pytest.fixture
 def run(capsys, tmp_path):
-    """Runs ``skipnet-rt benchmark`` on a small network, for a moment, without the peers that take long to build."""
+    """Runs ``skipnet-rt benchmark`` on a small network, for a moment, without the baselines that take long to build."""
     path = tmp_path / "small.safetensors"
     srt.save(small_model("rnn"), path)
 
     def command(*arguments: str) -> tuple[int, str, str]:
-        slow = [argument for peer in PEERS if peer not in QUICK for argument in ("--without", peer.name)]
+        slow = [word for baseline in BASELINES if baseline not in QUICK for word in ("--without", baseline.name)]
         with pytest.raises(SystemExit) as stopped:
             cli.main(["benchmark", "--model", str(path), "--seconds", "0", *slow, *arguments])
         return stopped.value.code or 0, *capsys.readouterr()
@@ -225,28 +307,29 @@ def test_command_prints_one_document(run):
     assert document["cpu"]["threads"] == 1
     assert document["versions"]["torch"] == torch.__version__
     assert [result["batch"] for result in document["results"]] == [1, 2]
-    assert [(one["engine"], one["fraction"]) for one in document["results"][0]["engines"]] == [("cpu", 0.5)]
+    assert [(each["engine"], each["fraction"]) for each in document["results"][0]["engines"]] == [("cpu", 0.5)]
 
 
-def test_command_prints_a_table_a_batch_size(run):
+def test_command_prints_a_table_per_batch_size(run):
     status, out, err = run("--batch", "1", "--batch", "2", "--engine", "eager")
     assert (status, err) == (0, "")
-    for expected in ("batch of 1", "batch of 2", "published way", "eager, 50% executed", "eager, 100% executed",
-                     "x best dense", "x published", "share of the ceiling", "Best dense engine: PyTorch."):
+    for expected in ("batch of 1", "batch of 2", "masked baseline", "eager, 50% executed", "eager, 100% executed",
+                     "x best dense", "x masked", "share of the ceiling", "Best dense engine: PyTorch."):
         assert expected in out
     assert max(map(len, out.splitlines())) <= 120
-    assert "Without published way: not measured in torch.bfloat16" in run("--dtype", "bfloat16", "--batch", "1")[1]
+    assert "Without masked baseline: not measured in torch.bfloat16" in run("--dtype", "bfloat16", "--batch", "1")[1]
 
 
 def test_all_names_fit_in_their_table(monkeypatch):
-    """With every peer, whether or not it is installed here."""
+    """With every baseline, whether or not it is installed here."""
     timing = Timing((123.456,) * 3)
-    result = BatchResult(64, (Contestant("compacted", 1 / 3, 0.5, timing),), {peer.name: timing for peer in PEERS})
-    found = benchmark(small_model("rnn"), batches=[1], peers=QUICK, seconds=0)
-    with cli._out.capture() as shown:
-        cli._print_batch(found, result)
-    for peer in PEERS:
-        assert f" {peer.name} " in shown.get()
+    result = BatchResult(64, (EngineResult("compacted", 1 / 3, 0.5, timing),),
+                         {baseline.name: timing for baseline in BASELINES})
+    measured = benchmark(small_model("rnn"), batches=[1], baselines=QUICK, seconds=0)
+    with console.capture() as shown:
+        _print_batch(measured, result)
+    for baseline in BASELINES:
+        assert f" {baseline.name} " in shown.get()
 
 
 def test_command_writes_document_and_plot(run, tmp_path):
@@ -260,7 +343,7 @@ def test_command_writes_document_and_plot(run, tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "why"), [
-    (["--without", "TensorFlow"], "no peer is called 'TensorFlow'; known: published way, PyTorch, "),
+    (["--without", "TensorFlow"], "no baseline is called 'TensorFlow'; known: masked baseline, PyTorch, "),
     (["--without", "PyTorch"], "no dense engine to measure against"),
     (["--engine", "tpu"], "no engine is called 'tpu'"),
     (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),

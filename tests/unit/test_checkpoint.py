@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import skipnet_rt as srt
 from skipnet_rt import SkipNet, SkipNetArch
-from skipnet_rt.checkpoint.files import CheckpointError, convert, load, save
+from skipnet_rt.checkpoint import CheckpointError, convert, load, save
 from skipnet_rt.model.arch import PUBLISHED, arch
 from skipnet_rt.model.card import ModelCard
 from skipnet_rt.model.preprocessing import CIFAR, IMAGENET, SVHN, Preprocessing
@@ -704,12 +704,15 @@ def test_labels_of_other_pictures_survive_the_published_format(tmp_path: Path) -
 def test_many_threads_load_numpy_scalars(tmp_path: Path) -> None:
     path = write(tmp_path / "x.pth.tar", published(small_model("dense"), best_prec1=np.float64(92.75)))
     allowed = set(torch.serialization.get_safe_globals())
-    found: list[Any] = []
-    threads = [threading.Thread(target=lambda: found.extend(load(path).card.training["best_prec1"] for _ in range(5)))
-               for _ in range(4)]
+    accuracies: list[Any] = []
+
+    def load_often() -> None:
+        accuracies.extend(load(path).card.training["best_prec1"] for _ in range(5))
+
+    threads = [threading.Thread(target=load_often) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == 20 * [92.75]
+    assert accuracies == 20 * [92.75]
     assert set(torch.serialization.get_safe_globals()) == allowed

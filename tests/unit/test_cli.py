@@ -21,11 +21,14 @@ from torch.utils.data import Subset
 import skipnet_rt as srt
 from skipnet_rt import _C, data
 from skipnet_rt.cli import app as cli
+from skipnet_rt.cli import train as train_command
+from skipnet_rt.cli.demo import draw
 from skipnet_rt.data import DIGITS, digits_pictures
 from skipnet_rt.engines.registry import REGISTRY
 from skipnet_rt.measure import demo, doctor
+from skipnet_rt.measure.clock import MIN_ROUNDS
 from skipnet_rt.measure.evaluate import evaluate
-from skipnet_rt.training.loop import RECIPES, TrainConfig
+from skipnet_rt.training import RECIPES, TrainConfig
 
 ARCH = srt.SkipNetArch("cifar", "basic", (2, 2, 2), (8, 8, 16), "rnn")
 COMMANDS = ("demo", "predict", "evaluate", "benchmark", "train", "inspect", "convert", "doctor")
@@ -191,14 +194,14 @@ def test_predictions_are_the_network_s(run, model, checkpoint, pictures):
     images = torch.stack([DIGITS(Image.open(path)) for path in pictures])
     result = srt.compile(model).infer(images)
     assert document["blocks"] == 6
-    assert [found["image"] for found in document["predictions"]] == [str(path) for path in pictures]
-    for found, logits, ran in zip(document["predictions"], result.logits, result.blocks_run, strict=True):
+    assert [prediction["image"] for prediction in document["predictions"]] == [str(path) for path in pictures]
+    for prediction, logits, ran in zip(document["predictions"], result.logits, result.blocks_run, strict=True):
         values, numbers = logits.softmax(0).topk(2)
-        assert [entry["class"] for entry in found["classes"]] == numbers.tolist()
-        assert [entry["label"] for entry in found["classes"]] == [str(number) for number in numbers.tolist()]
-        assert [entry["probability"] for entry in found["classes"]] == pytest.approx(values.tolist())
-        assert found["blocks_run"] == ran
-        assert found["computation"] == pytest.approx(100 * ran.item() / 6)
+        assert [entry["class"] for entry in prediction["classes"]] == numbers.tolist()
+        assert [entry["label"] for entry in prediction["classes"]] == [str(number) for number in numbers.tolist()]
+        assert [entry["probability"] for entry in prediction["classes"]] == pytest.approx(values.tolist())
+        assert prediction["blocks_run"] == ran
+        assert prediction["computation"] == pytest.approx(100 * ran.item() / 6)
 
 
 def test_prediction_table(run, checkpoint, pictures):
@@ -288,7 +291,7 @@ def parsed(monkeypatch):
     """The configuration that ``skipnet-rt train`` would train with."""
     asked: list[TrainConfig] = []
 
-    def instead_of_training(config, console):
+    def instead_of_training(config, on_progress, on_epoch):
         asked.append(config)
         raise KeyboardInterrupt
 
@@ -297,7 +300,7 @@ def parsed(monkeypatch):
             cli.main(["train", *arguments])
         return asked.pop()
 
-    monkeypatch.setattr(cli, "train", instead_of_training)
+    monkeypatch.setattr(train_command, "train", instead_of_training)
     return parse
 
 
@@ -358,7 +361,7 @@ def test_training_writes_a_model_and_goes_on_with_resume(run, few_digits, tmp_pa
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_ctrl_c_stops_training_with_one_line(tmp_path):
     process = subprocess.Popen(
-        [sys.executable, "-m", "skipnet_rt.cli.app", "train", "--output", tmp_path / "run"], text=True,
+        [sys.executable, "-m", "skipnet_rt", "train", "--output", tmp_path / "run"], text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
     until = time.monotonic() + 60
     while not (tmp_path / "run").exists() and time.monotonic() < until:
@@ -421,6 +424,12 @@ def test_demo_shows_accuracy_routes_and_times(run, monkeypatch):
     assert document["hardest"]["blocks_run"] == document["evaluation"]["blocks_run"]["max"]
     assert [timing["batch"] for timing in document["timings"] if timing["device"] == "cpu"] == [1, 3]
     assert {"cpu", "eager"} <= set(document["timings"][0]["engines"]) <= set(REGISTRY)
+    assert [timing["images"] for timing in document["timings"] if timing["device"] == "cpu"] == [2, 3]
+    for timing in document["timings"]:
+        assert timing["rounds"] >= MIN_ROUNDS
+        assert timing["pytorch_dense"]["variant"].startswith("BN folded, ")
+        for times in timing["engines"].values():
+            assert 0 < times["skipping"]["p20"] <= times["skipping"]["median"] <= times["skipping"]["p80"]
     assert set(document["engines"]) == set(srt.engines())
     shown = run("demo").out
     for expected in ("Accuracy", "Computation", "Multiply-adds", "Distinct routes", "Easiest: digit", "Hardest: digit",
@@ -433,10 +442,10 @@ def test_demo_shows_accuracy_routes_and_times(run, monkeypatch):
 def test_digits_are_drawn_as_they_are():
     picture = Image.new("L", (8, 8))
     picture.paste(255, (0, 0, 4, 8))
-    assert cli.draw(picture).split("\n") == ["████████        "] * 8
+    assert draw(picture).split("\n") == ["████████        "] * 8
     picture = Image.new("L", (16, 16))
     picture.paste(255, (0, 1, 16, 15))
-    assert cli.draw(picture).split("\n") == ["▄" * 16, *["█" * 16] * 6, "▀" * 16]
+    assert draw(picture).split("\n") == ["▄" * 16, *["█" * 16] * 6, "▀" * 16]
 
 
 def available() -> set[str]:
@@ -481,8 +490,8 @@ def test_doctor_finds_an_engine_that_decides_nonsense(run, monkeypatch):
     class Wrong(REGISTRY["eager"]):
         name = "wrong"
 
-        def run(self, images, routing, steps):
-            result = super().run(images, routing, steps)
+        def run(self, images, routing, num_gates):
+            result = super().run(images, routing, num_gates)
             result.decisions.executed[0, 0] ^= True  # the logits stay right
             return result
 

@@ -1,4 +1,4 @@
-"""Evaluation against what its parts compute one by one; timing against what was called, and against dense execution."""
+"""Evaluation against what its parts compute one by one; the bundled network's promise."""
 
 import copy
 import json
@@ -10,15 +10,6 @@ from torch.utils.data import TensorDataset
 
 import skipnet_rt as srt
 from skipnet_rt.engines.registry import REGISTRY
-from skipnet_rt.measure.clock import (
-    MIN_ROUNDS,
-    Comparison,
-    DenseNetwork,
-    EngineTiming,
-    Timing,
-    alternate,
-    compare_with_dense,
-)
 from skipnet_rt.measure.demo import bundled_model, held_out_digits
 from skipnet_rt.measure.doctor import self_check
 from skipnet_rt.measure.evaluate import evaluate
@@ -41,27 +32,27 @@ def split() -> TensorDataset:
 def test_evaluation_is_what_the_runtime_says_of_every_image(split, batch_size):
     runtime = srt.compile(small_model("rnn"))
     whole, done = runtime.infer(split.tensors[0]), []
-    found = evaluate(runtime, split, batch_size=batch_size, on_progress=done.append)
-    assert done[-1] == len(found) == COUNT
+    evaluation = evaluate(runtime, split, batch_size=batch_size, on_progress=done.append)
+    assert done[-1] == len(evaluation) == COUNT
     assert len(done) == -(-COUNT // batch_size)
-    assert torch.equal(found.predictions, whole.logits.argmax(1))
-    assert torch.equal(found.targets, split.tensors[1])
-    assert torch.equal(found.executed, whole.executed)
-    assert torch.equal(found.probabilities, whole.probabilities)
-    assert torch.equal(found.blocks_run, whole.blocks_run)
-    assert found.accuracy == pytest.approx(8 / COUNT)
-    assert found.stats.computation == pytest.approx(whole.computation.mean().item())
-    assert (found.engine, found.device, found.dtype) == (runtime.engine.name, "cpu", torch.float32)
-    assert found.top5_accuracy is None
-    assert found.agreement is None
+    assert torch.equal(evaluation.predictions, whole.logits.argmax(1))
+    assert torch.equal(evaluation.targets, split.tensors[1])
+    assert torch.equal(evaluation.executed, whole.executed)
+    assert torch.equal(evaluation.probabilities, whole.probabilities)
+    assert torch.equal(evaluation.blocks_run, whole.blocks_run)
+    assert evaluation.accuracy == pytest.approx(8 / COUNT)
+    assert evaluation.stats.computation == pytest.approx(whole.computation.mean().item())
+    assert (evaluation.engine, evaluation.device, evaluation.dtype) == (runtime.engine.name, "cpu", torch.float32)
+    assert evaluation.top5_accuracy is None
+    assert evaluation.agreement is None
 
 
 def test_the_easiest_come_first(split):
-    found = evaluate(srt.compile(small_model("rnn")), split)
-    ran = found.blocks_run[found.easiest_first]
+    evaluation = evaluate(srt.compile(small_model("rnn")), split)
+    ran = evaluation.blocks_run[evaluation.easiest_first]
     assert len(set(ran.tolist())) > 1
     assert (ran.diff() >= 0).all()
-    assert sorted(found.easiest_first) == list(range(COUNT))
+    assert sorted(evaluation.easiest_first) == list(range(COUNT))
 
 
 def test_top5_counts_the_five_largest_logits():
@@ -69,19 +60,19 @@ def test_top5_counts_the_five_largest_logits():
     model, images = srt.build(architecture).eval(), small_images("rnn", 6)
     order = srt.compile(model).infer(images).logits.argsort(dim=1, descending=True)
     targets = order[torch.arange(6), torch.tensor([0, 4, 5, 1, 23, 3])]
-    found = evaluate(srt.compile(model), TensorDataset(images, targets), batch_size=4)
-    assert found.in_top5.tolist() == [True, True, False, True, False, True]
-    assert found.accuracy == pytest.approx(1 / 6)
-    assert found.top5_accuracy == pytest.approx(4 / 6)
+    evaluation = evaluate(srt.compile(model), TensorDataset(images, targets), batch_size=4)
+    assert evaluation.in_top5.tolist() == [True, True, False, True, False, True]
+    assert evaluation.accuracy == pytest.approx(1 / 6)
+    assert evaluation.top5_accuracy == pytest.approx(4 / 6)
 
 
 def test_a_dense_network_runs_everything():
     images = small_images("dense", 5)
-    found = evaluate(srt.compile(small_model("dense")), TensorDataset(images, torch.zeros(5, dtype=torch.long)))
-    assert found.blocks_run.tolist() == [6] * 5
-    assert found.stats.computation == 1
-    assert found.stats.distinct_routes == 1
-    assert found.to_dict()["execution_rates"] == []
+    evaluation = evaluate(srt.compile(small_model("dense")), TensorDataset(images, torch.zeros(5, dtype=torch.long)))
+    assert evaluation.blocks_run.tolist() == [6] * 5
+    assert evaluation.stats.computation == 1
+    assert evaluation.stats.distinct_routes == 1
+    assert evaluation.to_dict()["execution_rates"] == []
 
 
 def test_engines_agree_where_they_are_right(split):
@@ -138,12 +129,12 @@ def test_without_equal_routes_logits_are_not_compared(split):
 
 def test_json_has_percents(split):
     model = small_model("rnn")
-    found = evaluate(srt.compile(model, "cpu"), split, reference=srt.compile(model, "eager"))
-    document = json.loads(json.dumps(found.to_dict()))
+    evaluation = evaluate(srt.compile(model, "cpu"), split, reference=srt.compile(model, "eager"))
+    document = json.loads(json.dumps(evaluation.to_dict()))
     assert document["accuracy"] == pytest.approx(100 * 8 / COUNT)
-    assert document["computation"] == pytest.approx(100 * found.stats.computation)
-    assert document["execution_rates"] == pytest.approx((100 * found.stats.execution_rates).tolist())
-    assert document["blocks_run"]["max"] == found.blocks_run.max()
+    assert document["computation"] == pytest.approx(100 * evaluation.stats.computation)
+    assert document["execution_rates"] == pytest.approx((100 * evaluation.stats.execution_rates).tolist())
+    assert document["blocks_run"]["max"] == evaluation.blocks_run.max()
     assert document["agreement"]["flips"] == 0
 
 
@@ -155,70 +146,6 @@ def test_data_that_do_not_fit_are_refused(split):
         evaluate(runtime, TensorDataset(split.tensors[0][:2], torch.tensor([0, 7])))
 
 
-# Timing --------------------------------------------------------------------------------------------------------------
-
-def test_contestants_take_turns():
-    calls: list[str] = []
-    names, told = ["a", "b", "c", "d"], []
-    timings = alternate({name: lambda name=name: calls.append(name) for name in names}, seconds=1e-9, per=4,
-                        on_progress=told.append)
-    assert calls[:4] == names  # to warm up
-    assert calls[4::2] == calls[5::2], "an untimed call right before every timed one"
-    rounds = [calls[start:start + 8:2] for start in range(4, len(calls), 8)]
-    assert len(rounds) == MIN_ROUNDS
-    assert all(sorted(order) == names for order in rounds)
-    assert len(set(map(tuple, rounds))) > 1
-    assert all(len(timing.seconds) == MIN_ROUNDS for timing in timings.values())
-    assert len(told) == MIN_ROUNDS
-
-
-def test_ratios_are_formed_within_a_round():
-    """The machine slows down tenfold in the second round: the ratio of the medians would say 20, the paired one 2."""
-    fast, slow = Timing((1.0, 10.0, 1.0)), Timing((2.0, 20.0, 20.0))
-    assert fast.speedup_over(slow) == 2
-    assert slow.median / fast.median == 20
-    assert fast.to_dict() == {"median": 1e3, "p20": pytest.approx(1e3), "p80": pytest.approx(6.4e3)}
-
-
-def test_a_busy_machine_is_noticed():
-    calm, busy = Timing((1.0, 1.1, 1.2, 1.0)), Timing((1.0, 1.1, 3.0, 3.0))
-    for skipping, dense, pytorch in ((calm, calm, calm), (busy, calm, calm), (calm, busy, calm), (calm, calm, busy)):
-        found = Comparison("cpu", torch.float32, 1, 1, 1, 0.5, "BN folded", pytorch,
-                           (EngineTiming("eager", skipping, dense),))
-        assert found.steady == (busy not in (skipping, dense, pytorch))
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("name", SMALL)
-def test_dense_execution_is_the_network_with_every_block_run(name, memory_format):
-    model, images = small_model(name), small_images(name, 3)
-    everything = torch.ones(model.arch.num_gates, dtype=torch.bool)
-    expected = srt.compile(model, "eager").infer(images, routing=everything).logits
-    given = images.clone()
-    logits = DenseNetwork(model, torch.device("cpu"), torch.float32, memory_format)(given)
-    assert relative_error(logits, expected) < 1e-5
-    assert torch.equal(given, images)
-
-
-def test_every_engine_is_timed_beside_dense_execution():
-    model, images = small_model("rnn"), small_images("rnn", 6)
-    found = compare_with_dense(model, images, batch=2, seconds=0.01)
-    names = [name for name, engine in REGISTRY.items()
-             if engine.objection(model.arch, torch.device("cpu"), torch.float32) is None]
-    assert [timed.engine for timed in found.engines] == names
-    assert {"cpu", "eager"} <= set(names)
-    result = srt.compile(model, "eager").infer(images)
-    dense = srt.count_operations(model.arch).dense.multiply_adds
-    assert found.multiply_adds_share == pytest.approx(result.multiply_adds.double().mean().item() / dense)
-    document = json.loads(json.dumps(found.to_dict()))
-    assert set(document["engines"]) == set(names)
-    for timed in document["engines"].values():
-        assert 0 < timed["skipping"]["p20"] <= timed["skipping"]["median"] <= timed["skipping"]["p80"]
-    assert document["pytorch_dense"]["variant"].startswith("BN folded")
-    with pytest.raises(ValueError, match="whole batches of 4, got 6"):
-        compare_with_dense(model, images, batch=4)
-
-
 # The bundled network -------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -227,11 +154,11 @@ def bundled() -> srt.SkipNet:
 
 
 def test_bundled_network_keeps_its_promise(bundled):
-    found = evaluate(srt.compile(bundled), held_out_digits())
-    assert len(found) == 360
-    assert found.accuracy >= 0.975
-    assert found.stats.computation <= 0.5
-    assert found.stats.distinct_routes > 1
+    evaluation = evaluate(srt.compile(bundled), held_out_digits())
+    assert len(evaluation) == 360
+    assert evaluation.accuracy >= 0.975
+    assert evaluation.stats.computation <= 0.5
+    assert evaluation.stats.distinct_routes > 1
 
 
 def test_self_check_passes_on_every_engine_and_finds_a_wrong_one(bundled, monkeypatch):

@@ -29,8 +29,8 @@ def target(request):
 def compiled(name, target, **options):
     dtype = torch.float16 if target["engine"] == "cuda" else torch.float32
     model = small_model(name)
-    if objection := REGISTRY[target["engine"]].objection(model.arch, torch.device(target["device"]), dtype):
-        pytest.skip(objection)
+    if reason := REGISTRY[target["engine"]].unsupported_reason(model.arch, torch.device(target["device"]), dtype):
+        pytest.skip(reason)
     return srt.compile(model, dtype=dtype, **target, **options)
 
 
@@ -57,9 +57,9 @@ def test_opcheck(target, name):
     runtime = compiled(name, target)
     images = small_images(name, 3).to(runtime.device, runtime.dtype)
     gates = SMALL[name].num_gates
-    routing = torch.ones(3, gates, dtype=torch.bool, device=runtime.device)
-    for forced, steps in ((None, gates), (routing, gates), (None, gates + (gates > 0))):
-        torch.library.opcheck(ops.run, (images, forced, runtime._number, steps))
+    routing = torch.ones(gates, 3, dtype=torch.bool, device=runtime.device)
+    for forced, num_gates in ((None, gates), (routing, gates), (None, gates + (gates > 0))):
+        torch.library.opcheck(ops.run, (images, forced, runtime._number, num_gates))
 
 
 @pytest.mark.parametrize("name", NAMES)

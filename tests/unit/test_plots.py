@@ -11,8 +11,8 @@ from PIL import Image
 from torch.utils.data import TensorDataset
 
 import skipnet_rt as srt
-from skipnet_rt.measure.baselines import PEERS, PUBLISHED_WAY
-from skipnet_rt.measure.benchmark import BatchResult, Benchmark, Contestant
+from skipnet_rt.measure.baselines import BASELINES, MASKED
+from skipnet_rt.measure.benchmark import BatchResult, Benchmark, EngineResult
 from skipnet_rt.measure.clock import Timing
 from skipnet_rt.measure.evaluate import Evaluation, evaluate
 from skipnet_rt.model.preprocessing import CIFAR
@@ -37,14 +37,15 @@ def dense() -> Evaluation:
 
 
 def benchmarked(batches: tuple[int, ...] = (1, 8, 64), engines: tuple[str, ...] = ("cpu",)) -> Benchmark:
-    """Made up: dense engines take a second a batch, ours half of their share, the published way three seconds."""
+    """Made up: dense engines take a second per batch, ours half of their share, the masked baseline three seconds."""
     def timing(seconds: float) -> Timing:
         return Timing((seconds,) * 3)
 
     results = tuple(BatchResult(
-        batch, tuple(Contestant(engine, share, share, timing(share / 2)) for engine in engines for share in (1, 0.5)),
-        {peer.name: timing(3 if peer is PUBLISHED_WAY else 1) for peer in PEERS}) for batch in batches)
-    return Benchmark(srt.arch("cifar10_rnn_gate_110"), torch.float32, {}, {"threads": 2}, None, {}, results)
+        batch, tuple(EngineResult(engine, share, share, timing(share / 2)) for engine in engines for share in (1, 0.5)),
+        {baseline.name: timing(3 if baseline is MASKED else 1) for baseline in BASELINES}) for batch in batches)
+    return Benchmark(srt.arch("cifar10_rnn_gate_110"), torch.device("cpu"), torch.float32, {}, {"threads": 2}, None, {},
+                     results)
 
 
 def shown_texts(figure) -> set[Text]:
@@ -127,8 +128,8 @@ def test_points_stand_at_accuracy_and_multiply_adds(evaluation, dense):
     figure = analysis.accuracy_against_computation(networks, "some data")
     points = [line for line in figure.axes[0].lines if line.get_linestyle() == "None"]
     assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in points] == [
-        (pytest.approx(found.stats.multiply_adds / 1e6), pytest.approx(100 * found.accuracy))
-        for found in (evaluation, dense)]
+        (pytest.approx(each.stats.multiply_adds / 1e6), pytest.approx(100 * each.accuracy))
+        for each in (evaluation, dense)]
     assert points[1].get_marker() == "s"
     assert f"sparse\n{evaluation.stats.computation:.1%} computation" in texts(figure)
     reference = [line for line in figure.axes[0].lines if line.get_linestyle() == "--"]
@@ -143,9 +144,9 @@ def test_lines_are_what_was_measured():
     assert lines == {f"{engine}, batch {batch} (dense: {best})": ([50, 100], [25, 50])
                      for engine in ("cpu", "eager") for batch in (1, 8)}
     lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in right.lines}
-    assert lines["published way"] == ([1, 8], [3000, 375])
+    assert lines["masked baseline"] == ([1, 8], [3000, 375])
     assert lines["cpu, 50% executed"] == ([1, 8], [250, 31.25])
-    assert len(lines) == len(PEERS) + 4
+    assert len(lines) == len(BASELINES) + 4
 
 
 @pytest.mark.parametrize("draw", [

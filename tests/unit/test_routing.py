@@ -5,7 +5,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import skipnet_rt as srt
 from skipnet_rt.model.arch import PUBLISHED
-from skipnet_rt.model.routing import computation, count_operations
+from skipnet_rt.model.flops import count_operations
+from skipnet_rt.model.routing import computation
 
 
 def counted_flops(function):

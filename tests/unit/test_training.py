@@ -6,7 +6,10 @@ import _thread
 import dataclasses
 import itertools
 import json
+import os
 import shlex
+import subprocess
+import sys
 import threading
 import time
 
@@ -14,25 +17,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from skipnet_rt.checkpoint import files as checkpoint
+from skipnet_rt import checkpoint
 from skipnet_rt.data import DATASETS, DIGITS, Data, Pictures, digits_pictures, load_dataset
 from skipnet_rt.model.arch import SkipNetArch
 from skipnet_rt.model.gates import FeedforwardGate, RNNGate
 from skipnet_rt.model.network import Trace, build
-from skipnet_rt.training.loop import (
-    RECIPES,
-    SCHEDULES,
-    TrainConfig,
-    TrainError,
-    cumulative_rewards,
-    leave_one_out,
-    objective_loss,
-    open_gates,
-    policy_loss,
-    sharpen_gates,
-    standardise_gates,
-    train,
-)
+from skipnet_rt.training import RECIPES, TrainConfig, TrainError, train
+from skipnet_rt.training.config import SCHEDULES
+from skipnet_rt.training.gate_init import open_gates, sharpen_gates, standardise_gates
+from skipnet_rt.training.loop import memory_format
+from skipnet_rt.training.policy_gradient import cumulative_rewards, leave_one_out, objective_loss, policy_loss
 
 TINY = SkipNetArch(stem="cifar", block="basic", depths=(2, 1, 1), widths=(4, 8, 8), gate="rnn")
 QUICK = dict(arch=TINY, supervised_epochs=1, reinforce_epochs=1, supervised_lr=0.05, warmup_steps=0,
@@ -243,8 +237,12 @@ def test_standardised_gates_see_unit_features_and_run_half_on_average():
 
 def test_a_run_leaves_a_model_that_scores_what_it_says(few_digits, tmp_path):
     before = torch.get_rng_state()
-    result = train(TrainConfig(**QUICK, output=str(tmp_path)))
+    shares, epochs = [], []
+    result = train(TrainConfig(**QUICK, output=str(tmp_path)), on_epoch=epochs.append,
+                   on_progress=lambda what, share: shares.append((what.split(":")[0], share)))
     assert torch.equal(torch.get_rng_state(), before)
+    assert shares == [("supervised 1/2", 0.25), ("supervised 1/2", 0.5), ("hybrid 2/2", 0.75), ("hybrid 2/2", 1.0)]
+    assert [words.split(":")[0] for words in epochs] == ["epoch 1/2 (supervised)", "epoch 2/2 (hybrid)"]
     assert [line["stage"] for line in result.history] == ["supervised", "hybrid"]
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert log == result.history
@@ -310,6 +308,29 @@ def test_the_same_seed_gives_the_same_weights_and_another_others(few_digits, tmp
             for seed, name in ((1, "a"), (1, "b"), (2, "c"))]
     assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
     assert not torch.equal(runs[0]["fc.weight"], runs[2]["fc.weight"])
+
+
+NARROW = """
+from skipnet_rt.model.arch import SkipNetArch
+from skipnet_rt.training import TrainConfig, train
+arch = SkipNetArch(stem="cifar", block="basic", depths=(1, 1), widths=(4, 8), gate="none")
+train(TrainConfig(arch=arch, stages="supervised", supervised_epochs=1, batch_size=512, output="run"))
+"""
+
+
+def test_a_narrow_network_trains_as_an_avx2_processor_would(tmp_path):
+    """Channels-last, oneDNN's AVX2 weight gradient of the 1x1 convolution of stride 2 writes out of bounds."""
+    done = subprocess.run([sys.executable, "-c", NARROW], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": "AVX2"}, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("widths", "expected"), [
+    ((4, 8), torch.contiguous_format), ((7, 7), torch.contiguous_format), ((8, 8), torch.channels_last),
+    ((16, 32, 64), torch.channels_last), ((4,), torch.channels_last)])
+def test_channels_last_unless_a_strided_shortcut_is_narrow(widths, expected):
+    architecture = SkipNetArch("cifar", "basic", (1,) * len(widths), widths, "rnn")
+    assert memory_format(architecture) == expected
 
 
 @pytest.mark.parametrize(("alpha", "low", "high"), [(100.0, 25.0, 25.0), (-100.0, 100.0, 100.0)])

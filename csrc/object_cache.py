@@ -1,7 +1,8 @@
-"""A cache of what compilers make: a second run of the tests compiles nothing.
+"""A cache of what compilers make: the package and its tests compile everything once.
 
-An entry is named by a hash of the command, the compiler's version and the bytes of every source. It lies in build/objects,
-which `make clean` removes; entries that nobody has used for a month are removed as well.
+An entry's name is a hash of the command, the compiler's version and the bytes of every source. It lies in
+build/objects, or where SKIPNET_OBJECT_CACHE says; `make clean` removes it, and entries that nobody has used for a month
+go by themselves.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "build" / "objects"
+FOLDER = Path(os.environ.get("SKIPNET_OBJECT_CACHE") or ROOT / "build" / "objects")
 _MONTH = 30 * 24 * 60 * 60
 
 
@@ -53,7 +54,9 @@ def compiled(command: Sequence[str | Path], sources: Iterable[Path], folder: Pat
 
 
 def _key(words: Sequence[str], sources: Iterable[Path]) -> str:
-    content = hashlib.sha256(repr((words, _version(words[0]))).encode())
+    # Of a folder to include from counts what is in it, not where it lies: each virtual environment has its own.
+    told = [word for word in words if not word.startswith("-I")]
+    content = hashlib.sha256(repr((told, _version(words[0]))).encode())
     for source in sources:
         for file in sorted(source.rglob("*")) if source.is_dir() else [source]:
             if file.is_file():
