@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import typer
 from rich.table import Table
@@ -144,11 +145,15 @@ def _drawn(folder: Path, evaluations: Sequence[Evaluation], names: Sequence[str]
     from skipnet_rt.measure import plots as analysis
 
     evaluation = evaluations[0]
+
+    def picture(number: int) -> np.ndarray:
+        return analysis.pixels(data.test[number][0], data.preprocessing)
+
     figures = {
         "execution_rates": analysis.execution_rates(evaluation),
         "skipped_by_class": analysis.skipped_by_class(evaluation, data.labels),
-        "easiest_and_hardest": analysis.easiest_and_hardest(
-            evaluation, lambda number: analysis.pixels(data.test[number][0], data.preprocessing), data.labels),
+        "easiest_and_hardest": analysis.easiest_and_hardest(evaluation, picture, data.labels),
+        "routes": analysis.routes(evaluation, picture, data.labels),
     }
     if len(evaluations) > 1:
         networks = [analysis.TradeOff.of(name, each) for name, each in zip(names, evaluations, strict=True)]

@@ -165,8 +165,8 @@ def routes(evaluation: Evaluation, picture: Callable[[int], np.ndarray], labels:
     chosen.sort(key=lambda number: ran[number])
     without_gate = torch.ones(len(evaluation), blocks - evaluation.arch.num_gates, dtype=torch.bool)  # these always run
     executed = torch.cat([without_gate, evaluation.executed.cpu()], dim=1).numpy()
-    figure = Figure(figsize=(1.15 * len(chosen), 2.3), layout="constrained")
-    grid = figure.subplots(2, len(chosen), squeeze=False, height_ratios=(4, 1))
+    figure = Figure(figsize=(1.15 * len(chosen), 2.8), layout="constrained")
+    grid = figure.subplots(2, len(chosen), squeeze=False, height_ratios=(7, 2))
     for number, (above, below) in zip(chosen, grid.T, strict=True):
         above.imshow(picture(number), interpolation="nearest")
         above.set_title(_shortened(labels[int(evaluation.predictions[number])]), fontsize=10)

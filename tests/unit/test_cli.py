@@ -254,7 +254,8 @@ def test_figures_and_comparison(run, checkpoint, few_digits, tmp_path):
     document = run("evaluate", "--model", checkpoint, "--compare", dense, "--plots", tmp_path / "new" / "plots",
                    "--json").json
     assert [Path(path).name for path in document["plots"]] == [
-        "execution_rates.png", "skipped_by_class.png", "easiest_and_hardest.png", "accuracy_against_computation.png"]
+        "execution_rates.png", "skipped_by_class.png", "easiest_and_hardest.png", "routes.png",
+        "accuracy_against_computation.png"]
     for path in document["plots"]:
         with Image.open(path) as picture:
             assert picture.format == "PNG"

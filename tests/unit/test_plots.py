@@ -116,6 +116,29 @@ def test_captions_tell_class_blocks_and_mistake(evaluation):
         assert axes.get_xlabel().split("\n") == lines + [f"as {LABELS[predicted]}"] * (target != predicted)
 
 
+def test_routes_are_the_blocks_that_ran(evaluation):
+    """The shade of each cell; every number of blocks run is there before one is there twice."""
+    asked = []
+
+    def picture(number):
+        asked.append(number)
+        return np.zeros((4, 4, 3), np.uint8)
+
+    figure = analysis.routes(evaluation, picture, LABELS, columns=6)
+    ran = evaluation.blocks_run
+    assert ran[asked].tolist() == sorted(ran[asked].tolist())
+    assert set(ran[asked].tolist()) == set(sorted(set(ran.tolist()))[:6])
+    for axes, number in zip(figure.axes[6:], asked, strict=True):
+        shades = axes.collections[0].get_array().flatten()[:7]
+        assert (shades == 1).tolist() == [True, *evaluation.executed[number].tolist()]
+        assert axes.get_xlabel() == f"{int(ran[number])} of 7"
+
+
+def test_a_dense_network_runs_everything(dense):
+    figure = analysis.routes(dense, lambda number: np.zeros((4, 4, 3), np.uint8), LABELS)
+    assert [axes.get_xlabel() for axes in figure.axes[4:]] == ["6 of 6"] * 4
+
+
 def test_fewer_images_than_columns_and_long_labels(dense):
     labels = ["a very long label " * 3] * 10
     figure = analysis.easiest_and_hardest(dense, lambda number: np.zeros((4, 4, 3), np.uint8), labels)
@@ -154,11 +177,12 @@ def test_lines_are_what_was_measured():
     lambda evaluation: analysis.skipped_by_class(evaluation, LABELS),
     lambda evaluation: analysis.skipped_by_class(evaluation, ["a class with a really rather long name"] * 7),
     lambda evaluation: analysis.easiest_and_hardest(evaluation, lambda number: np.zeros((4, 4, 3), np.uint8), LABELS),
+    lambda evaluation: analysis.routes(evaluation, lambda number: np.zeros((4, 4, 3), np.uint8), LABELS),
     lambda evaluation: analysis.accuracy_against_computation([analysis.TradeOff.of("x", evaluation)], "some data"),
     lambda evaluation: analysis.time_against_computation(benchmarked()),
     lambda evaluation: analysis.time_against_computation(benchmarked((1,), ("cpu", "eager"))),
 ], ids=["execution_rates", "skipped_by_class", "skipped_by_class, long names",
-        "easiest_and_hardest", "accuracy_against_computation", "time_against_computation",
+        "easiest_and_hardest", "routes", "accuracy_against_computation", "time_against_computation",
         "time_against_computation, one batch size"])
 @pytest.mark.filterwarnings("error")  # matplotlib warns where a layout leaves no room
 def test_nothing_is_cut_off_or_written_over(evaluation, draw, tmp_path):
