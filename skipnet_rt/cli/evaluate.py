@@ -113,7 +113,7 @@ def _check_fit(model: SkipNet, name: str, data: Data) -> None:
         raise CommandError(f"{name} has {len(data.labels)} classes, but {model.arch} has {model.arch.num_classes}")
     if model.card.labels and model.card.labels != data.labels:
         say("warning", f"the checkpoint's classes are not those of {name}: {', '.join(model.card.labels[:5])} ... "
-                        f"against {', '.join(data.labels[:5])} ...")
+                       f"against {', '.join(data.labels[:5])} ...")
     if model.card.preprocessing and model.card.preprocessing != data.preprocessing:
         say("warning", f"the checkpoint was trained with another preprocessing than that of {name}")
 
