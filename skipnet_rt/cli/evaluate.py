@@ -138,8 +138,8 @@ def _rates_table(evaluation: Evaluation) -> Table:
     return table
 
 
-def _drawn(folder: Path, evaluations: Sequence[Evaluation], names: Sequence[str], data: Data,
-           dataset: str) -> list[Path]:
+def _drawn(folder: Path, evaluations: Sequence[Evaluation], names: Sequence[str], data: Data, data_name: str
+           ) -> list[Path]:
     """The figures of the first evaluation, and of all of them if there are several."""
     from skipnet_rt.measure import plots as analysis
 
@@ -153,5 +153,5 @@ def _drawn(folder: Path, evaluations: Sequence[Evaluation], names: Sequence[str]
     if len(evaluations) > 1:
         networks = [analysis.TradeOff.of(name, each) for name, each in zip(names, evaluations, strict=True)]
         figures["accuracy_against_computation"] = analysis.accuracy_against_computation(
-            networks, f"{dataset}, {len(evaluation)} images")
+            networks, f"{data_name}, {len(evaluation)} images")
     return [analysis.save(figure, folder / f"{name}.png") for name, figure in figures.items()]
