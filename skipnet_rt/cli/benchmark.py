@@ -67,7 +67,7 @@ def benchmark_command(
     for result in measured.results:
         _print_batch(measured, result)
     out.print("\nCeiling: the best dense engine's time, times the executed share of the multiply-adds. At 100% every "
-               "skipped block is\na saving in full; above it our kernels beat that engine's, too.")
+              "skipped block is\na saving in full; above it our kernels beat that engine's, too.")
     for baseline, reason in measured.left_out.items():
         out.print(f"Without {baseline}: {reason}", markup=False)
     for path in written:
@@ -94,8 +94,7 @@ def _print_batch(measured: Benchmark, result: BatchResult) -> None:
                       f"{timing.speedup_over(result.best_dense):.2f}",
                       f"{timing.speedup_over(result.masked):.2f}" if result.masked else "", share)
     print_table(f"{measured.arch}, batch of {result.batch}: milliseconds ({measured.where}, {str(measured.dtype)[6:]}, "
-                 f"{result.rounds} interleaved rounds)", table,
-                 f"Best dense engine: {result.best}.")
+                f"{result.rounds} interleaved rounds)", table, f"Best dense engine: {result.best}.")
     if not result.steady:
         out.print(UNSTEADY)
 

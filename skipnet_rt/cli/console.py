@@ -25,6 +25,7 @@ def _console(*, stderr: bool) -> Console:
     given = (sys.stderr if stderr else sys.stdout).isatty() or "COLUMNS" in os.environ
     return Console(stderr=stderr, highlight=False, width=None if given else 120)
 
+
 out, err = _console(stderr=False), _console(stderr=True)
 
 

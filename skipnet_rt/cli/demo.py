@@ -70,7 +70,7 @@ def _print_times(measured: Benchmark) -> None:
     table.add_row("PyTorch dense", "", f"{1e3 * result.best_dense.median:.2f}", "", "")
     print_table(f"Milliseconds per batch of {result.batch} ({measured.device.type}{threads}, "
                 f"{str(measured.dtype)[6:]}, medians of {result.rounds} interleaved rounds)", table,
-                f"Skipping leaves {skipping.multiply_adds_share:.0%} of the multiply-adds. "
+                f"Skipping leaves {result.engines[0].multiply_adds_share:.0%} of the multiply-adds. "
                 f"PyTorch dense: eager PyTorch without gates, {VARIANTS[result.best]}.")
     if not result.steady:
         out.print(UNSTEADY)

@@ -114,7 +114,7 @@ def _check_fit(model: SkipNet, name: str, data: Data) -> None:
         raise CommandError(f"{name} has {len(data.labels)} classes, but {model.arch} has {model.arch.num_classes}")
     if model.card.labels and model.card.labels != data.labels:
         say("warning", f"the checkpoint's classes are not those of {name}: {', '.join(model.card.labels[:5])} ... "
-                        f"against {', '.join(data.labels[:5])} ...")
+                       f"against {', '.join(data.labels[:5])} ...")
     if model.card.preprocessing and model.card.preprocessing != data.preprocessing:
         say("warning", f"the checkpoint was trained with another preprocessing than that of {name}")
 
@@ -139,8 +139,8 @@ def _rates_table(evaluation: Evaluation) -> Table:
     return table
 
 
-def _drawn(folder: Path, evaluations: Sequence[Evaluation], names: Sequence[str], data: Data,
-           dataset: str) -> list[Path]:
+def _drawn(folder: Path, evaluations: Sequence[Evaluation], names: Sequence[str], data: Data, data_name: str
+           ) -> list[Path]:
     """The figures of the first evaluation, and of all of them if there are several."""
     from skipnet_rt.measure import plots as analysis
 
@@ -158,5 +158,5 @@ def _drawn(folder: Path, evaluations: Sequence[Evaluation], names: Sequence[str]
     if len(evaluations) > 1:
         networks = [analysis.TradeOff.of(name, each) for name, each in zip(names, evaluations, strict=True)]
         figures["accuracy_against_computation"] = analysis.accuracy_against_computation(
-            networks, f"{dataset}, {len(evaluation)} images")
+            networks, f"{data_name}, {len(evaluation)} images")
     return [analysis.save(figure, folder / f"{name}.png") for name, figure in figures.items()]

@@ -68,8 +68,8 @@ def predict_command(
             report("classifying", len(predictions) / len(images))
     if as_json:
         print_json({"model": str(model_path) if model_path else None, "architecture": str(model.arch),
-                     "blocks": model.arch.num_blocks,
-                     "predictions": [_prediction_dict(prediction) for prediction in predictions]})
+                    "blocks": model.arch.num_blocks,
+                    "predictions": [_prediction_dict(prediction) for prediction in predictions]})
         return
     table = Table()
     for heading, justify in (("image", "left"), ("class", "left"), ("probability", "right"), ("then", "left"),

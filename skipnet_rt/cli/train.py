@@ -41,10 +41,10 @@ def train_command(as_json: bool, **options: Any) -> None:
     training = result.card.training
     if as_json:
         print_json({"model": str(result.path), "architecture": str(result.model.arch),
-                     **{name: training[name] for name in ("data", "accuracy", "computation", "epochs", "seconds")}})
+                    **{name: training[name] for name in ("data", "accuracy", "computation", "epochs", "seconds")}})
         return
     out.print(f"Trained {result.model.arch} on {config.data}: accuracy {training['accuracy']:.2f} %, "
-               f"computation {training['computation']:.1f} %. Wrote {result.path}", markup=False, soft_wrap=True)
+              f"computation {training['computation']:.1f} %. Wrote {result.path}", markup=False, soft_wrap=True)
 
 
 def _print_epoch(words: str) -> None:

@@ -250,19 +250,19 @@ def benchmark(model: SkipNet, *, engines: Sequence[str] = ("auto",), batches: Se
         for number, baseline in enumerate(measured):
             report(f"batch {batch}: building {baseline.name}", number / len(measured))
             calls[baseline.name] = _over(parts, baseline.build(model, parts[0], dtype))
-        untimed: list[tuple[str, float | None, float]] = []
+        ours: dict[str, tuple[str, float | None, float]] = {}
         for fraction in fractions:
             routes = _routes(runtimes[0], parts, fraction)
             share = _multiply_adds_share(model.arch, routes)
             for runtime in runtimes:
                 name = _name(runtime.engine.name, fraction)
                 calls[name] = _over(parts, runtime.infer) if fraction is None else _over(parts, runtime.infer, routes)
-                untimed.append((runtime.engine.name, fraction, share))
+                ours[name] = runtime.engine.name, fraction, share
         timings = time_interleaved(calls, seconds=seconds, device=place, device_time=by_device, per=len(parts),
                                    on_progress=partial(report, f"batch {batch}: timing {len(calls)} in turns"))
         wall = time_interleaved(calls, seconds=seconds, device=place, per=len(parts)) if by_device else {}
         results.append(BatchResult(
-            batch, tuple(EngineResult(*one, timings[_name(one[0], one[1])]) for one in untimed),
+            batch, tuple(EngineResult(*what, timings[name]) for name, what in ours.items()),
             {baseline.name: timings[baseline.name] for baseline in measured}, wall))
     return Benchmark(model.arch, place, dtype, versions, cpu, load, left_out, tuple(results), machine.gpu(place))
 

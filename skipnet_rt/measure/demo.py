@@ -66,7 +66,8 @@ def _times_dict(measured: Benchmark) -> dict[str, Any]:
     return {
         "device": measured.device.type, "dtype": str(measured.dtype).removeprefix("torch."),
         "threads": measured.cpu["threads"], "batch": result.batch, "images": BATCHES[result.batch],
-        "rounds": result.rounds, "steady": result.steady, "multiply_adds_share": 100 * skipping.multiply_adds_share,
+        "rounds": result.rounds, "steady": result.steady,
+        "multiply_adds_share": 100 * result.engines[0].multiply_adds_share,
         "pytorch_dense": {"variant": VARIANTS[result.best], **result.best_dense.to_dict()}, "engines": engines,
     }
 

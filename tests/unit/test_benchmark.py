@@ -226,6 +226,11 @@ def test_everything_asked_for_is_measured():
     assert json.loads(json.dumps(measured.to_dict()))["results"][1]["batch"] == 3
 
 
+def test_an_engine_named_twice_is_timed_once():
+    measured = benchmark(small_model("rnn"), engines=["auto", "cpu"], batches=[1], baselines=QUICK, seconds=0)
+    assert [(each.engine, each.fraction) for each in measured.results[0].engines] == [("cpu", 0.5), ("cpu", 1.0)]
+
+
 def test_given_images_are_timed_batch_by_batch_on_the_gates_own_routes():
     """Every engine that takes the network beside both kinds of plain PyTorch, as the demonstration does."""
     model, images = small_model("rnn"), small_images("rnn", 6)
