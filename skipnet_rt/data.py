@@ -60,7 +60,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
 
     Args:
         pictures: of any mode and size that the transform takes.
-        labels: one class number a picture.
+        labels: one class number per picture.
         transform: a picture to an image ``[3, H, W]``.
     """
 

@@ -91,7 +91,7 @@ def _native(arch: SkipNetArch, dtype: torch.dtype) -> _C.CudaResident:
 
 
 class ResidentStrategy:
-    """One launch for a batch; a call allocates its results and nothing else.
+    """One launch per batch; a call allocates its results and nothing else.
 
     Args:
         network: one that :meth:`unsupported_reason` has nothing against.

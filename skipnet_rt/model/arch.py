@@ -118,7 +118,7 @@ class SkipNetArch:
             if getattr(self, field) not in allowed:
                 raise ArchError(f"{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
         if len(self.depths) != len(self.widths) or not self.depths:
-            raise ArchError(f"depths and widths must have one entry a group, got {self.depths} and {self.widths}")
+            raise ArchError(f"depths and widths must have one entry per group, got {self.depths} and {self.widths}")
         for field in ("depths", "widths", "image_size"):
             if any(type(value) is not int or value < 1 for value in getattr(self, field)):
                 raise ArchError(f"{field} must be positive integers, got {getattr(self, field)}")

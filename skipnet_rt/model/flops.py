@@ -18,8 +18,8 @@ class OperationCount:
     Attributes:
         multiply_adds: of convolutions and of the gates' matrix products: the figure that papers quote.
         operations: everything: two for a multiply-add of any layer (classifier and biases included), one for every
-            other arithmetic operation (batch normalisation two an element; ReLU, residual addition, pooling, each
-            nonlinearity of a gate one an element).
+            other arithmetic operation (batch normalisation two per element; ReLU, residual addition, pooling, each
+            nonlinearity of a gate one per element).
     """
 
     multiply_adds: int = 0
@@ -37,7 +37,7 @@ def _convolution(in_channels: int, out_channels: int, kernel: int, size: tuple[i
     return OperationCount(multiply_adds, 2 * multiply_adds + extras * outputs)
 
 
-_BN, _BN_RELU, _BN_ADD_RELU = 2, 3, 4  # operations an element after a convolution
+_BN, _BN_RELU, _BN_ADD_RELU = 2, 3, 4  # operations per element after a convolution
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ class NetworkCount:
 
     Attributes:
         stem, head: run by every image.
-        blocks: one a residual block.
-        gates: one a gate that decides something.
+        blocks: one per residual block.
+        gates: one per gate that decides something.
     """
 
     stem: OperationCount

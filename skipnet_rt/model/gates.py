@@ -1,6 +1,6 @@
 """The gates: small networks that look at a block's output and decide whether the next block runs.
 
-All of them reduce to one number an image, the *execute logit* ``z``; ``p = sigmoid(z)`` is the probability of
+All of them reduce to one number per image, the *execute logit* ``z``; ``p = sigmoid(z)`` is the probability of
 executing. (The feed-forward gates' two-way softmax is the sigmoid of the difference of its two logits.)
 Source: SkipNet paper, section 3.1, figure 3. Parameter names are those of the published code.
 """

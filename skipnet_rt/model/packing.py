@@ -101,7 +101,7 @@ class PackedNetwork:
         dtype: of convolutions, activations and logits. Gates are float32 (float64 in a float64 network).
         stem: the first convolution; ReLU and, for ImageNet, a max pool follow.
         blocks: every residual block in order.
-        gates: one a block (the last one decides nothing); empty in a dense network.
+        gates: one per residual block (the last one decides nothing); empty in a dense network.
         lstm: RNNGate's cell, otherwise None.
         head_weight: ``[num_classes, features]``.
         head_bias: ``[num_classes]``.

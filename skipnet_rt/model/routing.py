@@ -120,12 +120,12 @@ class RoutingStats:
 
     @property
     def multiply_adds(self) -> float:
-        """Mean multiply-adds an image, gates included."""
+        """Mean multiply-adds per image, gates included."""
         return count_operations(self.arch).per_image(self.executed)[0].double().mean().item()
 
     @property
     def multiply_adds_share(self) -> float:
-        """Mean multiply-adds an image, gates included, over those of the dense base."""
+        """Mean multiply-adds per image, gates included, over those of the dense base."""
         return self.multiply_adds / count_operations(self.arch).dense.multiply_adds
 
     @property

@@ -1,3 +1,5 @@
+"""The registry of published names, and what follows from an architecture."""
+
 import pytest
 import torch
 from networks import SMALL, published_shapes
@@ -74,7 +76,7 @@ def test_published_name_is_found_again():
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"gate": "fisher"}, "gate must be one of"),
-    ({"depths": (2, 2)}, "one entry a group"),
+    ({"depths": (2, 2)}, "one entry per group"),
     ({"depths": (2, 0, 2)}, "depths must be positive"),
     ({"num_classes": 0}, "num_classes must be a positive integer"),
     ({"image_size": (32,)}, "image_size must be"),

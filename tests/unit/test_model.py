@@ -1,3 +1,5 @@
+"""The trainable network beside the published code: decisions, gradients, gate modes, return values."""
+
 import pytest
 import torch
 from networks import CASES, SMALL, GoldenCase, relative_error, small_images, small_model

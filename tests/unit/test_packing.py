@@ -1,3 +1,5 @@
+"""Weights as engines take them: exact, and a snapshot."""
+
 import pytest
 import torch
 from networks import SMALL, small_images, small_model

@@ -1,3 +1,5 @@
+"""compile() and its runtime: what goes in and comes out, and what is refused with which words."""
+
 import copy
 
 import pytest
