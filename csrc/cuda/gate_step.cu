@@ -11,8 +11,7 @@
 namespace skipnet::cuda {
 namespace {
 
-constexpr int kWarps = 4,
-              kThreads = 32 * kWarps;  // a warp takes an image; few per thread block, to spread a small batch
+constexpr int kWarps = 4, kThreads = 32 * kWarps;  // of a thread block: few, so that a small batch has many
 
 // sum_c weight[c] * x[c] over the warp; lane l takes the channels l, l + 32, ...
 __device__ float warp_dot(const float* weight, const float* x, int size) {
