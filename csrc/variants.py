@@ -3,7 +3,7 @@
 import platform
 
 # In csrc/cpu/.
-VARIANT_SOURCES = ("resident.cpp", "compacted.cpp", "standalone.cpp")
+VARIANT_SOURCES = ("resident/resident.cpp", "compacted/compacted.cpp", "standalone.cpp")
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 

@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "../check.h"
-#include "../cpu/compacted.h"
-#include "../cpu/resident.h"
+#include "../cpu/compacted/compacted.h"
+#include "../cpu/resident/resident.h"
 #include "../cpu/standalone.h"
 #include "bindings.h"
 
@@ -88,7 +88,7 @@ public:
             check_shape(bias, "bias", {4 * hidden_});
             network.lstm = {embed, hidden_, input_weight.data(), hidden_weight.data(), bias.data(),
                             projection_weight.data(), projection_bias};
-            check(static_cast<int>(embeddings.size()) == blocks_, "embeddings: expected one a block");
+            check(static_cast<int>(embeddings.size()) == blocks_, "embeddings: expected one per block");
             for (int i = 0; i < blocks_; ++i) {
                 const int out = network.blocks[i].last.out;
                 check_shape(embeddings[i].first, "embedding", {embed, out});
@@ -96,7 +96,7 @@ public:
                 network.embeddings.push_back({out, embeddings[i].first.data(), embeddings[i].second.data()});
             }
         }
-        check(gates.empty() || (static_cast<int>(gates.size()) == blocks_ && !lstm), "gates: expected one a block");
+        check(gates.empty() || (static_cast<int>(gates.size()) == blocks_ && !lstm), "gates: expected one per block");
         for (int i = 0; i < static_cast<int>(gates.size()); ++i) {
             const auto& [max_pool, layers, weight, bias] = gates[i];
             const int out = network.blocks[i].last.out;
@@ -125,19 +125,19 @@ public:
              const std::optional<Array<bool>>& forced, Array<float> hidden, Array<float> cell, int threads) {
         const auto* in_float32 = std::get_if<Array<float>>(&images);
         const auto* in_bfloat16 = std::get_if<Array<std::uint16_t>>(&images);
-        const py::ssize_t batch = logits.shape(0), steps = gate_logits.shape(0);
+        const py::ssize_t batch = logits.shape(0), num_gates = gate_logits.shape(0);
         std::visit([&](const auto& array) { check_shape(array, "images", {batch, in_, height_, width_}); }, images);
         check_shape(logits, "logits", {batch, classes_});
-        check(steps == (gated_ ? blocks_ - 1 : 0) || (gated_ && steps == blocks_), "gate_logits: expected ",
-              blocks_ - 1, " or ", blocks_, " rows, got ", steps);
-        check_shape(gate_logits, "gate_logits", {steps, batch});
-        check_shape(probabilities, "probabilities", {steps, batch});
-        check_shape(executed, "executed", {steps, batch});
+        check(num_gates == (gated_ ? blocks_ - 1 : 0) || (gated_ && num_gates == blocks_), "gate_logits: expected ",
+              blocks_ - 1, " or ", blocks_, " rows, got ", num_gates);
+        check_shape(gate_logits, "gate_logits", {num_gates, batch});
+        check_shape(probabilities, "probabilities", {num_gates, batch});
+        check_shape(executed, "executed", {num_gates, batch});
         check_shape(hidden, "hidden", {batch, hidden_});
         check_shape(cell, "cell", {batch, hidden_});
         if (forced) check_shape(*forced, "forced", {gated_ ? blocks_ - 1 : 0, batch});
         if (batch == 0) return;
-        const cpu::Call call{static_cast<int>(batch), static_cast<int>(steps), threads,
+        const cpu::Call call{static_cast<int>(batch), static_cast<int>(num_gates), threads,
                              {in_float32 ? in_float32->data() : nullptr, in_bfloat16 ? in_bfloat16->data() : nullptr,
                               bfloat16_},
                              forced ? forced->data() : nullptr, logits.mutable_data(), gate_logits.mutable_data(),

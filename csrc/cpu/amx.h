@@ -37,24 +37,24 @@ public:
 
     // to[16, 16] = x[16, depth] weight[depth, 16]; of the weights, two channels lie side by side. The distances are in
     // elements: from a row to the next, of the weights from a pair of channels to the next.
-    void multiply(const std::uint16_t* x, int x_apart, const std::uint16_t* weight, int weight_apart, int depth, float* to,
-                  int to_apart) const {
+    void multiply(const std::uint16_t* x, int x_stride, const std::uint16_t* weight, int weight_stride, int depth, float* to,
+                  int to_stride) const {
 #ifdef SKIPNET_SOFTWARE_AMX
         for (int row = 0; row < kTileRows; ++row) {
             Vector sum = {};
             for (int c = 0; c < depth; c += 2)
-                sum = BFloat16::multiply_add(BFloat16::broadcast_pack(x + row * x_apart + c),
-                                             BFloat16::load_pack(weight + c / 2 * weight_apart), sum);
-            store(to + row * to_apart, sum);
+                sum = BFloat16::multiply_add(BFloat16::broadcast_pack(x + row * x_stride + c),
+                                             BFloat16::load_pack(weight + c / 2 * weight_stride), sum);
+            store(to + row * to_stride, sum);
         }
 #else
         _tile_zero(0);
         for (int c = 0; c < depth; c += step_) {
-            _tile_loadd(1, x + c, x_apart * 2);
-            _tile_loadd(2, weight + c / 2 * weight_apart, weight_apart * 2);
+            _tile_loadd(1, x + c, x_stride * 2);
+            _tile_loadd(2, weight + c / 2 * weight_stride, weight_stride * 2);
             _tile_dpbf16ps(0, 1, 2);
         }
-        _tile_stored(0, to, to_apart * 4);
+        _tile_stored(0, to, to_stride * 4);
 #endif
     }
 

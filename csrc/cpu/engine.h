@@ -39,10 +39,10 @@ struct NetworkWeights {
     ConvolutionWeights stem;
     bool max_pool;      // 3x3 with stride 2, after the stem
     std::vector<BlockWeights> blocks;
-    std::vector<Embedding> embeddings;        // RNNGate: one a block
+    std::vector<Embedding> embeddings;        // RNNGate: one per block
     Lstm lstm;                                // RNNGate
-    std::vector<GateConvolutions> gates;      // feed-forward: one a block
-    std::vector<FeedforwardTail> tails;       // feed-forward: one a block
+    std::vector<GateConvolutions> gates;      // feed-forward: one per block
+    std::vector<FeedforwardTail> tails;       // feed-forward: one per block
     const float* head_weight;                 // [classes, features]
     const float* head_bias;                   // [classes]
 };
@@ -70,14 +70,15 @@ struct Images {
 
 // One call. Everything belongs to the caller.
 struct Call {
-    int batch, steps;       // gates to evaluate: blocks - 1, or one more; 0 in a dense network
+    int batch;
+    int num_gates;          // to evaluate: blocks - 1, or one more; 0 in a dense network
     int threads;            // at most
     Images images;
     const bool* forced;     // [blocks - 1, batch], or null
     float* logits;          // [batch, classes]
-    float* gate_logits;     // [steps, batch]
-    float* probabilities;   // [steps, batch]
-    bool* executed;         // [steps, batch]
+    float* gate_logits;     // [num_gates, batch]
+    float* probabilities;   // [num_gates, batch]
+    bool* executed;         // [num_gates, batch]
     float* hidden;          // [batch, hidden], RNNGate's last state
     float* cell;            // [batch, hidden]
 };

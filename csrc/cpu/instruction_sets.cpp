@@ -8,8 +8,8 @@
 #endif
 
 #include "../check.h"
-#include "compacted.h"
-#include "resident.h"
+#include "compacted/compacted.h"
+#include "resident/resident.h"
 #include "standalone.h"
 
 namespace skipnet::cpu {

@@ -3,10 +3,10 @@
 
 #include <vector>
 
-#include "convolution.h"
-#include "gates.h"
+#include "resident/conv_nhwc.h"
+#include "gate_step.h"
 #include "variant.h"
-#include "winograd.h"
+#include "compacted/winograd_nchwc.h"
 
 // Makes the compiler believe that vector registers are looked at, so that every round is needed.
 #if defined(__aarch64__)
@@ -57,7 +57,7 @@ public:
     }
 
     void run() override {
-        const Team alone{0, 1, nullptr};
+        const ThreadGroup alone{0, 1, nullptr};
         const int batch = static_cast<int>(x_.size());
         const float* const* inputs = &inputs_[0].data;
         float* const* outputs = &outputs_[0].data;
@@ -133,14 +133,14 @@ public:
 
     void run() override {
         // One after another would not share the weights: all together, as in the engine, up to its number.
-        constexpr std::size_t kTogether = 8;
-        const Team alone{0, 1, nullptr};
-        for (std::size_t first = 0; first < x_.size(); first += kTogether) {
-            const float* images[kTogether];
-            const Element* inputs[kTogether];
-            Element* outputs[kTogether];
+        constexpr std::size_t kMaxImages = 8;
+        const ThreadGroup alone{0, 1, nullptr};
+        for (std::size_t first = 0; first < x_.size(); first += kMaxImages) {
+            const float* images[kMaxImages];
+            const Element* inputs[kMaxImages];
+            Element* outputs[kMaxImages];
             int count = 0;
-            for (std::size_t i = first; i < x_.size() && i < first + kTogether; ++i, ++count) {
+            for (std::size_t i = first; i < x_.size() && i < first + kMaxImages; ++i, ++count) {
                 images[count] = images_[i].get();
                 inputs[count] = x_[i].get();
                 outputs[count] = y_[i].get();
@@ -206,7 +206,7 @@ public:
 private:
     int channels_;
     Linear embedding_;
-    RnnCell cell_;
+    LstmCell cell_;
     Buffer feature_, hidden_lanes_, cell_lanes_;
 };
 

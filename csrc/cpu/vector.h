@@ -18,7 +18,7 @@ namespace {
 
 constexpr int kWidth = SKIPNET_WIDTH;                  // floats in a vector
 constexpr int kAccumulators = kWidth == 16 ? 16 : 8;   // vectors that a kernel keeps in registers
-constexpr int kMostColumns = kWidth == 16 ? 4 : 2;     // of these, vectors along the output channels
+constexpr int kMaxColumns = kWidth == 16 ? 4 : 2;     // of these, vectors along the output channels
 
 typedef float Vector __attribute__((vector_size(4 * SKIPNET_WIDTH)));
 typedef int IntVector __attribute__((vector_size(4 * SKIPNET_WIDTH)));
@@ -37,7 +37,7 @@ inline Vector broadcast(float value) { return value - Vector{}; }
 inline Vector relu(Vector x) { return x < Vector{} ? Vector{} : x; }
 
 // e^x to about one unit in the last place; arguments beyond +-87 are clamped, NaN stays NaN.
-inline Vector exponential(Vector x) {
+inline Vector exp(Vector x) {
     const Vector limit = broadcast(87.0f);
     x = x > limit ? limit : x;
     x = x < -limit ? -limit : x;
@@ -52,9 +52,9 @@ inline Vector exponential(Vector x) {
     return p * scale;
 }
 
-inline Vector sigmoid(Vector x) { return broadcast(1.0f) / (broadcast(1.0f) + exponential(-x)); }
+inline Vector sigmoid(Vector x) { return broadcast(1.0f) / (broadcast(1.0f) + exp(-x)); }
 
-inline Vector hyperbolic_tangent(Vector x) { return broadcast(2.0f) * sigmoid(x + x) - broadcast(1.0f); }
+inline Vector tanh(Vector x) { return broadcast(2.0f) * sigmoid(x + x) - broadcast(1.0f); }
 
 constexpr int vectors(int floats) { return (floats + kWidth - 1) / kWidth; }
 

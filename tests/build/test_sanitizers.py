@@ -14,7 +14,7 @@ from variants import MACROS, VARIANT_SOURCES, VARIANTS
 
 from skipnet_rt import _C
 
-SOURCES = ["tests/build/native/fuzz_networks.cpp", "csrc/cpu/threads.cpp", "csrc/cpu/instruction_sets.cpp"]
+SOURCES = ["tests/build/native/fuzz_networks.cpp", "csrc/cpu/thread_team.cpp", "csrc/cpu/instruction_sets.cpp"]
 INCLUDED = [ROOT / "csrc" / "cpu", ROOT / "tests" / "build" / "native", *(ROOT / "csrc").glob("*.h")]
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")]

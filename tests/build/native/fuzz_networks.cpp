@@ -9,8 +9,8 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/cpu/compacted.h"
-#include "../../csrc/cpu/resident.h"
+#include "../../../csrc/cpu/compacted/compacted.h"
+#include "../../../csrc/cpu/resident/resident.h"
 
 using namespace skipnet;
 using namespace skipnet::cpu;

@@ -9,12 +9,12 @@
 #include <vector>
 
 #ifdef __AMX_BF16__
-#include "amx.h"
+#include "../amx.h"
 #endif
-#include "blocking.h"
-#include "engine.h"
-#include "threads.h"
-#include "vector.h"
+#include "../blocking.h"
+#include "../engine.h"
+#include "../thread_team.h"
+#include "../vector.h"
 
 namespace skipnet::cpu {
 namespace {
@@ -76,7 +76,7 @@ inline __attribute__((always_inline)) void accumulate(Vector (&sums)[T][K], cons
 }
 
 // Covers rows x columns (in vectors) with register blocks: function(T, K, first row, first column).
-template <int K = kMostColumns, typename Function>
+template <int K = kMaxColumns, typename Function>
 inline void for_blocks(int rows, int first_column, int last_column, const Function& function) {
     constexpr int most = kAccumulators / K < kPixels ? kAccumulators / K : kPixels;
     int column = first_column;
@@ -91,7 +91,7 @@ inline void for_blocks(int rows, int first_column, int last_column, const Functi
 // How many of the output channels' vectors are worked on at a time. Their transformed kernels are written to the same
 // memory for every convolution and must not leave the second cache on the way.
 template <typename Operand>
-constexpr int most_columns(int in) {
+constexpr int max_columns(int in) {
     constexpr int kBytes = 160000;  // measured: docs/performance.md
     const int bytes = kPoints * in * kWidth * static_cast<int>(sizeof(typename Operand::Element));
     return bytes < kBytes ? kBytes / bytes : 1;
@@ -100,50 +100,50 @@ constexpr int most_columns(int in) {
 // Elements from a point's `size` to the next point's: a line of the cache more. All points of a tile, or of a pair of
 // channels, are written together, and a power of two apart they would meet in a few sets of the cache.
 template <typename Element>
-constexpr std::ptrdiff_t apart(int size) {
+constexpr std::ptrdiff_t padded_stride(int size) {
     return size + 64 / static_cast<int>(sizeof(Element));
 }
 
 // Elements from a column's transformed weights to the next column's.
 template <typename Operand>
-constexpr std::ptrdiff_t weights_apart(int in) {
-    return kPoints * apart<typename Operand::Element>(in * kWidth);
+constexpr std::ptrdiff_t weights_stride(int in) {
+    return kPoints * padded_stride<typename Operand::Element>(in * kWidth);
 }
 
 // Elements from a block's transformed inputs to the next block's.
 template <typename Operand>
-constexpr std::ptrdiff_t inputs_apart(int in) {
-    return kPoints * apart<typename Operand::Element>(kTileBlock<Operand> * in);
+constexpr std::ptrdiff_t inputs_stride(int in) {
+    return kPoints * padded_stride<typename Operand::Element>(kTileBlock<Operand> * in);
 }
 
-// Where a thread works. One a thread.
+// Where a thread works. One per thread.
 template <typename Operand>
 struct Scratch {
     using Element = typename Operand::Element;
     static constexpr int kBlock = kTileBlock<Operand>;
 
-    BufferOf<Element> weights;  // [columns, kPoints, apart] of [channels in / kPack, kWidth, kPack]
-    BufferOf<Element> inputs;   // [blocks of tiles, kPoints, apart] of [channels in / run_of, kBlock, run_of]
-    Buffer products;            // [kPoints, apart] of [kBlock, channels out]
+    BufferOf<Element> weights;  // [columns, kPoints, stride] of [channels in / kPack, kWidth, kPack]
+    BufferOf<Element> inputs;   // [blocks of tiles, kPoints, stride] of [channels in / run_of, kBlock, run_of]
+    Buffer products;            // [kPoints, stride] of [kBlock, channels out]
     BufferOf<Element> rows;     // three rows of a plane, for a direct convolution
 
     // For convolutions of `images` images from any of `planes` to as many channels or fewer.
     Scratch(const std::vector<Plane>& planes, int images) {
-        std::size_t most_weights = 0, most_inputs = 0, most_products = 0, most_rows = 0;
+        std::size_t max_weights = 0, max_inputs = 0, max_products = 0, max_rows = 0;
         const auto raise = [](std::size_t& most, std::size_t size) { most = most < size ? size : most; };
         for (const Plane& plane : planes) {
-            const int channels = plane.channels, most = most_columns<Operand>(channels) * kWidth;
+            const int channels = plane.channels, most = max_columns<Operand>(channels) * kWidth;
             const bool at_once = channels <= most;
             const int blocks = at_once ? 1 : (images * plane.tiles() + kBlock - 1) / kBlock;
-            raise(most_weights, (at_once ? channels : most) / kWidth * weights_apart<Operand>(channels));
-            raise(most_inputs, blocks * inputs_apart<Operand>(channels));
-            raise(most_products, kPoints * apart<float>(kBlock * channels));
-            raise(most_rows, 3 * plane.row());
+            raise(max_weights, (at_once ? channels : most) / kWidth * weights_stride<Operand>(channels));
+            raise(max_inputs, blocks * inputs_stride<Operand>(channels));
+            raise(max_products, kPoints * padded_stride<float>(kBlock * channels));
+            raise(max_rows, 3 * plane.row());
         }
-        weights = BufferOf<Element>(most_weights);
-        inputs = BufferOf<Element>(most_inputs);
-        products = Buffer(most_products);
-        rows = BufferOf<Element>(most_rows);
+        weights = BufferOf<Element>(max_weights);
+        inputs = BufferOf<Element>(max_inputs);
+        products = Buffer(max_products);
+        rows = BufferOf<Element>(max_rows);
     }
 };
 
@@ -169,18 +169,18 @@ public:
     }
 
     // outputs = relu(convolution(inputs) + bias [+ outputs]); tile_sums, where given, gets the sum of each tile's
-    // outputs. The team shares the work: whole tiles, or channels where there are too few tiles.
+    // outputs. The group shares the work: whole tiles, or channels where there are too few tiles.
     void run(const Plane& in, const float* const* inputs /* [images] of `in` */, float* const* outputs /* [images] */,
              bool add_outputs, float* const* tile_sums /* [images] of [tiles, out], or null */, int images,
-             const Team& team, Scratch<Operand>& scratch) const {
+             const ThreadGroup& group, Scratch<Operand>& scratch) const {
         if (images == 0) return;
         const Plane out{in.height, in.width, out_};
         const int per_image = in.tiles(), tiles = images * per_image;
         const int blocks = (tiles + kBlock - 1) / kBlock;
-        const bool by_tiles = blocks >= team.size;
-        const Team alone{0, 1, nullptr};
-        const Share mine(blocks, by_tiles ? team : alone), columns(out_ / kWidth, by_tiles ? alone : team);
-        const int most = most_columns<Operand>(in_);
+        const bool by_tiles = blocks >= group.size;
+        const ThreadGroup alone{0, 1, nullptr};
+        const Share mine(blocks, by_tiles ? group : alone), columns(out_ / kWidth, by_tiles ? alone : group);
+        const int most = max_columns<Operand>(in_);
         const bool at_once = columns.end - columns.begin <= most;
         for (int first = columns.begin; first < columns.end; first += most) {
             const Share some{first, first + most < columns.end ? first + most : columns.end};
@@ -189,7 +189,7 @@ public:
                 const int begin = block * kBlock;
                 const int count = tiles - begin < kBlock ? tiles - begin : kBlock;
                 Element* transformed = scratch.inputs.get();
-                if (!at_once) transformed += (block - mine.begin) * inputs_apart<Operand>(in_);
+                if (!at_once) transformed += (block - mine.begin) * inputs_stride<Operand>(in_);
                 if (first == columns.begin)
                     for (int t = 0; t < count; ++t) {
                         const int image = (begin + t) / per_image, tile = (begin + t) % per_image;
@@ -236,10 +236,10 @@ private:
     __attribute__((noinline)) void transform_kernels(const Share& columns, Scratch<Operand>& scratch) const {
         constexpr int kPack = Operand::kPack, kKernel = kTaps * kWidth;
         const int in = in_;
-        const std::ptrdiff_t step = apart<Element>(in * kWidth);
+        const std::ptrdiff_t step = padded_stride<Element>(in * kWidth);
         const Element* kernel = kernels_.get() + static_cast<std::size_t>(columns.begin) * in * kKernel;
         for (int column = columns.begin; column < columns.end; ++column) {
-            Element* to = scratch.weights.get() + (column - columns.begin) * weights_apart<Operand>(in);
+            Element* to = scratch.weights.get() + (column - columns.begin) * weights_stride<Operand>(in);
             for (int c = 0; c < in; c += kPack, kernel += kPack * kKernel, to += kPack * kWidth) {
                 Vector half[kPack][3][kPatch];  // rows along the kernel's columns
                 for (int i = 0; i < kPack; ++i)
@@ -288,7 +288,7 @@ private:
     __attribute__((noinline)) void transform_input(const Plane& plane, const float* image, int tile, int place,
                                                    Element* to) const {
         const int y = tile / plane.tiles_across() * kTile, x = tile % plane.tiles_across() * kTile;
-        const std::ptrdiff_t in = in_, row_step = plane.row(), step = apart<Element>(kBlock * in_);
+        const std::ptrdiff_t in = in_, row_step = plane.row(), step = padded_stride<Element>(kBlock * in_);
         const float* corner = image + plane.at(y - 1, x - 1);
         const int run = run_of<Operand>(in_), next = run == in ? kWidth : kBlock * kWidth;
         to += place * run;
@@ -320,8 +320,8 @@ private:
                                             Scratch<Operand>& scratch) const {
         constexpr int kPacked = kWidth * Operand::kPack;
         const int in = in_;
-        const std::ptrdiff_t out = out_, next = weights_apart<Operand>(in), weight_step = apart<Element>(in * kWidth);
-        const std::ptrdiff_t x_step = apart<Element>(kBlock * in), step = apart<float>(kBlock * out_);
+        const std::ptrdiff_t out = out_, next = weights_stride<Operand>(in), weight_step = padded_stride<Element>(in * kWidth);
+        const std::ptrdiff_t x_step = padded_stride<Element>(kBlock * in), step = padded_stride<float>(kBlock * out_);
         const Element* weights = scratch.weights.get();
         float* products = scratch.products.get() + columns.begin * kWidth;
 #ifdef __AMX_BF16__
@@ -364,7 +364,7 @@ private:
     __attribute__((noinline)) void transform_output(const Plane& plane, float* image, int tile, int place, int column,
                                                     bool add_outputs, float* tile_sums, const float* products) const {
         const int y = tile / plane.tiles_across() * kTile, x = tile % plane.tiles_across() * kTile;
-        const std::ptrdiff_t out = out_, row_step = plane.row(), step = apart<float>(kBlock * out_);
+        const std::ptrdiff_t out = out_, row_step = plane.row(), step = padded_stride<float>(kBlock * out_);
         const float* from = products + place * out + column * kWidth;
         Vector half[kTile * kPatch], result[kTile * kTile];
         for (int j = 0; j < kPatch; ++j, from += step) {
@@ -426,11 +426,11 @@ public:
         return {(in.height - 1) / stride_ + 1, (in.width - 1) / stride_ + 1, out_};
     }
 
-    // outputs = convolution(inputs) + bias, with ReLU or without. The team shares the rows of all images.
+    // outputs = convolution(inputs) + bias, with ReLU or without. The group shares the rows of all images.
     void run(const Plane& in, const float* const* inputs /* [images] */, float* const* outputs /* [images] */,
-             bool with_relu, int images, const Team& team, Scratch<Operand>& scratch) const {
+             bool with_relu, int images, const ThreadGroup& group, Scratch<Operand>& scratch) const {
         const Plane to = out(in);
-        const Share mine(images * to.height, team);
+        const Share mine(images * to.height, group);
         for (int row = mine.begin; row < mine.end; ++row) {
             const int image = row / to.height, y = row % to.height;
             const float* rows = inputs[image] + in.at(y * stride_ - kernel_ / 2, -1);

@@ -1,4 +1,4 @@
-#include "threads.h"
+#include "thread_team.h"
 
 #include <pthread.h>
 
@@ -50,16 +50,16 @@ public:
     std::mutex busy;  // the caller's
 
     // How many of so many workers come in time. start() has to follow, then wait().
-    int gather(int workers, std::chrono::microseconds patience) {
-        hire(workers);
-        make_way();
+    int gather(int workers, std::chrono::microseconds join_timeout) {
+        spawn(workers);
+        avoid_caller_cpu();
         wanted_ = workers;
         {
             std::lock_guard lock(mutex_);
             places_.store({places_.load(std::memory_order_relaxed).job + 1, workers}, std::memory_order_release);
         }
         wake_.notify_all();
-        const auto end = std::chrono::steady_clock::now() + patience;
+        const auto end = std::chrono::steady_clock::now() + join_timeout;
         spin([&] { return places_.load(std::memory_order_relaxed).left == 0 || std::chrono::steady_clock::now() > end; });
         Places open = places_.load(std::memory_order_relaxed);
         while (!places_.compare_exchange_weak(open, {open.job, 0}, std::memory_order_acquire)) {}
@@ -86,16 +86,16 @@ private:
     };
 
     // As many as the system lets us have.
-    void hire(int workers) {
+    void spawn(int workers) {
         try {
-            while (static_cast<int>(workers_.size()) < workers) workers_.emplace_back([this] { serve(); });
+            while (static_cast<int>(workers_.size()) < workers) workers_.emplace_back([this] { worker_loop(); });
         } catch (const std::system_error&) {
         }
     }
 
     // Keeps the workers off the caller's processor: woken there, one would wait until the caller's time is up, though
     // other processors may be idle.
-    void make_way() {
+    void avoid_caller_cpu() {
 #if defined(__linux__)
         const int here = sched_getcpu(), count = static_cast<int>(workers_.size());
         if (here == kept_free_ && count == informed_) return;
@@ -109,7 +109,7 @@ private:
 #endif
     }
 
-    void serve() {
+    void worker_loop() {
         std::uint32_t seen = 0;
         const auto called = [&] { return places_.load(std::memory_order_acquire).job != seen; };
         for (;;) {
@@ -163,7 +163,7 @@ void Barrier::wait() {
     spin([this, round] { return round_.load(std::memory_order_acquire) != round; });
 }
 
-Crew::Crew(int threads, std::chrono::microseconds patience) {
+ThreadTeam::ThreadTeam(int threads, std::chrono::microseconds join_timeout) {
     if (threads <= 1) return;
     std::call_once(once, [] {
         start_pool();
@@ -171,17 +171,17 @@ Crew::Crew(int threads, std::chrono::microseconds patience) {
     });
     if (!pool->busy.try_lock()) return;
     pool_ = pool;
-    size_ = 1 + pool_->gather(threads - 1, patience);
+    size_ = 1 + pool_->gather(threads - 1, join_timeout);
 }
 
-Crew::~Crew() {
+ThreadTeam::~ThreadTeam() {
     if (!pool_) return;
     pool_->start(size_ - 1, nullptr, nullptr);
     pool_->wait();
     pool_->busy.unlock();
 }
 
-void Crew::run(void (*work)(void* context, int rank), void* context) {
+void ThreadTeam::run(void (*work)(void* context, int rank), void* context) {
     if (pool_) pool_->start(size_ - 1, work, context);
     work(context, 0);
     if (!pool_) return;

@@ -8,9 +8,9 @@ namespace skipnet::cpu {
 namespace {
 
 // The LSTM for one image in vectors: lanes are hidden units, each gate (i, f, g, o) in vectors of its own.
-class RnnCell {
+class LstmCell {
 public:
-    RnnCell(const Lstm& lstm)
+    LstmCell(const Lstm& lstm)
         : embed_(lstm.embed), hidden_(lstm.hidden), lanes_(padded(hidden_)),
           weight_(static_cast<std::size_t>(embed_ + hidden_) * 4 * lanes_), bias_(4 * lanes_), projection_(lanes_),
           projection_bias_(lstm.projection_bias) {
@@ -31,7 +31,7 @@ public:
     int lanes() const { return lanes_; }
 
     // An image's state before its first step; hidden and cell as for step().
-    void begin(float* hidden, float* cell) const {
+    void reset(float* hidden, float* cell) const {
         std::memset(hidden, 0, lanes_ * sizeof(float));
         std::memset(cell, 0, lanes_ * sizeof(float));
     }
@@ -48,9 +48,9 @@ public:
                     gates[gate] += x * load(weight_.get() + (k * 4 + gate) * lanes_ + lane);
             }
             const Vector kept = sigmoid(gates[1]) * load(cell + lane);
-            const Vector next = kept + sigmoid(gates[0]) * hyperbolic_tangent(gates[2]);
+            const Vector next = kept + sigmoid(gates[0]) * tanh(gates[2]);
             store(cell + lane, next);
-            store(output_of(cell, lane), sigmoid(gates[3]) * hyperbolic_tangent(next));
+            store(output_of(cell, lane), sigmoid(gates[3]) * tanh(next));
         }
         std::memcpy(hidden, output_of(cell, 0), lanes_ * sizeof(float));
         float logit = projection_bias_;

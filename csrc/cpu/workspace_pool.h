@@ -10,10 +10,10 @@ namespace {
 
 // Made once, reused from call to call: as many as there have been calls at a time.
 template <typename Workspace>
-class Workspaces {
+class WorkspacePool {
 public:
     // One that nobody uses, or null.
-    std::unique_ptr<Workspace> take() {
+    std::unique_ptr<Workspace> acquire() {
         std::lock_guard<std::mutex> lock(mutex_);
         if (idle_.empty()) return nullptr;
         std::unique_ptr<Workspace> space = std::move(idle_.back());
@@ -21,7 +21,7 @@ public:
         return space;
     }
 
-    void give_back(std::unique_ptr<Workspace> space) {
+    void release(std::unique_ptr<Workspace> space) {
         std::lock_guard<std::mutex> lock(mutex_);
         idle_.push_back(std::move(space));
     }

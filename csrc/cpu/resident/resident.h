@@ -4,7 +4,7 @@
 #include <memory>
 #include <string>
 
-#include "engine.h"
+#include "../engine.h"
 
 namespace skipnet::cpu {
 

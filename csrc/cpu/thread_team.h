@@ -19,26 +19,26 @@ private:
 };
 
 // The threads that work on the same images together.
-struct Team {
+struct ThreadGroup {
     int rank, size;
-    Barrier* barrier;  // of `size`
+    Barrier* shared;  // of `size`; null where a thread is alone
 
-    void meet() const {
-        if (size > 1) barrier->wait();
+    void barrier() const {
+        if (size > 1) shared->wait();
     }
 };
 
 // The caller and the threads that join it for a call. The others are kept between calls and spin for a moment before
 // they sleep. Where they are busy with another caller's work, or cannot be had, the caller is alone: so no machine is
-// oversubscribed. A forked child hires threads of its own.
-class Crew {
+// oversubscribed. A forked child spawns threads of its own.
+class ThreadTeam {
 public:
-    // Calls for threads - 1 others and goes without those that have not come after `patience`: a thread in whose place
-    // the system runs something else would hold up everyone at the first barrier, for milliseconds.
-    Crew(int threads, std::chrono::microseconds patience);
-    ~Crew();
-    Crew(const Crew&) = delete;
-    Crew& operator=(const Crew&) = delete;
+    // Calls for threads - 1 others and goes without those that have not joined after `join_timeout`: a thread in whose
+    // place the system runs something else would hold up all others at the first barrier, for milliseconds.
+    ThreadTeam(int threads, std::chrono::microseconds join_timeout);
+    ~ThreadTeam();
+    ThreadTeam(const ThreadTeam&) = delete;
+    ThreadTeam& operator=(const ThreadTeam&) = delete;
 
     int size() const { return size_; }
 

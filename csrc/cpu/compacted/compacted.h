@@ -5,7 +5,7 @@
 #include <memory>
 #include <string>
 
-#include "engine.h"
+#include "../engine.h"
 
 namespace skipnet::cpu {
 

@@ -2,7 +2,7 @@
 // Algorithms for Convolutional Neural Networks", CVPR 2016); for one instruction set.
 #pragma once
 
-#include "gemm.h"
+#include "conv_nchwc.h"
 
 namespace skipnet::cpu {
 namespace {
@@ -96,26 +96,26 @@ public:
                             Operand::rounded(static_cast<float>(sum));
                     }
             }
-        const std::size_t an_image = transformed(tiles());
-        together_ = an_image < kShared ? static_cast<int>(kShared / an_image) : 1;
+        const std::size_t per_image = transformed(tiles());
+        images_per_pass_ = per_image < kShared ? static_cast<int>(kShared / per_image) : 1;
     }
 
     // Images whose transformed inputs fit go together: all inputs are transformed; then every panel is multiplied with
     // chunks of tiles, point by point, and a chunk's products are transformed while they are in the cache.
-    void run(const Images& images, Finish finish, const Team& team, const Memory& memory) const override {
-        for (int first = 0; first < images.count; first += together_) {
-            if (first) team.meet();
-            const int count = images.count - first < together_ ? images.count - first : together_;
+    void run(const Images& images, Finish finish, const ThreadGroup& group, const Memory& memory) const override {
+        for (int first = 0; first < images.count; first += images_per_pass_) {
+            if (first) group.barrier();
+            const int count = images.count - first < images_per_pass_ ? images.count - first : images_per_pass_;
             const Images some{images.inputs + first, images.outputs + first,
                               images.sums ? images.sums + first : nullptr, count};
-            transform_inputs(some, team, memory.shared);
-            team.meet();
-            multiply_all(some, finish, team, memory);
+            transform_inputs(some, group, memory.shared);
+            group.barrier();
+            multiply_all(some, finish, group, memory);
         }
     }
 
     int parts() const override { return tiles(); }
-    std::size_t shared() const override { return transformed(together_ * tiles()); }
+    std::size_t shared() const override { return transformed(images_per_pass_ * tiles()); }
     std::size_t own() const override { return static_cast<std::size_t>(kPoints) * kProducts; }
 
 private:
@@ -128,10 +128,10 @@ private:
     std::size_t point(int tiles) const { return static_cast<std::size_t>(tiles) * in_.channels + kWidth; }
     std::size_t transformed(int tiles) const { return kPoints * point(tiles); }
 
-    void transform_inputs(const Images& images, const Team& team, Element* transformed) const {
+    void transform_inputs(const Images& images, const ThreadGroup& group, Element* transformed) const {
         const int rows = tiles_down(), across = tiles_across(), all = images.count * tiles();
         const std::size_t step = point(all);
-        const Share mine(images.count * in_.blocks() * rows, team);
+        const Share mine(images.count * in_.blocks() * rows, group);
         for (int unit = mine.begin; unit < mine.end; ++unit) {
             const int row = unit % rows, block = unit / rows % in_.blocks(), image = unit / rows / in_.blocks();
             const Element* from = images.inputs[image] + static_cast<std::ptrdiff_t>(block) * in_.block() +
@@ -157,11 +157,11 @@ private:
         }
     }
 
-    void multiply_all(const Images& images, Finish finish, const Team& team, const Memory& memory) const {
+    void multiply_all(const Images& images, Finish finish, const ThreadGroup& group, const Memory& memory) const {
         const int all = images.count * tiles(), chunks = (all + kChunk - 1) / kChunk;
         for (int block = 0; block < in_.blocks(); ++block)
             memory.runs[block].from = static_cast<std::ptrdiff_t>(block) * all * kWidth;
-        const Share mine(panels_.count() * chunks, team);
+        const Share mine(panels_.count() * chunks, group);
         for (int unit = mine.begin; unit < mine.end; ++unit) {
             const int panel = unit / chunks, chunk = unit % chunks, width = panels_.width(panel);
             const int begin = all * chunk / chunks, end = all * (chunk + 1) / chunks;
@@ -226,7 +226,7 @@ private:
     Panels panels_;
     Buffer bias_;               // [out]
     BufferOf<Element> weight_;  // [panels, kPoints, in, panel's channels], transformed
-    int together_;              // images whose transformed inputs are in shared memory at once
+    int images_per_pass_;              // images whose transformed inputs are in shared memory at once
 };
 
 // The Winograd variant for a map. Small maps have few tiles for many channels: there the transformed weights, 16/9 or

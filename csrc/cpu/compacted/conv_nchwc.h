@@ -9,10 +9,10 @@
 #include <memory>
 #include <vector>
 
-#include "blocking.h"
-#include "engine.h"
-#include "threads.h"
-#include "vector.h"
+#include "../blocking.h"
+#include "../engine.h"
+#include "../thread_team.h"
+#include "../vector.h"
 
 namespace skipnet::cpu {
 namespace {
@@ -20,7 +20,7 @@ namespace blocked {
 
 constexpr int kPanel = 2;                         // vectors of output channels that a panel of weights is wide
 constexpr int kStrip = kWidth == 16 ? 14 : 6;     // pixels of a strip, at most: their sums fill the registers
-constexpr std::size_t kGroupBytes = 512 * 1024;   // of panels that pass over the strips together; they stay in L2
+constexpr std::size_t kPassBytes = 512 * 1024;   // of panels that pass over the strips together; they stay in L2
 
 // A map of an image in memory: [channels / kWidth, rows, pixels, kWidth]. Where convolutions of 3x3 read it, a border
 // of zeros that nobody writes is around it: one pixel, and as much more below and to the right as makes the inside
@@ -113,12 +113,12 @@ inline __attribute__((always_inline)) Vector finished(Vector value, const typena
     return finish == Finish::none ? value : relu(value);
 }
 
-// What the threads of a team work in.
+// What the threads of a group work in.
 template <typename In>
 struct Memory {
-    typename In::Element* shared;  // [most shared()] of all layers
-    float* own;                    // [most own()] of all layers, this thread's
-    Run* runs;                     // [most blocks of channels], this thread's
+    typename In::Element* shared;  // [largest shared()] of all layers
+    float* own;                    // [largest own()] of all layers, this thread's
+    Run* runs;                     // [largest number of channel blocks], this thread's
 };
 
 // A convolution between two planes.
@@ -126,8 +126,8 @@ template <typename In, typename Out>
 class Layer {
 public:
     virtual ~Layer() = default;
-    // The team shares the work. It has to meet before anything of the output is read.
-    virtual void run(const Images<In, Out>& images, Finish finish, const Team& team,
+    // The group shares the work. It has to meet before anything of the output is read.
+    virtual void run(const Images<In, Out>& images, Finish finish, const ThreadGroup& group,
                      const Memory<In>& memory) const = 0;
     virtual int parts() const = 0;  // that sums are taken over
     virtual std::size_t shared() const { return 0; }
@@ -157,15 +157,15 @@ public:
         for (int y = 0; y < out.height; ++y)
             for (int x = 0; x < out.width; ++x) places_.push_back({out.at(y, x)});
         const std::size_t bytes = panels_.begin(1, depth()) * sizeof(Element);
-        group_ = bytes < kGroupBytes ? static_cast<int>(kGroupBytes / bytes) : 1;
+        panels_per_pass_ = bytes < kPassBytes ? static_cast<int>(kPassBytes / bytes) : 1;
     }
 
-    void run(const Images<In, Out>& images, Finish finish, const Team& team, const Memory<In>&) const override {
-        const int spots = images.count * strips_.count(), groups = (panels_.count() + group_ - 1) / group_;
-        const Share mine(groups * spots, team);
+    void run(const Images<In, Out>& images, Finish finish, const ThreadGroup& group, const Memory<In>&) const override {
+        const int spots = images.count * strips_.count(), passes = (panels_.count() + panels_per_pass_ - 1) / panels_per_pass_;
+        const Share mine(passes * spots, group);
         for (int unit = mine.begin; unit < mine.end; ++unit) {
-            const int first = unit / spots * group_, spot = unit % spots;
-            const int last = first + group_ < panels_.count() ? first + group_ : panels_.count();
+            const int first = unit / spots * panels_per_pass_, spot = unit % spots;
+            const int last = first + panels_per_pass_ < panels_.count() ? first + panels_per_pass_ : panels_.count();
             for (int panel = first; panel < last; ++panel)
                 strip(images, spot / strips_.count(), spot % strips_.count(), panel, finish);
         }
@@ -211,7 +211,7 @@ private:
     int first_row_;
     Plane out_;
     Panels panels_;
-    int group_;                 // panels that pass over the strips together
+    int panels_per_pass_;                 // panels that pass over the strips together
     std::vector<Run> runs_;
     std::vector<Run> places_;   // of the output pixels
     BufferOf<Element> weight_;  // [panels, runs, Depth, panel's channels]
