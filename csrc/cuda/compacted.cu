@@ -1,3 +1,4 @@
+// The compacted strategy: the kernels around the convolutions, the workspace, and the forward pass.
 #include "compacted.h"
 
 #include <algorithm>
@@ -27,7 +28,8 @@ Grid pointwise_grid(std::int64_t threads) {
 // that there are not; and zeros where the gates need them.
 template <typename Element>
 __global__ void load_images_kernel(const Element* x, int batch, const int* present, int in, int pixels, int padded,
-                             Element* y, float* hidden, float* cell, int units, int* arrivals, int* partial_arrivals) {
+                                   Element* y, float* hidden, float* cell, int units, int* arrivals,
+                                   int* partial_arrivals) {
     const std::int64_t place = global_thread(), images = images_of(present, batch);
     if (place == 0) *arrivals = 0;
     static_assert(kPartialTiles <= kPointwiseThreads, "the smallest grid reaches them all");
@@ -36,8 +38,8 @@ __global__ void load_images_kernel(const Element* x, int batch, const int* prese
     if (place >= images * pixels) return;
     const Element* from = x + place / pixels * in * pixels + place % pixels;
     for (int channel = 0; channel < padded; ++channel)
-        y[place * padded + channel] = channel < in ? from[static_cast<std::int64_t>(channel) * pixels]
-                                                   : from_float<Element>(0.0f);
+        y[place * padded + channel] =
+            channel < in ? from[static_cast<std::int64_t>(channel) * pixels] : from_float<Element>(0.0f);
 }
 
 // A window that slides over an activation.
@@ -129,7 +131,8 @@ ImageBytes bytes_per_image(const CompactedNetwork& network) {
     if (network.stem_pools) x = pooled(kStemWindow, x);
     for (std::size_t index = 0; index < network.blocks.size(); ++index) {
         const std::vector<Convolution>& layers = network.blocks[index].convolutions;
-        for (const Convolution& layer : network.blocks[index].projection) per_image.fit_partial(network.element, layer, x);
+        for (const Convolution& layer : network.blocks[index].projection)
+            per_image.fit_partial(network.element, layer, x);
         for (std::size_t i = 0; i + 1 < layers.size(); ++i) {
             per_image.fit_partial(network.element, layers[i], x);
             x = convolved(layers[i], x);
@@ -174,13 +177,13 @@ private:
 
 // The workspace of a batch.
 struct Workspace {
-    void *x, *next;                // activations: the current one, and the next stage's
-    void *inner, *other;           // inside of a block or a gate
-    float *sums, *gate_sums;       // pooled sums of x, of a feed-forward gate's last convolution
-    float* features;               // [batch, channels]
+    void *x, *next;           // activations: the current one, and the next stage's
+    void *inner, *other;      // inside of a block or a gate
+    float *sums, *gate_sums;  // pooled sums of x, of a feed-forward gate's last convolution
+    float* features;          // [batch, channels]
     RowList list;
     int* arrivals;
-    PartialSums partial;           // of whichever convolution runs
+    PartialSums partial;  // of whichever convolution runs
 
     Workspace(const CompactedNetwork& network, int batch, Arena& arena) {
         const ImageBytes per_image = bytes_per_image(network);
@@ -221,10 +224,10 @@ private:
     void stem() {
         const Shape images{network_.height, network_.width, network_.stem.in};
         const std::int64_t batch = call_.batch, units = network_.lstm.hidden;
-        launch("load_images", load_images_kernel<Element>, pointwise_grid(batch * std::max(images.pixels(), units)), stream_,
-               static_cast<const Element*>(call_.images), call_.batch, call_.present, network_.in,
-               static_cast<int>(images.pixels()), images.channels, static_cast<Element*>(workspace_.inner), call_.hidden,
-               call_.cell, static_cast<int>(units), workspace_.arrivals, workspace_.partial.arrivals);
+        launch("load_images", load_images_kernel<Element>, pointwise_grid(batch * std::max(images.pixels(), units)),
+               stream_, static_cast<const Element*>(call_.images), call_.batch, call_.present, network_.in,
+               static_cast<int>(images.pixels()), images.channels, static_cast<Element*>(workspace_.inner),
+               call_.hidden, call_.cell, static_cast<int>(units), workspace_.arrivals, workspace_.partial.arrivals);
         shape_ = convolved(network_.stem, images);
         void* y = network_.stem_pools ? workspace_.next : workspace_.x;
         convolve(network_.stem, images, {.relu = true, .x = workspace_.inner, .y = y});
@@ -240,15 +243,18 @@ private:
             return cuda::gate_step(network_.embeddings[index], network_.lstm, call_.batch, call_.present, sums_,
                                    call_.hidden, call_.cell, decision, workspace_.list, workspace_.arrivals, stream_);
         const CompactedGate& gate = network_.gates[index];
-        Shape seen = max_pool<Element, float>(network_.gates_pool ? kGateWindow : kNoWindow, shape_, workspace_.x, workspace_.inner);
+        Shape seen = max_pool<Element, float>(network_.gates_pool ? kGateWindow : kNoWindow, shape_, workspace_.x,
+                                              workspace_.inner);
         PooledSums sums{};
         void *from = workspace_.inner, *to = workspace_.other;
         for (const Convolution& layer : gate.convolutions) {
-            sums = convolve(layer, seen, {.relu = true, .x = from, .y = to, .sums = workspace_.gate_sums}, ElementType::float32);
+            sums = convolve(layer, seen, {.relu = true, .x = from, .y = to, .sums = workspace_.gate_sums},
+                            ElementType::float32);
             seen = convolved(layer, seen);
             std::swap(from, to);
         }
-        cuda::gate_step(gate.tail, call_.batch, call_.present, sums, decision, workspace_.list, workspace_.arrivals, stream_);
+        cuda::gate_step(gate.tail, call_.batch, call_.present, sums, decision, workspace_.list, workspace_.arrivals,
+                        stream_);
     }
 
     // For the images of the list, in place; without one for all that are present. Where the block projects, the others
@@ -263,14 +269,18 @@ private:
         }
         const std::size_t last = block.convolutions.size() - 1;
         for (std::size_t i = 0; i < last; ++i) {
-            convolve(block.convolutions[i], shape,
-                     {.list = list, .gathers = i == 0, .relu = true, .x = from, .y = to});
+            convolve(block.convolutions[i], shape, {.list = list, .gathers = i == 0, .relu = true, .x = from, .y = to});
             shape = convolved(block.convolutions[i], shape);
             from = to;
             to = to == workspace_.inner ? workspace_.other : workspace_.inner;
         }
         sums_ = convolve(block.convolutions[last], shape,
-                         {.list = list, .scatters = true, .relu = true, .x = from, .residual = workspace_.x, .y = workspace_.x,
+                         {.list = list,
+                          .scatters = true,
+                          .relu = true,
+                          .x = from,
+                          .residual = workspace_.x,
+                          .y = workspace_.x,
                           .sums = workspace_.sums});
         shape_ = convolved(block.convolutions[last], shape);
     }
@@ -300,13 +310,15 @@ private:
         float* sums = nullptr;
     };
 
-    PooledSums convolve(const Convolution& layer, const Shape& from, const ConvolutionOptions& options, ElementType type) {
+    PooledSums convolve(const Convolution& layer, const Shape& from, const ConvolutionOptions& options,
+                        ElementType type) {
         const RowList present{nullptr, call_.present};
         const RowList* all = call_.present ? &present : nullptr;
-        gathered_conv(type, layer,
-                      {call_.batch, from.height, from.width, options.list ? options.list : all, options.gathers,
-                       options.scatters, options.relu, options.x, options.residual, options.y, options.sums, workspace_.partial, false},
-                      stream_);
+        gathered_conv(
+            type, layer,
+            {call_.batch, from.height, from.width, options.list ? options.list : all, options.gathers, options.scatters,
+             options.relu, options.x, options.residual, options.y, options.sums, workspace_.partial, false},
+            stream_);
         return {options.sums, pooled_tiles(layer, from.height, from.width),
                 static_cast<int>(convolved(layer, from).pixels())};
     }
@@ -317,8 +329,8 @@ private:
     template <typename From, typename To>
     Shape max_pool(const Window& window, const Shape& from, const void* x, void* y) {
         const Shape to = pooled(window, from);
-        launch("max_pool", max_pool_kernel<From, To>, pointwise_grid(call_.batch * to.size() / kChannelsPerThread), stream_,
-               static_cast<const From*>(x), call_.batch, call_.present, from, window, to, static_cast<To*>(y));
+        launch("max_pool", max_pool_kernel<From, To>, pointwise_grid(call_.batch * to.size() / kChannelsPerThread),
+               stream_, static_cast<const From*>(x), call_.batch, call_.present, from, window, to, static_cast<To*>(y));
         return to;
     }
 
@@ -382,15 +394,18 @@ std::size_t workspace_bytes(const CompactedNetwork& network, int batch) {
 
 void run_compacted(const CompactedNetwork& network, const CompactedCall& call, Stream stream) {
     const int blocks = static_cast<int>(network.blocks.size());
-    check(call.num_gates == 0 || call.num_gates == blocks - 1 || call.num_gates == blocks, "num_gates: expected ", blocks - 1, " or ",
-          blocks, ", got ", call.num_gates);
+    check(call.num_gates == 0 || call.num_gates == blocks - 1 || call.num_gates == blocks, "num_gates: expected ",
+          blocks - 1, " or ", blocks, ", got ", call.num_gates);
     if (call.batch == 0) return;
     const Arena arena(call.workspace);
     switch (network.element) {
         case ElementType::float32:
-        case ElementType::tf32: return ForwardPass<float>(network, call, arena, stream).run();
-        case ElementType::float16: return ForwardPass<Half>(network, call, arena, stream).run();
-        case ElementType::bfloat16: return ForwardPass<Bfloat16>(network, call, arena, stream).run();
+        case ElementType::tf32:
+            return ForwardPass<float>(network, call, arena, stream).run();
+        case ElementType::float16:
+            return ForwardPass<Half>(network, call, arena, stream).run();
+        case ElementType::bfloat16:
+            return ForwardPass<Bfloat16>(network, call, arena, stream).run();
     }
 }
 

@@ -5,9 +5,8 @@
 #include <cstddef>
 #include <vector>
 
-#include "gathered_conv.h"
-
 #include "../network.h"
+#include "gathered_conv.h"
 
 namespace skipnet::cuda {
 
@@ -39,18 +38,18 @@ struct CompactedNetwork {
 // One call. Everything belongs to the caller, on the device.
 struct CompactedCall {
     int batch;
-    int num_gates;          // to evaluate: blocks - 1, or one more; 0 in a dense network
-    int* present;           // [1], how many of the batch's places hold an image, the first ones; null: all of them.
-                            // What comes out of the others is undefined.
-    const void* images;     // [batch, in, height, width]
-    const bool* forced;     // [blocks - 1, batch], or null
-    float* logits;          // [batch, head.out]
-    float* gate_logits;     // [num_gates, batch]
-    float* probabilities;   // [num_gates, batch]
-    bool* executed;         // [num_gates, batch]
-    float* hidden;          // [batch, hidden], RNNGate's last state
-    float* cell;            // [batch, hidden]
-    void* workspace;        // workspace_bytes, aligned to 256; its contents do not matter
+    int num_gates;         // to evaluate: blocks - 1, or one more; 0 in a dense network
+    int* present;          // [1], how many of the batch's places hold an image, the first ones; null: all of them.
+                           // What comes out of the others is undefined.
+    const void* images;    // [batch, in, height, width]
+    const bool* forced;    // [blocks - 1, batch], or null
+    float* logits;         // [batch, head.out]
+    float* gate_logits;    // [num_gates, batch]
+    float* probabilities;  // [num_gates, batch]
+    bool* executed;        // [num_gates, batch]
+    float* hidden;         // [batch, hidden], RNNGate's last state
+    float* cell;           // [batch, hidden]
+    void* workspace;       // workspace_bytes, aligned to 256; its contents do not matter
 };
 
 struct CompactedWeights {
@@ -59,7 +58,7 @@ struct CompactedWeights {
 };
 
 // Sets all pointers into two arrays that hold the weights in the order stem, blocks (convolutions, projection), head,
-// and then, a gate after the other, embeddings or feed-forward gates, and the LSTM. Each piece starts at a multiple of 8.
+// and then, a gate after the other, embeddings or feed-forward gates, and the LSTM. Pieces start at multiples of 8.
 CompactedWeights lay_out(CompactedNetwork& network, const void* elements, const float* floats);
 
 std::size_t workspace_bytes(const CompactedNetwork& network, int batch);

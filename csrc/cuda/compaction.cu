@@ -1,3 +1,4 @@
+// Compaction by itself.
 #include "compaction.cuh"
 
 #include "../check.h"
@@ -18,7 +19,8 @@ __global__ void __launch_bounds__(kCompactionThreads) compact_kernel(const bool*
 
 void compact(const bool* executed, int batch, const RowList& list, Stream stream) {
     check(batch >= 0, "batch: expected 0 or more, got ", batch);
-    launch("compact", compact_kernel, {1, kCompactionThreads, kCompactionThreads / 32 * sizeof(int)}, stream, executed, batch, list);
+    launch("compact", compact_kernel, {1, kCompactionThreads, kCompactionThreads / 32 * sizeof(int)}, stream, executed,
+           batch, list);
 }
 
 }  // namespace skipnet::cuda

@@ -1,3 +1,4 @@
+// What the CUDA runtime says of its GPUs.
 #include "devices.h"
 
 #include <cuda_runtime.h>
@@ -20,8 +21,7 @@ std::vector<std::pair<std::string, std::string>> devices() {
     for (int device = 0; device < count; ++device) {
         cudaDeviceProp properties;
         check(cudaGetDeviceProperties(&properties, device));
-        names.emplace_back(properties.name,
-                           std::to_string(properties.major) + "." + std::to_string(properties.minor));
+        names.emplace_back(properties.name, std::to_string(properties.major) + "." + std::to_string(properties.minor));
     }
     return names;
 }

@@ -1,3 +1,4 @@
+// The gate step: a warp takes an image from pooled sums to its decision; the last thread block lists who executes.
 #include "gate_step.h"
 
 #include "../check.h"
@@ -10,7 +11,7 @@
 namespace skipnet::cuda {
 namespace {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps;  // a warp takes an image; few per thread block, to spread a small batch
+constexpr int kWarps = 4, kThreads = 32 * kWarps;  // of a thread block: few, so that a small batch has many
 
 // sum_c weight[c] * x[c] over the warp; lane l takes the channels l, l + 32, ...
 __device__ float warp_dot(const float* weight, const float* x, int size) {
@@ -110,8 +111,8 @@ void launch_gate_step(const Gate& gate, int batch, const int* present, const Poo
           pooled.pixels);
     if (batch == 0) return compact(decision.executed, 0, list, stream);
     const std::size_t shared = (kWarps * (gate.channels() + gate.scratch()) + kWarps + 1) * sizeof(float);
-    launch("gate_step", gate_step_kernel<Gate>, {(batch + kWarps - 1u) / kWarps, kThreads, shared}, stream, gate,
-           batch, present, pooled, decision, list, arrivals);
+    launch("gate_step", gate_step_kernel<Gate>, {(batch + kWarps - 1u) / kWarps, kThreads, shared}, stream, gate, batch,
+           present, pooled, decision, list, arrivals);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// The gate step on the GPU: one launch finishes the pool, embeds, advances the LSTM, decides and compacts, for any batch.
-// All pointers are to the device's memory, those inside of the structs of network.h as well.
+// The gate step on the GPU: one launch finishes the pool, embeds, advances the LSTM, decides and compacts, for any
+// batch. All pointers are to the device's memory, those inside of the structs of network.h as well.
 #pragma once
 
 #include "../network.h"
@@ -15,8 +15,8 @@ struct PooledSums {
     int pixels;  // of the whole image
 };
 
-// RNNGate after one block, for the first `present` places of the batch, or all where that is null: nothing of the others
-// is read, written or listed. `arrivals` is scratch that is zero between calls.
+// RNNGate after one block, for the first `present` places of the batch, or all where that is null: nothing of the
+// others is read, written or listed. `arrivals` is scratch that is zero between calls.
 void gate_step(const Embedding& embedding, const Lstm& lstm, int batch, const int* present /* [1] */,
                const PooledSums& pooled, float* hidden /* [batch, hidden], in place */,
                float* cell /* [batch, hidden], in place */, const Decision& decision, const RowList& list,

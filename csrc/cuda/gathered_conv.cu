@@ -1,3 +1,10 @@
+// A convolution as an implicit matrix product: rows are an image's output pixels, columns output channels, and K runs
+// over the kernel's taps and, within one, the input channels. A tile of the product never reaches over two images, so
+// that pooled sums are an image's own. A thread block goes through four steps:
+//   Loader          cp.async brings K step after K step of both operands into a ring of stages
+//   multiply        tensor cores, or float32 arithmetic, sum the products in registers
+//   reduce_split_k  if K is split, the last thread block of a tile adds the others' partial sums
+//   finish          bias, residual, ReLU, pooled sums
 #include "gathered_conv.h"
 
 #include <algorithm>
@@ -10,10 +17,6 @@
 
 namespace skipnet::cuda {
 namespace {
-
-// An implicit matrix product: rows are an image's output pixels, columns output channels, and K runs over the kernel's
-// taps and, within one, the input channels. A tile of the product never reaches over two images, so that pooled sums
-// are an image's own.
 
 constexpr int kStages = 4;         // of the cp.async pipeline
 constexpr int kChunk = 16;         // bytes of one cp.async
@@ -86,8 +89,8 @@ class Loader {
 public:
     __device__ Loader(const Arguments& call, int image, int first_pixel, int first_channel, int first_step)
         : call_(call), row_(threadIdx.x / kChunks), chunk_(threadIdx.x % kChunks), first_channel_(first_channel) {
-        x_ = static_cast<const Element*>(call.x) +
-             static_cast<std::int64_t>(image) * call.height * call.width * call.in;
+        x_ =
+            static_cast<const Element*>(call.x) + static_cast<std::int64_t>(image) * call.height * call.width * call.in;
 #pragma unroll
         for (int i = 0; i < kRowsA; ++i) {
             const int pixel = first_pixel + row_ + i * kRowStep;
@@ -117,8 +120,8 @@ public:
         for (int i = 0; i < kRowsB; ++i) {
             const int column = first_channel_ + row_ + i * kRowStep;
             const bool filled = inside && column < call_.out;
-            const Element* from = filled ? weight + (static_cast<std::int64_t>(column) * taps + tap) * call_.in + channel_
-                                         : weight;
+            const Element* from =
+                filled ? weight + (static_cast<std::int64_t>(column) * taps + tap) * call_.in + channel_ : weight;
             cp_async16(stage + stage_offset(row_ + i * kRowStep, chunk_), from, filled);
         }
         channel_ += Tile::kBlockK;
@@ -276,7 +279,8 @@ public:
         for (int m = 0; m < kM; ++m)
 #pragma unroll
             for (int n = 0; n < kN; ++n)
-                staging[(row_ + 8 * m) * Tile::kStagingStride + column_ + 4 * n] = sums.values[m * kN / 4 + n / 4][n % 4];
+                staging[(row_ + 8 * m) * Tile::kStagingStride + column_ + 4 * n] =
+                    sums.values[m * kN / 4 + n / 4][n % 4];
     }
 
 private:
@@ -357,12 +361,13 @@ __device__ void finish(const Arguments& call, float* staging, int image, int fir
     __syncthreads();
     const int mine = threadIdx.x;
     if (mine >= Tile::kBlockN || first_channel + mine >= call.out) return;
-    for (int pool_row = 0; pool_row < Tile::kBlockM && first_pixel + pool_row < call.out_pixels; pool_row += kPooledPixels) {
+    for (int pool_row = 0; pool_row < Tile::kBlockM && first_pixel + pool_row < call.out_pixels;
+         pool_row += kPooledPixels) {
         float sum = 0.0f;
         for (int row = 0; row < Tile::kRowsAtOnce; ++row)
             sum += staging[(pool_row + row) * Tile::kStagingStride + mine];
-        const std::int64_t tile = static_cast<std::int64_t>(image) * call.pooled_tiles +
-                                  (first_pixel + pool_row) / kPooledPixels;
+        const std::int64_t tile =
+            static_cast<std::int64_t>(image) * call.pooled_tiles + (first_pixel + pool_row) / kPooledPixels;
         call.sums[tile * call.out + first_channel + mine] = sum;
     }
 }
@@ -375,7 +380,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksAtOnce) gathered_
     const int tiles = count * call.row_tiles * call.column_tiles;
     const int steps = (call.kernel * call.kernel * call.in + Tile::kBlockK - 1) / Tile::kBlockK;
     const int warp = threadIdx.x / 32;
-    // A thread block computes one slice of a tile if there are enough blocks, otherwise a tile's slices one after another.
+    // A thread block computes one slice of a tile if there are enough of them, otherwise all of its slices in turn.
     const bool splits = Tile::kSplitK && tiles * call.slices <= call.max_slices;
     const int slices = Tile::kSplitK ? call.slices : 1, share = splits ? slices : 1;  // thread blocks of a tile
     // Neighbouring thread blocks share an image's pixels: they meet in the cache.
@@ -450,9 +455,9 @@ int tiles(int pixels, int channels) {
     return (pixels + Tile::kBlockM - 1) / Tile::kBlockM * ((channels + Tile::kBlockN - 1) / Tile::kBlockN);
 }
 
-// Into how many slices a layer's K is split, for an image of so many pixels. In small tiles with a thread block for every
-// slice, a K step brings in 8 KiB and adding a slice 16 KiB, so steps / slices + 2 slices shall be least. More blocks than
-// a GPU has multiprocessors bring little, and a short K is over before its slices are added.
+// Into how many slices a layer's K is split, for an image of so many pixels. In small tiles with a thread block for
+// every slice, a K step brings in 8 KiB and adding a slice 16 KiB, so steps / slices + 2 slices shall be least. More
+// blocks than a GPU has multiprocessors bring little, and a short K is over before its slices are added.
 template <typename Element>
 int split_k_slices(const Convolution& layer, int pixels) {
     constexpr int kFewestSteps = 32, kMultiprocessors = 128;
@@ -498,10 +503,14 @@ int partial_sums_per_image(const Convolution& layer, int pixels) {
 template <typename Work>
 auto with_element(ElementType type, Work work) {
     switch (type) {
-        case ElementType::float16: return work(Half{});
-        case ElementType::bfloat16: return work(Bfloat16{});
-        case ElementType::tf32: return work(Tf32{});
-        case ElementType::float32: break;
+        case ElementType::float16:
+            return work(Half{});
+        case ElementType::bfloat16:
+            return work(Bfloat16{});
+        case ElementType::tf32:
+            return work(Tf32{});
+        case ElementType::float32:
+            break;
     }
     return work(float{});
 }
@@ -510,9 +519,8 @@ auto with_element(ElementType type, Work work) {
 
 int partial_sums(ElementType type, const Convolution& layer, int batch, int height, int width) {
     const int pixels = layer.out_side(height) * layer.out_side(width);
-    const std::int64_t one = with_element(type, [&](auto element) {
-        return partial_sums_per_image<decltype(element)>(layer, pixels);
-    });
+    const std::int64_t one =
+        with_element(type, [&](auto element) { return partial_sums_per_image<decltype(element)>(layer, pixels); });
     return static_cast<int>(std::min<std::int64_t>(batch * one, kPartialSums));
 }
 
@@ -525,8 +533,8 @@ void gathered_conv(ElementType type, const Convolution& layer, const GatheredCon
           "channels: expected multiples of 8, got ", layer.in, " and ", layer.out);
     check(layer.kernel % 2 == 1 && layer.stride >= 1, "kernel and stride: expected an odd kernel, got ", layer.kernel,
           " and ", layer.stride);
-    check(call.batch >= 0 && call.height >= 1 && call.width >= 1, "x: got ", call.batch, " images of ", call.height, "x",
-          call.width);
+    check(call.batch >= 0 && call.height >= 1 && call.width >= 1, "x: got ", call.batch, " images of ", call.height,
+          "x", call.width);
     if (call.batch == 0) return;
     Arguments arguments{};
     arguments.x = call.x;

@@ -27,29 +27,29 @@ constexpr int kPartialSums = 1 << 21;  // 8 MiB are enough for any call
 constexpr int kPartialTiles = 256;
 
 struct GatheredConv {
-    int batch;             // the most images there can be
-    int height, width;     // of x
-    const RowList* list;   // the images to compute, without rows the first *count; null: all of the batch
-    bool gathers;          // x holds the whole batch; otherwise image i of x is the list's i-th
-    bool scatters;         // the same for y and the residual; places of other images are left alone
-    bool relu;             // of the sum with the residual; NaN stays NaN
-    const void* x;         // [batch, height, width, in]
-    const void* residual;  // as y, or null; may be y itself
-    void* y;               // [batch, out_height, out_width, out]
-    float* sums;           // [batch, pooled_tiles, out], of y over a tile's pixels, at y's places; may be null
-    PartialSums partial;   // without them a thread block computes all slices of K, to the same result
+    int batch;               // the most images there can be
+    int height, width;       // of x
+    const RowList* list;     // the images to compute, without rows the first *count; null: all of the batch
+    bool gathers;            // x holds the whole batch; otherwise image i of x is the list's i-th
+    bool scatters;           // the same for y and the residual; places of other images are left alone
+    bool relu;               // of the sum with the residual; NaN stays NaN
+    const void* x;           // [batch, height, width, in]
+    const void* residual;    // as y, or null; may be y itself
+    void* y;                 // [batch, out_height, out_width, out]
+    float* sums;             // [batch, pooled_tiles, out], of y over a tile's pixels, at y's places; may be null
+    PartialSums partial;     // without them a thread block computes all slices of K, to the same result
     bool pixels_are_images;  // each pixel is an image of its own: the order of its sums depends on the layer alone
 };
 
 // How many tiles' sums an image's pool consists of.
 int pooled_tiles(const Convolution& layer, int height, int width);
 
-// How many floats of partial sums a call can use; none where K is not split. A batch of 1x1 images for a call whose pixels
-// are images.
+// How many floats of partial sums a call can use; none where K is not split. A batch of 1x1 images for a call whose
+// pixels are images.
 int partial_sums(ElementType type, const Convolution& layer, int batch, int height, int width);
 
-// y = relu(convolution(x) + bias + residual). Sums of products are float32 (in float32 every product, too) and in an order
-// that depends on the layer and the image's size alone: an image's result does not depend on the batch.
+// y = relu(convolution(x) + bias + residual). Sums of products are float32 (in float32 every product, too) and in an
+// order that depends on the layer and the image's size alone: an image's result does not depend on the batch.
 void gathered_conv(ElementType type, const Convolution& layer, const GatheredConv& call, Stream stream);
 
 }  // namespace skipnet::cuda

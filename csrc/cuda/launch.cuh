@@ -28,9 +28,9 @@ inline void check_cuda(cudaError_t status, const char* what) {
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, Stream stream, Arguments... arguments) {
     if (grid.shared > 48 * 1024)
-        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(grid.shared)),
-                   name);
+        check_cuda(
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared)),
+            name);
     cudaLaunchAttribute attribute;
     cudaLaunchConfig_t config{};
     config.gridDim = grid.blocks;
@@ -69,7 +69,7 @@ int resident_blocks(void (*kernel)(Parameters...), int threads, std::size_t shar
     return blocks;
 }
 
-// How many clusters of a kernel's thread blocks a device holds at a time; none where it, or the code it runs, knows no clusters.
+// How many clusters of a kernel's thread blocks a device holds; none where it, or the code it runs, knows no clusters.
 template <typename... Parameters>
 int resident_clusters(void (*kernel)(Parameters...), int threads, std::size_t shared, int cluster) {
     cudaFuncAttributes compiled;

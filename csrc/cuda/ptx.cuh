@@ -1,4 +1,4 @@
-// All PTX of this project, one function an instruction. On the CPU tests/simulated/simt gives the same functions a meaning.
+// All PTX of this project, one function per instruction. On the CPU tests/simulated/simt gives the functions a meaning.
 #pragma once
 
 #include <cstdint>
@@ -75,13 +75,13 @@ __device__ inline unsigned round_to_tf32(unsigned x) {
 
 // ---- global memory
 
-// value = *address, if `loads`: by a predicate, not a branch. An ordinary load that stays on its side of a __syncwarp();
-// ptxas moves those through the read-only path (ld.global.nc) to the end of a stretch of code, where it is too late.
+// value = *address, if `loads`: by a predicate, not a branch. An ordinary load that stays on its side of a
+// __syncwarp(); ptxas moves those through the read-only path (ld.global.nc) to the end of a stretch of code, where it
+// is too late.
 __device__ inline void load_global(uint4& value, const uint4* address, bool loads = true) {
-    asm volatile(
-        "{.reg .pred loads; setp.ne.b32 loads, %5, 0; @loads ld.global.v4.u32 {%0, %1, %2, %3}, [%4];}"
-        : "+r"(value.x), "+r"(value.y), "+r"(value.z), "+r"(value.w)
-        : "l"(address), "r"(static_cast<int>(loads)));
+    asm volatile("{.reg .pred loads; setp.ne.b32 loads, %5, 0; @loads ld.global.v4.u32 {%0, %1, %2, %3}, [%4];}"
+                 : "+r"(value.x), "+r"(value.y), "+r"(value.z), "+r"(value.w)
+                 : "l"(address), "r"(static_cast<int>(loads)));
 }
 
 // ---- shared memory

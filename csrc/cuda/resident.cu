@@ -3,10 +3,10 @@
 // A thread block takes one image, or a few, from stem to head. Activations stay in its shared memory and skipping
 // is a branch. A convolution is an implicit GEMM on tensor cores: 16 pixels (two rows of eight) by 16 input channels
 // times 16 by 8 output channels. A warp owns the same regions of every image's plane, and 16 output channels, for as
-// long as a stage of the network lasts; it holds a convolution's weights for them in registers, uses them for every image
-// that executes, and overwrites each with the next convolution's as soon as the last image is through with it. So
+// long as a stage of the network lasts; it holds a convolution's weights for them in registers, uses them for every
+// image that executes, and overwrites each with the next convolution's as soon as the last image is through with it. So
 // weights stream from L2 without a stop, half a convolution or more ahead, past gates and barriers, without taking
-// shared memory; where a block turns out to be skipped, what came for it is dropped. docs/cuda-design.md has the reasoning.
+// shared memory; where a block turns out to be skipped, what came for it is dropped. Why so: docs/cuda-design.md.
 //
 // For a small batch a cluster of thread blocks takes an image (kClustered): each holds all of its planes and computes a
 // part of the regions, whose results it writes to all of them; gates are computed by each. Not a bit differs.
@@ -28,11 +28,11 @@ namespace skipnet::cuda {
 namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kMaxImages = 4;    // of a thread block; the mask of those that execute has a bit for each
-constexpr int kStrip = 8;        // columns of a region
-constexpr int kChunk = 16;       // input channels that a tensor core sums over, and output channels of a warp
-constexpr int kLine = 128;       // bytes: planes begin at multiples
-constexpr int kZeros = 0;        // where in shared memory 16 bytes of zeros lie, for pixels outside of a plane
+constexpr int kMaxImages = 4;  // of a thread block; the mask of those that execute has a bit for each
+constexpr int kStrip = 8;      // columns of a region
+constexpr int kChunk = 16;     // input channels that a tensor core sums over, and output channels of a warp
+constexpr int kLine = 128;     // bytes: planes begin at multiples
+constexpr int kZeros = 0;      // where in shared memory 16 bytes of zeros lie, for pixels outside of a plane
 constexpr unsigned kAllLanes = ~0u;
 
 template <typename Element>
@@ -75,7 +75,7 @@ struct SharedLayout {
 // At the start of shared memory.
 struct Control {
     uint4 zeros;
-    int first;                               // image that the thread block takes next
+    int first;                              // image that the thread block takes next
     unsigned char executes[2][kMaxImages];  // of the images at hand; gates take turns
 };
 
@@ -175,13 +175,13 @@ struct ForwardPass {
     const SharedLayout& layout;
     unsigned char* shared;
     int warp, lane;
-    int rank;                           // among the thread blocks that share an image
-    int first = 0, count = 0;           // images first .. first + count - 1
-    unsigned executing = 0;             // a bit for each of them: it runs the next block
-    int index = 0;                      // of the gate that is next
-    int blocks = 0;                     // of the network
-    float features[2] = {};             // warp i has image i's pooled activation, channels lane and lane + 32
-    float hidden = 0.0f, cell = 0.0f;   // and its LSTM state, a unit a lane
+    int rank;                          // among the thread blocks that share an image
+    int first = 0, count = 0;          // images first .. first + count - 1
+    unsigned executing = 0;            // a bit for each of them: it runs the next block
+    int index = 0;                     // of the gate that is next
+    int blocks = 0;                    // of the network
+    float features[2] = {};            // warp i has image i's pooled activation, channels lane and lane + 32
+    float hidden = 0.0f, cell = 0.0f;  // and its LSTM state, a unit a lane
 
     __device__ int blocks_of_image() const { return kClustered ? cluster_size() : 1; }
     // To all thread blocks that share the image.
@@ -228,9 +228,10 @@ struct ForwardPass {
 // it and a projection, which has no ReLU, leave each region's sums. `next`, if not null, replaces the weights.
 template <typename Element, bool kClustered>
 template <int kIn, int kOut, int kStride, int kKernel>
-__device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(Weights<kIn, kKernel * kKernel>& weights, const uint4* next,
-                                                        unsigned images, const Planes& planes, const float* bias,
-                                                        bool closes) {
+__device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(Weights<kIn, kKernel * kKernel>& weights,
+                                                                           const uint4* next, unsigned images,
+                                                                           const Planes& planes, const float* bias,
+                                                                           bool closes) {
     constexpr bool kProjects = kKernel == 1;
     constexpr int kTiles = kOut / kChunk, kWorkers = kWarps / kTiles;  // warps that share 16 output channels
     constexpr int kRows = region_rows(kOut), kPairs = kRows / 2;
@@ -291,8 +292,8 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(Weigh
 #pragma unroll
                     for (int p = 0; p < kPairs; ++p) {
                         constexpr int kFirst = kProjects ? 1 : kStride;
-                        const unsigned(&upper)[2] = rows[kFirst * 2 * p + dy];
-                        const unsigned(&lower)[2] = rows[kFirst * (2 * p + 1) + dy];
+                        const unsigned (&upper)[2] = rows[kFirst * 2 * p + dy];
+                        const unsigned (&lower)[2] = rows[kFirst * (2 * p + 1) + dy];
                         const unsigned a[4] = {upper[0], lower[0], upper[1], lower[1]};
                         mma_m16n8k16<Element>(sum[p][0], a, b[0]);
                         mma_m16n8k16<Element>(sum[p][1], a, b[1]);
@@ -459,8 +460,8 @@ __device__ __forceinline__ float ForwardPass<Element, kClustered>::pooled(int st
     return total * share;
 }
 
-// Pool-finish, embed, LSTM step: the execute logit of a warp's image. Its pooled activation is as it was unless the block
-// has changed it.
+// Pool-finish, embed, LSTM step: the execute logit of a warp's image. Its pooled activation is as it was unless the
+// block has changed it.
 template <typename Element, bool kClustered>
 template <int kStage>
 __device__ __forceinline__ float ForwardPass<Element, kClustered>::rnn_gate(int i, bool changed) {
@@ -487,7 +488,8 @@ __device__ __forceinline__ float ForwardPass<Element, kClustered>::rnn_gate(int 
         if (lane == e) embedded = whole;
     }
 
-    const auto* lstm = reinterpret_cast<const float4*>(shared + layout.lstm);  // [embed + hidden + 1, hidden] of i, f, g, o
+    const auto* lstm =
+        reinterpret_cast<const float4*>(shared + layout.lstm);  // [embed + hidden + 1, hidden] of i, f, g, o
     const int unit = lane < units ? lane : 0;
     float4 gates = lstm[(embed + units) * units + unit];
 #pragma unroll 10
@@ -504,8 +506,8 @@ __device__ __forceinline__ float ForwardPass<Element, kClustered>::rnn_gate(int 
     return warp_sum(lane < units ? projection[lane] * hidden : 0.0f) + projection[units];
 }
 
-// The gate after a block, and who runs the next one. Warp i decides for image i. A block that `enters` a stage changes all
-// images.
+// The gate after a block, and who runs the next one. Warp i decides for image i. A block that `enters` a stage changes
+// all images.
 template <typename Element, bool kClustered>
 template <int kStage>
 __device__ __forceinline__ void ForwardPass<Element, kClustered>::gate_step(bool enters) {
@@ -597,12 +599,12 @@ template <typename Element, bool kClustered>
 __global__ void __launch_bounds__(kThreads, 1)
     resident(const ResidentNetwork network, const ResidentCall call, const SharedLayout layout, int images) {
     ForwardPass<Element, kClustered>{network,
-                           call,
-                           layout,
-                           shared_memory(),
-                           static_cast<int>(threadIdx.x / 32),
-                           static_cast<int>(threadIdx.x % 32),
-                           kClustered ? cluster_rank() : 0}
+                                     call,
+                                     layout,
+                                     shared_memory(),
+                                     static_cast<int>(threadIdx.x / 32),
+                                     static_cast<int>(threadIdx.x % 32),
+                                     kClustered ? cluster_rank() : 0}
         .run(images);
 }
 

@@ -10,7 +10,7 @@
 namespace skipnet::cuda {
 
 constexpr int kMaxStages = 3;  // of residual blocks
-constexpr int kMaxUnits = 32;   // of the embedding and of the LSTM: a warp's lanes
+constexpr int kMaxUnits = 32;  // of the embedding and of the LSTM: a warp's lanes
 
 // Channels that a stage computes with; fewer are padded with zeros.
 constexpr SKIPNET_HD int stage_channels(int stage) { return 16 << stage; }
@@ -18,41 +18,41 @@ constexpr SKIPNET_HD int stage_channels(int stage) { return 16 << stage; }
 // One stage of residual blocks. Convolutions are fragments as resident.cu reads them.
 struct ResidentStage {
     int blocks;
-    int height, width;         // of its activations; set by lay_out
-    const void* entry;         // where a stage begins anew: its first block's first convolution, then the projection
-    const float* entry_bias;   // [2, channels], of both
-    const void* inner;         // all other 3x3 convolutions in order: 2 * blocks, or one less after an entry
-    const float* inner_bias;   // [convolutions, channels]
-    const float* embeddings;   // RNNGate: [blocks, embed * channels + embed, rounded up to 4]
+    int height, width;        // of its activations; set by lay_out
+    const void* entry;        // where a stage begins anew: its first block's first convolution, then the projection
+    const float* entry_bias;  // [2, channels], of both
+    const void* inner;        // all other 3x3 convolutions in order: 2 * blocks, or one less after an entry
+    const float* inner_bias;  // [convolutions, channels]
+    const float* embeddings;  // RNNGate: [blocks, embed * channels + embed, rounded up to 4]
 };
 
 // Everything points to device memory.
 struct ResidentNetwork {
-    ElementType element;       // float16 or bfloat16
-    int in, height, width;     // of the images
+    ElementType element;    // float16 or bfloat16
+    int in, height, width;  // of the images
     int stages, classes;
     const void* stem;
-    const float* stem_bias;    // [16]
+    const float* stem_bias;  // [16]
     ResidentStage stage[kMaxStages];
-    int embed, hidden;         // RNNGate's sizes; 0 in a dense network
-    const float* lstm;         // [embed + hidden, hidden, 4] weights, [hidden, 4] bias, [hidden + 1] projection
-    const float* head;         // [channels + 1, classes], the last row is the bias
+    int embed, hidden;  // RNNGate's sizes; 0 in a dense network
+    const float* lstm;  // [embed + hidden, hidden, 4] weights, [hidden, 4] bias, [hidden + 1] projection
+    const float* head;  // [channels + 1, classes], the last row is the bias
 };
 
 // One call. Everything belongs to the caller, on the device.
 struct ResidentCall {
     int batch;
-    int num_gates;          // to evaluate: blocks - 1, or one more; 0 in a dense network
-    const void* images;     // [batch, in, height, width]
-    const bool* forced;     // [batch, blocks - 1], or null
+    int num_gates;                  // to evaluate: blocks - 1, or one more; 0 in a dense network
+    const void* images;             // [batch, in, height, width]
+    const bool* forced;             // [batch, blocks - 1], or null
     int forced_image, forced_gate;  // strides: decisions may be the same for all images
-    void* logits;           // [batch, classes]
-    float* gate_logits;     // [num_gates, batch]
-    float* probabilities;   // [num_gates, batch]
-    bool* executed;         // [num_gates, batch]
-    float* hidden;          // [batch, hidden], RNNGate's last state
-    float* cell;            // [batch, hidden]
-    int* work_counter;      // [1], zero: images handed out beyond every thread block's first few; if the plan is dynamic
+    void* logits;                   // [batch, classes]
+    float* gate_logits;             // [num_gates, batch]
+    float* probabilities;           // [num_gates, batch]
+    bool* executed;                 // [num_gates, batch]
+    float* hidden;                  // [batch, hidden], RNNGate's last state
+    float* cell;                    // [batch, hidden]
+    int* work_counter;  // [1], zero: images handed out beyond every thread block's first few; if the plan is dynamic
 };
 
 // How a batch is spread over a device.

@@ -1,14 +1,15 @@
 """The CUDA sources compile for every architecture without a warning; none takes more than docs/cuda-design.md says."""
 
 import pytest
-from cuda_resources import ROOT, TABLE_ROW, compile_all, find_nvcc
+from cuda_resources import ALL_ARCHS, ROOT, TABLE_ROW, compile_all, find_nvcc
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")]
 
 
-@pytest.fixture(scope="module")
-def kernels():
-    return compile_all()
+@pytest.fixture(scope="module", params=ALL_ARCHS)
+def kernels(request):
+    """All of one architecture."""
+    return compile_all([request.param])
 
 
 @pytest.fixture(scope="module")

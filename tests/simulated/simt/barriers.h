@@ -1,5 +1,5 @@
-// Where the threads of a thread block or of a cluster wait for one another. A barrier that not all threads reach, or reach at
-// different lines, is an error.
+// Where the threads of a thread block or of a cluster wait for one another. A barrier that not all threads reach, or
+// reach at different lines, is an error.
 #pragma once
 
 #include "scheduler.h"

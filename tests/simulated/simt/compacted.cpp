@@ -1,5 +1,5 @@
-// Entries for tests/simulated/test_simt_compacted.py: the whole forward pass of the compacted strategy; and those of its
-// kernels, so that they are compiled once.
+// Entries for tests/simulated/test_simt_compacted.py: the whole forward pass of the compacted strategy; and those of
+// its kernels, so that they are compiled once.
 #include "simt.h"
 
 #include "cuda/compacted.cu"

@@ -48,7 +48,8 @@ inline void __threadfence(simt::Site site = simt::Site::here()) {
     simt::machine.perhaps_yield();
 }
 inline void __stcg(float4* to, const float4& value, simt::Site site = simt::Site::here()) {
-    if (reinterpret_cast<std::uintptr_t>(to) % sizeof value) simt::machine.fail("__stcg: the place is not aligned", site);
+    if (reinterpret_cast<std::uintptr_t>(to) % sizeof value)
+        simt::machine.fail("__stcg: the place is not aligned", site);
     simt::weak_memory.store(*simt::machine.current, to, value);
 }
 inline float4 __ldcg(const float4* from) { return simt::weak_memory.load(*simt::machine.current, from); }

@@ -9,7 +9,18 @@ using namespace skipnet::cuda;
 namespace {
 
 enum Fault {
-    none, barrier, copy_wait, shared_bounds, global_bounds, unwritten, divergent, early_exit, warp, mapa, spin, release,
+    none,
+    barrier,
+    copy_wait,
+    shared_bounds,
+    global_bounds,
+    unwritten,
+    divergent,
+    early_exit,
+    warp,
+    mapa,
+    spin,
+    release,
     acquire
 };
 

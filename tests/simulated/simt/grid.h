@@ -32,9 +32,9 @@ struct Fiber {
     int linear = 0;
     const char* waits_for = nullptr;
     Site site{};
-    std::vector<Copy> open_copies;                // not yet committed
-    std::vector<std::vector<Copy>> copy_groups;   // committed, oldest first
-    std::size_t observed = 0, seen = 0;  // what weak_memory.h knows of it
+    std::vector<Copy> open_copies;               // not yet committed
+    std::vector<std::vector<Copy>> copy_groups;  // committed, oldest first
+    std::size_t observed = 0, seen = 0;          // what weak_memory.h knows of it
     int lane() const { return linear % warpSize; }
 };
 

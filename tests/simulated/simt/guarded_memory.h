@@ -66,7 +66,8 @@ public:
     void release_all() { arrays_.clear(); }
     void check() const {
         for (const auto& array : arrays_)
-            if (!array->intact()) throw Error(text("global memory: written outside an array of ", array->size(), " bytes"));
+            if (!array->intact())
+                throw Error(text("global memory: written outside an array of ", array->size(), " bytes"));
     }
     // The array that an address lies in or beside; null if there is none.
     const Guarded* around(const void* address) const {

@@ -37,12 +37,13 @@ extern "C" const char* plan_of(const int* numbers, const int* device /* [4] */, 
     });
 }
 
-// Runs a network; `images_at_a_time` 0 leaves the plan to the launcher, `cluster` thread blocks share an image. `sizes` is
-// what the weights have to take.
+// Runs a network; `images_at_a_time` 0 leaves the plan to the launcher, `cluster` thread blocks share an image. `sizes`
+// is what the weights have to take.
 extern "C" const char* run(const int* numbers, const void* fragments, const float* floats, const int* sizes /* [2] */,
-                           int shared_memory, int images_at_a_time, int cluster, int batch, int num_gates, const void* images,
-                           const bool* forced, int forced_image, int forced_gate, void* logits, float* gate_logits,
-                           float* probabilities, bool* executed, float* hidden, float* cell, int* work_counter) {
+                           int shared_memory, int images_at_a_time, int cluster, int batch, int num_gates,
+                           const void* images, const bool* forced, int forced_image, int forced_gate, void* logits,
+                           float* gate_logits, float* probabilities, bool* executed, float* hidden, float* cell,
+                           int* work_counter) {
     return simt::report([=] {
         ResidentNetwork network = network_of(numbers);
         const ResidentWeights needed = lay_out(network, fragments, floats);
@@ -56,7 +57,9 @@ extern "C" const char* run(const int* numbers, const void* fragments, const floa
             plan.dynamic = plan.blocks * plan.images < batch;
         }
         if (cluster > 1) plan = {1, batch * cluster, false, cluster};
-        run_resident(network, {batch, num_gates, images, forced, forced_image, forced_gate, logits, gate_logits, probabilities, executed, hidden, cell,
-                               work_counter}, plan, nullptr);
+        run_resident(network,
+                     {batch, num_gates, images, forced, forced_image, forced_gate, logits, gate_logits, probabilities,
+                      executed, hidden, cell, work_counter},
+                     plan, nullptr);
     });
 }

@@ -1,5 +1,5 @@
-// A thread of a grid is a fiber. Fibers run one at a time, each until it has to wait for others; which one is next, and in
-// which order thread blocks start, comes from a seed.
+// A thread of a grid is a fiber. Fibers run one at a time, each until it has to wait for others; which one is next, and
+// in which order thread blocks start, comes from a seed.
 #pragma once
 
 #include <sys/mman.h>
@@ -210,8 +210,8 @@ inline void Machine::on_fault(int, siginfo_t* info, void*) {
     for (const auto& cluster : machine.active_)
         for (const auto& block : cluster->blocks)
             if (block->shared->covers(info->si_addr))
-                where = text("shared memory of block ", block->index.x, " (", block->shared->size(), " bytes), at byte ",
-                             static_cast<unsigned char*>(info->si_addr) - block->shared->data(),
+                where = text("shared memory of block ", block->index.x, " (", block->shared->size(),
+                             " bytes), at byte ", static_cast<unsigned char*>(info->si_addr) - block->shared->data(),
                              block->running ? "" : ", after the block's end");
     if (const Guarded* array = global_memory.around(info->si_addr))
         where = text("a global array of ", array->size(), " bytes, at byte ",
@@ -221,7 +221,8 @@ inline void Machine::on_fault(int, siginfo_t* info, void*) {
 
 inline void Machine::run(dim3 grid, dim3 block, std::size_t shared, int cluster, std::function<void()> body) {
     const int blocks = grid.x * grid.y * grid.z, threads = block.x * block.y * block.z;
-    if (blocks == 0 || threads == 0 || threads > 1024) throw Error(text("launch: ", blocks, " blocks of ", threads, " threads"));
+    if (blocks == 0 || threads == 0 || threads > 1024)
+        throw Error(text("launch: ", blocks, " blocks of ", threads, " threads"));
     if (grid.x % cluster) throw Error(text("launch: a grid of ", grid.x, " blocks in clusters of ", cluster));
     if (shared > 227 * 1024) throw Error(text("launch: ", shared, " bytes of shared memory, at most 227 KiB"));
     static unsigned char signal_stack[64 * 1024];

@@ -20,19 +20,19 @@ void collective(unsigned mask, const char* what, void* slot, Site site, Complete
     const int lanes = std::min(warpSize, block.threads - self->linear / warpSize * warpSize);
     if (lanes < warpSize && mask >> lanes) machine.fail(text(what, ": the mask names lanes that do not exist"), site);
     auto& pending = block.warps[self->linear / warpSize];
-    auto found = std::find_if(pending.begin(), pending.end(), [&](const Collective& one) { return one.mask & mask; });
-    if (found == pending.end()) {
+    auto open = std::find_if(pending.begin(), pending.end(), [&](const Collective& one) { return one.mask & mask; });
+    if (open == pending.end()) {
         pending.push_back({mask, 0, what, site, {}, {}});
-        found = pending.end() - 1;
+        open = pending.end() - 1;
     }
-    if (found->mask != mask || found->what != what || !(found->site == site))
-        machine.fail(text(what, ": other lanes of the warp are in ", found->what, " at ", found->site.text()), site);
-    found->arrived |= 1u << lane;
-    found->slots[lane] = slot;
-    found->fibers[lane] = self;
-    if (found->arrived != mask) return machine.wait(what, site);
-    const Collective all = *found;
-    pending.erase(found);
+    if (open->mask != mask || open->what != what || !(open->site == site))
+        machine.fail(text(what, ": other lanes of the warp are in ", open->what, " at ", open->site.text()), site);
+    open->arrived |= 1u << lane;
+    open->slots[lane] = slot;
+    open->fibers[lane] = self;
+    if (open->arrived != mask) return machine.wait(what, site);
+    const Collective all = *open;
+    pending.erase(open);
     complete(all.slots);
     for (Fiber* fiber : all.fibers)
         if (fiber && fiber != self) machine.wake(fiber);

@@ -1,6 +1,6 @@
-// What threads of different thread blocks know of one another's stores by __stcg. As in the PTX memory model, a store is
-// known to whoever reads an atomic that was written after a fence after it, and then has a fence. Barriers pass on to the
-// block. To all others the place holds poison.
+// What threads of different thread blocks know of one another's stores by __stcg. As in the PTX memory model, a store
+// is known to whoever reads an atomic that was written after a fence after it, and then has a fence. Barriers pass on
+// to the block. To all others the place holds poison.
 #pragma once
 
 #include <algorithm>
@@ -24,7 +24,8 @@ public:
             if (store.to == place && comes_before(store, thread)) return store.value;
         const auto landed = landed_.find(place);
         float4 value = *from;
-        if (landed != landed_.end() && landed->second.block != thread.block->number && landed->second.when > thread.seen)
+        if (landed != landed_.end() && landed->second.block != thread.block->number &&
+            landed->second.when > thread.seen)
             std::memset(&value, kPoison, sizeof value);
         return value;
     }
