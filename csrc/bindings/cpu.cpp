@@ -190,7 +190,7 @@ public:
         : weights_(convolution_of(layer, strategy == "compacted")), batch_(batch), height_(image_size.first),
           width_(image_size.second) {
         check(batch >= 1 && height_ >= 1 && width_ >= 1, "batch and image_size: expected 1 or more");
-        standalone_ = cpu::make_standalone(weights_, is_compacted(strategy), bfloat16, batch, height_, width_,
+        standalone_ = cpu::make_standalone_conv(weights_, is_compacted(strategy), bfloat16, batch, height_, width_,
                                            instruction_set);
     }
     void load(const Array<float>& x) {
@@ -210,7 +210,7 @@ public:
 private:
     cpu::ConvolutionWeights weights_;  // its pointers are not used after construction
     int batch_, height_, width_;
-    std::unique_ptr<cpu::Standalone> standalone_;
+    std::unique_ptr<cpu::StandaloneConv> standalone_;
 };
 
 // RNNGate by itself.

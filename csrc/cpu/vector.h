@@ -124,6 +124,16 @@ struct BFloat16 {
 };
 #endif
 
+// What this variant's networks form products from.
+#if defined(__AMX_BF16__)
+struct AmxBFloat16;  // amx.h
+using VariantOperand = AmxBFloat16;
+#elif defined(__AVX512BF16__)
+using VariantOperand = BFloat16;
+#else
+using VariantOperand = Float32;
+#endif
+
 // Zeroed elements on a cache line, owned.
 template <typename Element>
 class BufferOf {

@@ -16,7 +16,6 @@
 
 namespace skipnet::cpu {
 namespace {
-namespace blocked {
 
 constexpr int kPanel = 2;                         // vectors of output channels that a panel of weights is wide
 constexpr int kStrip = kWidth == 16 ? 14 : 6;     // pixels of a strip, at most: their sums fill the registers
@@ -97,7 +96,7 @@ struct Panels {
 
 // Images that go through a convolution together. In, Out: operands (vector.h) whose elements the planes hold.
 template <typename In, typename Out>
-struct Images {
+struct LayerImages {
     const typename In::Element* const* inputs;
     typename Out::Element* const* outputs;
     float* const* sums;  // [parts, channels] each: sums over parts of the output; null where nobody asks
@@ -127,7 +126,7 @@ class Layer {
 public:
     virtual ~Layer() = default;
     // The group shares the work. It has to meet before anything of the output is read.
-    virtual void run(const Images<In, Out>& images, Finish finish, const ThreadGroup& group,
+    virtual void run(const LayerImages<In, Out>& images, Finish finish, const ThreadGroup& group,
                      const Memory<In>& memory) const = 0;
     virtual int parts() const = 0;  // that sums are taken over
     virtual std::size_t shared() const { return 0; }
@@ -160,7 +159,7 @@ public:
         panels_per_pass_ = bytes < kPassBytes ? static_cast<int>(kPassBytes / bytes) : 1;
     }
 
-    void run(const Images<In, Out>& images, Finish finish, const ThreadGroup& group, const Memory<In>&) const override {
+    void run(const LayerImages<In, Out>& images, Finish finish, const ThreadGroup& group, const Memory<In>&) const override {
         const int spots = images.count * strips_.count(), passes = (panels_.count() + panels_per_pass_ - 1) / panels_per_pass_;
         const Share mine(passes * spots, group);
         for (int unit = mine.begin; unit < mine.end; ++unit) {
@@ -176,7 +175,7 @@ public:
 private:
     std::size_t depth() const { return runs_.size() * Depth; }
 
-    void strip(const Images<In, Out>& images, int image, int number, int panel, Finish finish) const {
+    void strip(const LayerImages<In, Out>& images, int image, int number, int panel, Finish finish) const {
         const int row = number / strips_.across(), place = number % strips_.across();
         const int begin = strips_.begin(place), pixels = strips_.begin(place + 1) - begin;
         const Element* x = images.inputs[image] + static_cast<std::ptrdiff_t>(row) * first_row_ + begin * Step;
@@ -289,6 +288,5 @@ std::unique_ptr<Layer<Float32, Out>> make_first(const ConvolutionWeights& layer,
                                                         std::move(weight), packed_bias(layer));
 }
 
-}  // namespace blocked
 }  // namespace
 }  // namespace skipnet::cpu

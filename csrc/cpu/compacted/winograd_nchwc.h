@@ -2,11 +2,11 @@
 // Algorithms for Convolutional Neural Networks", CVPR 2016); for one instruction set.
 #pragma once
 
+#include "../winograd_points.h"
 #include "conv_nchwc.h"
 
 namespace skipnet::cpu {
 namespace {
-namespace blocked {
 
 // The transforms' one dimension. Each reads and writes every step-th vector.
 template <int kOut>
@@ -30,10 +30,8 @@ struct Transform<2> {
     }
 };
 
-// Interpolates at 0, +-a, +-b and infinity; the customary +-1 and +-2 round worse, docs/numerics.md.
 template <>
 struct Transform<4> {
-    static constexpr float kA = 0.625f, kB = 1.5f, kA2 = kA * kA, kB2 = kB * kB;
     static constexpr double inner = 1 / (2.0 * kA2 * (kA2 - kB2)), outer = 1 / (2.0 * kB2 * (kB2 - kA2));
     static constexpr double weight[6][3] = {{1 / (static_cast<double>(kA2) * kB2), 0, 0},
                                             {inner, inner * kA, inner * kA2},
@@ -64,11 +62,29 @@ struct Transform<4> {
     }
 };
 
+// One point's products of a row of tiles with a panel: to[tile, width * kWidth] = x[tile] weight. Not inlined: it is
+// compiled once for both sizes of tiles.
+template <typename Operand>
+__attribute__((noinline)) void multiply_panel(const Strips& strips, int width, const typename Operand::Element* x,
+                                              const Run* runs, int count, const typename Operand::Element* weight,
+                                              float* products) {
+    for (int i = 0; i < strips.count(); ++i)
+        with_block(strips.begin(i + 1) - strips.begin(i), width, [&](auto t, auto k) {
+            constexpr int T = decltype(t)::value, K = decltype(k)::value;
+            Vector sums[T][K] = {};
+            multiply<Operand, kWidth, kWidth, T, K>(sums, x + strips.begin(i) * kWidth, runs, count, weight);
+            float* to = products + strips.begin(i) * K * kWidth;
+#pragma GCC unroll 16
+            for (int row = 0; row < T; ++row)
+                for (int j = 0; j < K; ++j) store(to + (row * K + j) * kWidth, sums[row][j]);
+        });
+}
+
 template <typename Operand, int kOut>
 class Winograd final : public Layer<Operand, Operand> {
     using Element = typename Operand::Element;
-    using Images = blocked::Images<Operand, Operand>;
-    using Memory = blocked::Memory<Operand>;
+    using Images = LayerImages<Operand, Operand>;
+    using Memory = cpu::Memory<Operand>;
 
     static constexpr int kIn = kOut + 2;
     static constexpr int kPoints = kIn * kIn;         // products of a tile, for each pair of channels
@@ -171,17 +187,7 @@ private:
             for (int p = 0; p < kPoints; ++p, weight += static_cast<std::size_t>(in_.channels) * width * kWidth) {
                 const Element* x = memory.shared + p * point(all) + static_cast<std::size_t>(begin) * kWidth;
                 float* products = memory.own + p * kProducts;
-                for (int i = 0; i < strips.count(); ++i)
-                    with_block(strips.begin(i + 1) - strips.begin(i), width, [&](auto t, auto k) {
-                        constexpr int T = decltype(t)::value, K = decltype(k)::value;
-                        Vector sums[T][K] = {};
-                        multiply<Operand, kWidth, kWidth, T, K>(sums, x + strips.begin(i) * kWidth, memory.runs,
-                                                                in_.blocks(), weight);
-                        float* to = products + strips.begin(i) * K * kWidth;
-#pragma GCC unroll 16
-                        for (int row = 0; row < T; ++row)
-                            for (int j = 0; j < K; ++j) store(to + (row * K + j) * kWidth, sums[row][j]);
-                    });
+                multiply_panel<Operand>(strips, width, x, memory.runs, in_.blocks(), weight, products);
             }
             for (int tile = begin; tile < end; ++tile) {
                 const int image = tile / tiles(), place = tile % tiles();
@@ -249,6 +255,5 @@ std::unique_ptr<Layer<Operand, Operand>> make_layer(const ConvolutionWeights& la
     return std::make_unique<Winograd<Operand, 4>>(layer, in, out);
 }
 
-}  // namespace blocked
 }  // namespace
 }  // namespace skipnet::cpu

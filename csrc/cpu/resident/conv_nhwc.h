@@ -15,6 +15,7 @@
 #include "../engine.h"
 #include "../thread_team.h"
 #include "../vector.h"
+#include "../winograd_points.h"
 
 namespace skipnet::cpu {
 namespace {
@@ -211,9 +212,6 @@ public:
 private:
     static constexpr int kTaps = 9;
 
-    // The transforms interpolate at 0, +-a, +-b and infinity. The customary +-1 and +-2 round worse by a factor of two;
-    // docs/numerics.md.
-    static constexpr float kA = 0.625f, kB = 1.5f, kA2 = kA * kA, kB2 = kB * kB;
     // The denominators of G's rows, left out there: they and a power of kA wait until the outputs are finished.
     static constexpr float kZero = kA2 * kB2, kInner = 2 * kA2 * (kA2 - kB2), kOuter = 2 * kB2 * (kB2 - kA2);
     static constexpr float kFactors[kTile] = {1 / kZero, kA / kInner, kA2 / kInner, 1};
