@@ -39,7 +39,8 @@ public:
         check(!blocks.empty() && blocks.size() <= cuda::kMaxStages, "blocks: expected 1 to ", cuda::kMaxStages,
               " groups, got ", blocks.size());
         check(in >= 1 && in <= 16, "in: expected 1 to 16 channels, got ", in);
-        check(image_size.first >= 1 && image_size.second >= 1 && classes >= 1, "image_size, classes: expected 1 or more");
+        check(image_size.first >= 1 && image_size.second >= 1 && classes >= 1,
+              "image_size, classes: expected 1 or more");
         check(embed >= 0 && embed <= cuda::kMaxUnits && hidden >= 0 && hidden <= cuda::kMaxUnits && !embed == !hidden,
               "embed, hidden: expected up to ", cuda::kMaxUnits, ", got ", embed, " and ", hidden);
         network_.element = element_of(element);
@@ -59,16 +60,14 @@ public:
     void place(int device, Address fragments, std::size_t bytes, Address floats, std::size_t count) {
         const cuda::ResidentWeights needed =
             cuda::lay_out(network_, pointer<const void>(fragments), pointer<const float>(floats));
-        check(needed.fragments == bytes && needed.floats == count, "weights: expected ", needed.fragments, " bytes and ",
-              needed.floats, " floats, got ", bytes, " and ", count);
+        check(needed.fragments == bytes && needed.floats == count, "weights: expected ", needed.fragments,
+              " bytes and ", needed.floats, " floats, got ", bytes, " and ", count);
         device_ = device;
         const cuda::CurrentDevice current(device_);
         limits_ = cuda::resident_device(network_);
     }
 
-    cuda::ResidentPlan plan(int batch) const {
-        return cuda::plan_resident(network_, batch, limits_);
-    }
+    cuda::ResidentPlan plan(int batch) const { return cuda::plan_resident(network_, batch, limits_); }
 
     void run(const cuda::ResidentPlan& plan, const cuda::ResidentCall& call, Address stream) const {
         check(device_ >= 0, "place: not called yet");
@@ -170,7 +169,8 @@ void bind_cuda(py::module_& module) {
         .def_readonly("dynamic", &cuda::ResidentPlan::dynamic,
                       "More images than fit at once: `work_counter` is needed.")
         .def_readonly("cluster", &cuda::ResidentPlan::cluster, "Thread blocks that share an image.");
-    py::class_<CudaResident>(module, "CudaResident", "A whole CIFAR-scale network in one launch. Weights and arrays "
+    py::class_<CudaResident>(module, "CudaResident",
+                             "A whole CIFAR-scale network in one launch. Weights and arrays "
                              "are addresses of device memory, as csrc/cuda/resident.h describes them.")
         .def(py::init<const std::string&, int, std::pair<int, int>, int, const std::vector<int>&, int, int>(),
              py::arg("element"), py::arg("in_channels"), py::arg("image_size"), py::arg("classes"), py::arg("blocks"),
@@ -198,7 +198,8 @@ void bind_cuda(py::module_& module) {
             py::arg("executed"), py::arg("hidden"), py::arg("cell"), py::arg("work_counter"), py::arg("stream"),
             "Images to logits and decisions on a stream; `forced`, with strides of images and gates, and "
             "`work_counter` may be 0.");
-    py::class_<CudaCompacted>(module, "CudaCompacted", "Any network, block by block. Weights and arrays are addresses "
+    py::class_<CudaCompacted>(module, "CudaCompacted",
+                              "Any network, block by block. Weights and arrays are addresses "
                               "of device memory, as csrc/cuda/compacted.h describes them.")
         .def(py::init<int, const std::string&, int, std::pair<int, int>, bool, bool, const Shape&,
                       const std::vector<std::pair<std::vector<Shape>, std::vector<Shape>>>&, const Shape&, int, int,
@@ -214,11 +215,11 @@ void bind_cuda(py::module_& module) {
             [](const CudaCompacted& compacted, int batch, int num_gates, Address present, Address images,
                Address forced, Address logits, Address gate_logits, Address probabilities, Address executed,
                Address hidden, Address cell, Address workspace, Address stream) {
-                compacted.run({batch, num_gates, pointer<int>(present), pointer<const void>(images),
-                               pointer<const bool>(forced), pointer<float>(logits), pointer<float>(gate_logits),
-                               pointer<float>(probabilities), pointer<bool>(executed), pointer<float>(hidden),
-                               pointer<float>(cell), pointer<void>(workspace)},
-                              stream);
+                compacted.run(
+                    {batch, num_gates, pointer<int>(present), pointer<const void>(images), pointer<const bool>(forced),
+                     pointer<float>(logits), pointer<float>(gate_logits), pointer<float>(probabilities),
+                     pointer<bool>(executed), pointer<float>(hidden), pointer<float>(cell), pointer<void>(workspace)},
+                    stream);
             },
             py::arg("batch"), py::arg("num_gates"), py::arg("present"), py::arg("images"), py::arg("forced"),
             py::arg("logits"), py::arg("gate_logits"), py::arg("probabilities"), py::arg("executed"), py::arg("hidden"),
@@ -243,16 +244,15 @@ void bind_cuda(py::module_& module) {
            Address probability, Address executed, Address forced, Address rows, Address count, Address arrivals,
            int device, Address stream) {
             const cuda::CurrentDevice current(device);
-            cuda::gate_step({channels, pointer<const float>(embedding_weight), pointer<const float>(embedding_bias)},
-                            {embed, hidden_size, pointer<const float>(input_weight),
-                             pointer<const float>(hidden_weight), pointer<const float>(bias),
-                             pointer<const float>(projection_weight), projection_bias},
-                            batch, nullptr, {pointer<const float>(sums), tiles, pixels}, pointer<float>(hidden),
-                            pointer<float>(cell),
-                            {pointer<float>(logit), pointer<float>(probability), pointer<bool>(executed),
-                             pointer<const bool>(forced)},
-                            {pointer<int>(rows), pointer<int>(count)}, pointer<int>(arrivals),
-                            pointer<CUstream_st>(stream));
+            cuda::gate_step(
+                {channels, pointer<const float>(embedding_weight), pointer<const float>(embedding_bias)},
+                {embed, hidden_size, pointer<const float>(input_weight), pointer<const float>(hidden_weight),
+                 pointer<const float>(bias), pointer<const float>(projection_weight), projection_bias},
+                batch, nullptr, {pointer<const float>(sums), tiles, pixels}, pointer<float>(hidden),
+                pointer<float>(cell),
+                {pointer<float>(logit), pointer<float>(probability), pointer<bool>(executed),
+                 pointer<const bool>(forced)},
+                {pointer<int>(rows), pointer<int>(count)}, pointer<int>(arrivals), pointer<CUstream_st>(stream));
         },
         py::arg("channels"), py::arg("embed"), py::arg("hidden_size"), py::arg("embedding_weight"),
         py::arg("embedding_bias"), py::arg("input_weight"), py::arg("hidden_weight"), py::arg("bias"),
@@ -270,9 +270,18 @@ void bind_cuda(py::module_& module) {
             const cuda::RowList list{pointer<int>(rows), pointer<int>(count)};
             cuda::gathered_conv(element_of(element),
                                 {in, out, kernel, stride, pointer<const void>(weight), pointer<const float>(bias)},
-                                {batch, height, width, rows ? &list : nullptr, gathers, scatters, relu,
-                                 pointer<const void>(x), pointer<const void>(residual), pointer<void>(y),
-                                 pointer<float>(sums), {pointer<float>(partial_sums), pointer<int>(partial_arrivals)},
+                                {batch,
+                                 height,
+                                 width,
+                                 rows ? &list : nullptr,
+                                 gathers,
+                                 scatters,
+                                 relu,
+                                 pointer<const void>(x),
+                                 pointer<const void>(residual),
+                                 pointer<void>(y),
+                                 pointer<float>(sums),
+                                 {pointer<float>(partial_sums), pointer<int>(partial_arrivals)},
                                  false},
                                 pointer<CUstream_st>(stream));
         },

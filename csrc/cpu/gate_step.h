@@ -134,7 +134,8 @@ public:
     explicit Gates(const NetworkWeights& weights) {
         for (const Embedding& gate : weights.embeddings)
             linear_.emplace_back(gate.weight, gate.bias, gate.channels, weights.lstm.embed);
-        for (const FeedforwardTail& gate : weights.tails) linear_.emplace_back(gate.weight, &gate.bias, gate.channels, 1);
+        for (const FeedforwardTail& gate : weights.tails)
+            linear_.emplace_back(gate.weight, &gate.bias, gate.channels, 1);
         if (!weights.embeddings.empty()) cell_ = std::make_unique<LstmCell>(weights.lstm);
     }
 

@@ -14,14 +14,14 @@
 
 namespace skipnet::cpu {
 
-#define SKIPNET_DECLARE(isa)                                                                                \
-    std::unique_ptr<Engine> make_resident_##isa(const NetworkWeights& weights);                             \
-    std::unique_ptr<Engine> make_compacted_##isa(const NetworkWeights& weights);                            \
-    std::unique_ptr<StandaloneConv> make_resident_conv_##isa(const ConvolutionWeights& weights, int batch,  \
-                                                             int height, int width);                        \
-    std::unique_ptr<StandaloneConv> make_compacted_conv_##isa(const ConvolutionWeights& weights, int batch, \
-                                                              int height, int width);                       \
-    std::unique_ptr<StandaloneGate> make_gate_##isa(const Embedding& embedding, const Lstm& lstm);          \
+#define SKIPNET_DECLARE(isa)                                                                                           \
+    std::unique_ptr<Engine> make_resident_##isa(const NetworkWeights& weights);                                        \
+    std::unique_ptr<Engine> make_compacted_##isa(const NetworkWeights& weights);                                       \
+    std::unique_ptr<StandaloneConv> make_resident_conv_##isa(const ConvolutionWeights& weights, int batch, int height, \
+                                                             int width);                                               \
+    std::unique_ptr<StandaloneConv> make_compacted_conv_##isa(const ConvolutionWeights& weights, int batch,            \
+                                                              int height, int width);                                  \
+    std::unique_ptr<StandaloneGate> make_gate_##isa(const Embedding& embedding, const Lstm& lstm);                     \
     double multiply_add_##isa(long rounds);
 
 SKIPNET_DECLARE(portable)
@@ -80,18 +80,26 @@ const std::vector<InstructionSet>& known_sets() {
     static const bool amx = avx512bf16 && has_amx();
     // What has products of bfloat16 forms those of float32 as avx512 does; tile registers are the resident strategy's.
     static const std::vector<InstructionSet> all{
-        {"amx", amx, SKIPNET_FLOAT32(avx512), {SKIPNET_RESIDENT(amx), SKIPNET_COMPACTED(avx512bf16)},
-         make_gate_avx512, multiply_add_avx512},
-        {"avx512bf16", avx512bf16, SKIPNET_FLOAT32(avx512),
-         {SKIPNET_RESIDENT(avx512bf16), SKIPNET_COMPACTED(avx512bf16)}, make_gate_avx512, multiply_add_avx512},
+        {"amx",
+         amx,
+         SKIPNET_FLOAT32(avx512),
+         {SKIPNET_RESIDENT(amx), SKIPNET_COMPACTED(avx512bf16)},
+         make_gate_avx512,
+         multiply_add_avx512},
+        {"avx512bf16",
+         avx512bf16,
+         SKIPNET_FLOAT32(avx512),
+         {SKIPNET_RESIDENT(avx512bf16), SKIPNET_COMPACTED(avx512bf16)},
+         make_gate_avx512,
+         multiply_add_avx512},
         {"avx512", avx512, SKIPNET_FLOAT32(avx512), SKIPNET_FLOAT32(avx512), make_gate_avx512, multiply_add_avx512},
         {"avx2", avx2, SKIPNET_FLOAT32(avx2), SKIPNET_FLOAT32(avx2), make_gate_avx2, multiply_add_avx2},
         {"portable", true, SKIPNET_FLOAT32(portable), SKIPNET_FLOAT32(portable), make_gate_portable,
          multiply_add_portable}};
 #else
-    static const std::vector<InstructionSet> all{
-        {"portable", true, SKIPNET_FLOAT32(portable), SKIPNET_FLOAT32(portable), make_gate_portable,
-         multiply_add_portable}};
+    static const std::vector<InstructionSet> all{{"portable", true, SKIPNET_FLOAT32(portable),
+                                                  SKIPNET_FLOAT32(portable), make_gate_portable,
+                                                  multiply_add_portable}};
 #endif
     return all;
 }

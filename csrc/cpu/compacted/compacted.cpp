@@ -22,17 +22,17 @@ using ConvLayer = Layer<VariantOperand, VariantOperand>;
 constexpr std::chrono::microseconds kJoinTimeout(4000);  // with late threads, for each image: less than one takes
 
 struct Block {
-    int stage;                             // of its output, from 0
+    int stage;                                       // of its output, from 0
     std::unique_ptr<ConvLayer> projection;           // where it opens a stage
     std::vector<std::unique_ptr<ConvLayer>> layers;  // two, or three in a bottleneck
-    int maps[2];                           // what each layer but the last writes
+    int maps[2];                                     // what each layer but the last writes
 };
 
 struct FeedforwardGate {
     bool max_pool;
     std::vector<std::unique_ptr<ConvLayer>> layers;  // one, or two after a max pool
-    int pooled;                            // map of the max pool, where there is one
-    int maps[2];                           // what each layer writes
+    int pooled;                                      // map of the max pool, where there is one
+    int maps[2];                                     // what each layer writes
 
     int feature() const { return maps[layers.size() - 1]; }
 };
@@ -41,12 +41,12 @@ struct FeedforwardGate {
 struct ImageState {
     std::vector<BufferOf<Element>> maps;  // one for each of the network's
 
-    Buffer sums;               // [parts, channels] of the activation
-    int parts;                 // of sums; 0 where pooled is up to date
-    Buffer feature_sums;       // [parts, channels] of a feed-forward gate's last feature map
+    Buffer sums;                 // [parts, channels] of the activation
+    int parts;                   // of sums; 0 where pooled is up to date
+    Buffer feature_sums;         // [parts, channels] of a feed-forward gate's last feature map
     Buffer pooled, gate_pooled;  // [max_channels_]: of the activation, of a feed-forward gate's feature
     GateState gate;
-    Buffer logits;             // [classes]
+    Buffer logits;  // [classes]
 };
 
 struct Scratch {
@@ -56,11 +56,11 @@ struct Scratch {
 
 // What a call needs. Made once, reused from call to call.
 struct Workspace {
-    std::vector<ImageState> states;          // as many as there have been, up to kMaxImages
-    std::vector<Scratch> scratch;                // [threads]
-    BufferOf<Element> shared;  // of the layers
-    Buffer image;                                // of one image at a time, in phases
-    BufferOf<Element> stem;    // of one image at a time, what is pooled
+    std::vector<ImageState> states;  // as many as there have been, up to kMaxImages
+    std::vector<Scratch> scratch;    // [threads]
+    BufferOf<Element> shared;        // of the layers
+    Buffer image;                    // of one image at a time, in phases
+    BufferOf<Element> stem;          // of one image at a time, what is pooled
 };
 
 using Slice = BatchSlice<ImageState>;
@@ -76,14 +76,13 @@ struct Worker {
 
 // Maximum of kernel x kernel with stride 2 and padding (kernel - 1) / 2, NaN if any is; inputs are not negative, so a
 // border of zeros does no harm. The group shares the rows.
-void max_pool(int kernel, const Plane& in, const Element* from, const Plane& out,
-              Element* to, const ThreadGroup& group) {
+void max_pool(int kernel, const Plane& in, const Element* from, const Plane& out, Element* to,
+              const ThreadGroup& group) {
     const Share rows(out.blocks() * out.height, group);
     const int pad = (kernel - 1) / 2;
     for (int row = rows.begin; row < rows.end; ++row) {
         const int block = row / out.height, y = row % out.height;
-        const Element* corner = from + static_cast<std::ptrdiff_t>(block) * in.block() +
-                                                  in.at(2 * y - pad, -pad);
+        const Element* corner = from + static_cast<std::ptrdiff_t>(block) * in.block() + in.at(2 * y - pad, -pad);
         Element* result = to + static_cast<std::ptrdiff_t>(block) * out.block() + out.at(y, 0);
         for (int x = 0; x < out.width; ++x, corner += 2 * kWidth, result += kWidth) {
             Vector most = VariantOperand::widen(corner);
@@ -111,9 +110,10 @@ public:
 private:
     enum class Use { activation, first, second };  // maps of one shape may be in use together
 
-    void run_layer(const ConvLayer& layer, const States& states, int from, int to, Buffer ImageState::*sums, Finish finish,
-                   const Worker& worker) const;
-    void update(const ConvLayer& layer, const States& states, int from, int to, Finish finish, const Worker& worker) const;
+    void run_layer(const ConvLayer& layer, const States& states, int from, int to, Buffer ImageState::* sums,
+                   Finish finish, const Worker& worker) const;
+    void update(const ConvLayer& layer, const States& states, int from, int to, Finish finish,
+                const Worker& worker) const;
     void feedforward_features(const Worker& worker, int index) const;
     float gate_logit(int index, ImageState& state) const;
     const float* pooled(int stage, ImageState& state) const;
@@ -154,8 +154,8 @@ int halved(int size) { return (size + 1) / 2; }
 
 Network::Network(const NetworkWeights& weights)
     : classes_(weights.classes),
-      image_{weights.height, weights.width, weights.stem.in, weights.stem.kernel, weights.stem.stride},
-      stem_plane_{}, max_pool_(weights.max_pool), gates_(weights) {
+      image_{weights.height, weights.width, weights.stem.in, weights.stem.kernel, weights.stem.stride}, stem_plane_{},
+      max_pool_(weights.max_pool), gates_(weights) {
     const bool basic = !weights.blocks[0].bottleneck;
     const bool strided_gates = !weights.gates.empty() && !weights.gates[0].max_pool;
     const auto activation = [&](int height, int width, int channels) {
@@ -188,7 +188,7 @@ Network::Network(const NetworkWeights& weights)
     }
     const int features = weights.blocks.back().last.out;
     head_ = make_direct<Float32, Float32>({features, classes_, 1, 1, weights.head_weight, weights.head_bias},
-                        unbordered(1, 1, features), unbordered(1, 1, classes_));
+                                          unbordered(1, 1, features), unbordered(1, 1, classes_));
     for (const Map& map : maps_)
         if (map.plane.channels > max_channels_) max_channels_ = map.plane.channels;
 }
@@ -197,7 +197,8 @@ auto Network::pack(const BlockWeights& block, const Plane& x) -> Block {
     Block packed{};
     packed.stage = static_cast<int>(stages_.size()) - 1;
     const Plane result = plane(stages_.back());  // a copy: maps move as there are more
-    if (block.projects) packed.projection = register_layer(make_layer<VariantOperand>(block.projection, x, result), result);
+    if (block.projects)
+        packed.projection = register_layer(make_layer<VariantOperand>(block.projection, x, result), result);
     // Each map is made for the convolution that reads it.
     const auto add_layer = [&](const ConvolutionWeights& layer, const Plane& in, const Plane& out, Use use) {
         packed.maps[packed.layers.size()] = map(out, use);
@@ -255,8 +256,14 @@ int Network::map(const Plane& plane, Use use) {
 }
 
 auto Network::make_state() const -> ImageState {
-    ImageState state{{}, Buffer(max_sums_), 0, Buffer(feedforward_gates_.empty() ? 0 : max_sums_), Buffer(max_channels_),
-                     Buffer(max_channels_), gates_.make_state(), Buffer(padded(classes_))};
+    ImageState state{{},
+                     Buffer(max_sums_),
+                     0,
+                     Buffer(feedforward_gates_.empty() ? 0 : max_sums_),
+                     Buffer(max_channels_),
+                     Buffer(max_channels_),
+                     gates_.make_state(),
+                     Buffer(padded(classes_))};
     for (const Map& map : maps_) state.maps.emplace_back(map.plane.size());
     return state;
 }
@@ -264,8 +271,11 @@ auto Network::make_state() const -> ImageState {
 auto Network::acquire_workspace(int images, int threads) -> std::unique_ptr<Workspace> {
     std::unique_ptr<Workspace> workspace = workspaces_.acquire();
     if (!workspace)
-        workspace.reset(new Workspace{{}, {}, BufferOf<Element>(max_shared_), Buffer(image_.size()),
-                                  BufferOf<Element>(max_pool_ ? stem_plane_.size() : 0)});
+        workspace.reset(new Workspace{{},
+                                      {},
+                                      BufferOf<Element>(max_shared_),
+                                      Buffer(image_.size()),
+                                      BufferOf<Element>(max_pool_ ? stem_plane_.size() : 0)});
     while (static_cast<int>(workspace->states.size()) < images) workspace->states.push_back(make_state());
     while (static_cast<int>(workspace->scratch.size()) < threads)
         workspace->scratch.push_back({Buffer(max_own_), std::vector<Run>(max_channels_ / kWidth)});
@@ -281,27 +291,30 @@ void Network::run(const Call& call) {
         Barrier barrier;
     };
     ThreadTeam team(call.threads, call.batch * kJoinTimeout);
-    std::unique_ptr<Workspace> workspace = acquire_workspace(call.batch < kMaxImages ? call.batch : kMaxImages, team.size());
+    std::unique_ptr<Workspace> workspace =
+        acquire_workspace(call.batch < kMaxImages ? call.batch : kMaxImages, team.size());
     RunContext context{*this, call, *workspace, team.size(), Barrier(team.size())};
-    team.run([](void* argument, int rank) {
-        RunContext& context = *static_cast<RunContext*>(argument);
-        Scratch& scratch = context.workspace.scratch[rank];
-        const Memory<VariantOperand> memory{context.workspace.shared.get(), scratch.own.get(), scratch.runs.data()};
-        const int batch = context.call.batch, slices = (batch + kMaxImages - 1) / kMaxImages;
-        for (int slice = 0; slice < slices; ++slice) {
-            const int first = batch * slice / slices, count = batch * (slice + 1) / slices - first;
-            forward(context.network, Worker{{context.call, context.workspace.states.data(), first, count},
-                                            context.workspace,
-                                            ThreadGroup{rank, context.threads, &context.barrier},
-                                            memory});
-        }
-    }, &context);
+    team.run(
+        [](void* argument, int rank) {
+            RunContext& context = *static_cast<RunContext*>(argument);
+            Scratch& scratch = context.workspace.scratch[rank];
+            const Memory<VariantOperand> memory{context.workspace.shared.get(), scratch.own.get(), scratch.runs.data()};
+            const int batch = context.call.batch, slices = (batch + kMaxImages - 1) / kMaxImages;
+            for (int slice = 0; slice < slices; ++slice) {
+                const int first = batch * slice / slices, count = batch * (slice + 1) / slices - first;
+                forward(context.network, Worker{{context.call, context.workspace.states.data(), first, count},
+                                                context.workspace,
+                                                ThreadGroup{rank, context.threads, &context.barrier},
+                                                memory});
+            }
+        },
+        &context);
     workspaces_.release(std::move(workspace));
 }
 
 // From one map of the images to another; sums, where given, gets the sums over the output's parts.
-void Network::run_layer(const ConvLayer& layer, const States& states, int from, int to, Buffer ImageState::*sums,
-                                 Finish finish, const Worker& worker) const {
+void Network::run_layer(const ConvLayer& layer, const States& states, int from, int to, Buffer ImageState::* sums,
+                        Finish finish, const Worker& worker) const {
     const Element* inputs[kMaxImages];
     Element* outputs[kMaxImages];
     float* parts[kMaxImages];
@@ -317,7 +330,7 @@ void Network::run_layer(const ConvLayer& layer, const States& states, int from, 
 
 // The same to an activation, whose pooled feature will have to be brought up to date.
 void Network::update(const ConvLayer& layer, const States& states, int from, int to, Finish finish,
-                              const Worker& worker) const {
+                     const Worker& worker) const {
     if (worker.group.rank == 0)
         for (int i = 0; i < states.count; ++i) states.of[i]->parts = layer.parts();
     run_layer(layer, states, from, to, &ImageState::sums, finish, worker);
@@ -371,8 +384,7 @@ void Network::feedforward_features(const Worker& worker, int index) const {
     if (gate.max_pool) {
         for (int i = 0; i < states.count; ++i) {
             std::vector<BufferOf<Element>>& maps = states.of[i]->maps;
-            max_pool(2, plane(from), maps[from].get(), plane(gate.pooled), maps[gate.pooled].get(),
-                              worker.group);
+            max_pool(2, plane(from), maps[from].get(), plane(gate.pooled), maps[gate.pooled].get(), worker.group);
         }
         worker.group.barrier();
         from = gate.pooled;

@@ -92,7 +92,7 @@ private:
     bool stem_;
     PhasePlane phases_;
     Plane in_, out_;
-    std::unique_ptr<Layer<Float32, Operand>> first_;   // the one that is asked for
+    std::unique_ptr<Layer<Float32, Operand>> first_;  // the one that is asked for
     std::unique_ptr<Layer<Operand, Operand>> layer_;
     BufferOf<Element> shared_;
     Buffer own_;

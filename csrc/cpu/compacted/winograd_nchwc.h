@@ -87,10 +87,10 @@ class Winograd final : public Layer<Operand, Operand> {
     using Memory = cpu::Memory<Operand>;
 
     static constexpr int kIn = kOut + 2;
-    static constexpr int kPoints = kIn * kIn;         // products of a tile, for each pair of channels
+    static constexpr int kPoints = kIn * kIn;                           // products of a tile, for each pair of channels
     static constexpr int kChunk = kOut == 2 ? 8 * kStrip : 4 * kStrip;  // tiles whose products wait in L2 together
     static constexpr int kProducts = kChunk * kPanel * kWidth + kWidth;  // floats from a point's to the next
-    static constexpr std::size_t kShared = 2 << 20;   // elements of transformed inputs that the threads share, about
+    static constexpr std::size_t kShared = 2 << 20;  // elements of transformed inputs that the threads share, about
 
 public:
     Winograd(const ConvolutionWeights& layer, const Plane& in, const Plane& out)
@@ -105,8 +105,8 @@ public:
                         double sum = 0;
                         for (int y = 0; y < 3; ++y)
                             for (int x = 0; x < 3; ++x)
-                                sum += Transform<kOut>::weight[i][y] * kernel[3 * y + x] *
-                                       Transform<kOut>::weight[j][x];
+                                sum +=
+                                    Transform<kOut>::weight[i][y] * kernel[3 * y + x] * Transform<kOut>::weight[j][x];
                         const std::size_t place = static_cast<std::size_t>(i * kIn + j) * in.channels + c;
                         weight_.get()[panels_.at(o, place, depth, Operand::kPack)] =
                             Operand::rounded(static_cast<float>(sum));
@@ -150,10 +150,10 @@ private:
         const Share mine(images.count * in_.blocks() * rows, group);
         for (int unit = mine.begin; unit < mine.end; ++unit) {
             const int row = unit % rows, block = unit / rows % in_.blocks(), image = unit / rows / in_.blocks();
-            const Element* from = images.inputs[image] + static_cast<std::ptrdiff_t>(block) * in_.block() +
-                                  in_.at(row * kOut - 1, -1);
-            Element* to = transformed +
-                          (static_cast<std::size_t>(block) * all + image * tiles() + row * across) * kWidth;
+            const Element* from =
+                images.inputs[image] + static_cast<std::ptrdiff_t>(block) * in_.block() + in_.at(row * kOut - 1, -1);
+            Element* to =
+                transformed + (static_cast<std::size_t>(block) * all + image * tiles() + row * across) * kWidth;
             for (int tile = 0; tile < across; ++tile, from += kOut * kWidth, to += kWidth)
                 transform_input(from, to, step);
         }
@@ -232,7 +232,7 @@ private:
     Panels panels_;
     Buffer bias_;               // [out]
     BufferOf<Element> weight_;  // [panels, kPoints, in, panel's channels], transformed
-    int images_per_pass_;              // images whose transformed inputs are in shared memory at once
+    int images_per_pass_;       // images whose transformed inputs are in shared memory at once
 };
 
 // The Winograd variant for a map. Small maps have few tiles for many channels: there the transformed weights, 16/9 or

@@ -36,27 +36,27 @@ enum class PooledFrom { current, tiles, plane };
 
 // An image's memory in one stage, the blocks of one width.
 struct StageBuffers {
-    Buffer x, inner;        // the activation, and a block's inner one
-    Buffer tile_sums;       // [tiles, channels] of x
-    Buffer gate_max_pool;   // what a feed-forward gate's layers write: FFGate-I's first two
+    Buffer x, inner;       // the activation, and a block's inner one
+    Buffer tile_sums;      // [tiles, channels] of x
+    Buffer gate_max_pool;  // what a feed-forward gate's layers write: FFGate-I's first two
     Buffer gate_inner;
-    Buffer gate_feature;    // the last convolution
+    Buffer gate_feature;  // the last convolution
 };
 
 // One image on its way through the network.
 struct ImageState {
-    Buffer image;                      // channels last, bordered
+    Buffer image;  // channels last, bordered
     std::vector<StageBuffers> stages;
-    Buffer pooled, gate_pooled;        // [max_channels_]: of the activation, of a feed-forward gate's feature
+    Buffer pooled, gate_pooled;  // [max_channels_]: of the activation, of a feed-forward gate's feature
     PooledFrom pooled_from;
     GateState gate;
 };
 
 // What a group needs for a few images. Made once, reused from call to call.
 struct Workspace {
-    std::vector<ImageState> states;                   // [kMaxImages]
-    std::vector<Scratch<VariantOperand>> scratch;       // [threads of the group]
-    std::vector<Scratch<Float32>> gate_scratch;  // [threads of the group]: gates are float32 always
+    std::vector<ImageState> states;                // [kMaxImages]
+    std::vector<Scratch<VariantOperand>> scratch;  // [threads of the group]
+    std::vector<Scratch<Float32>> gate_scratch;    // [threads of the group]: gates are float32 always
 };
 
 using Slice = BatchSlice<ImageState>;
@@ -145,7 +145,7 @@ private:
     Plane image_;                // the input, channels last
     std::vector<Plane> planes_;  // one per stage
     std::vector<Block> blocks_;
-    Direct<Float32> stem_;       // three channels do not pair
+    Direct<Float32> stem_;  // three channels do not pair
     std::vector<Direct<VariantOperand>> direct_;
     std::vector<Winograd<VariantOperand>> winograd_;
     std::vector<Direct<Float32>> gate_direct_;
@@ -192,7 +192,8 @@ Network::Network(const NetworkWeights& weights)
 
 StageBuffers Network::make_buffers(int stage) const {
     const Plane& plane = planes_[stage];
-    StageBuffers buffers{Buffer(plane.size()), Buffer(plane.size()), Buffer(plane.tiles() * plane.channels), {}, {}, {}};
+    StageBuffers buffers{
+        Buffer(plane.size()), Buffer(plane.size()), Buffer(plane.tiles() * plane.channels), {}, {}, {}};
     if (!feedforward_gates_.empty()) {
         if (feedforward_gates_[0].max_pool) {
             buffers.gate_max_pool = Buffer(gate_plane(stage).size());
@@ -208,8 +209,9 @@ auto Network::acquire_workspace(int threads) -> std::unique_ptr<Workspace> {
     if (!workspace) {
         workspace = std::make_unique<Workspace>();
         for (int i = 0; i < kMaxImages; ++i) {
-            ImageState state{Buffer(image_.size()), {}, Buffer(max_channels_), Buffer(max_channels_),
-                             PooledFrom::current, gates_.make_state()};
+            ImageState state{Buffer(image_.size()), {},
+                             Buffer(max_channels_), Buffer(max_channels_),
+                             PooledFrom::current,   gates_.make_state()};
             for (int stage = 0; stage < static_cast<int>(planes_.size()); ++stage)
                 state.stages.push_back(make_buffers(stage));
             workspace->states.push_back(std::move(state));
@@ -246,25 +248,28 @@ void Network::run(const Call& call) {
     RunContext context{*this, call, group_size, (call.batch + groups * rounds - 1) / (groups * rounds), {}, {}, {}};
     for (int group = 0; group < groups; ++group) {
         context.workspaces.push_back(acquire_workspace(group_size));
-        context.slices.push_back(std::unique_ptr<Slice>(new Slice{call, context.workspaces.back()->states.data(), 0, 0}));
+        context.slices.push_back(
+            std::unique_ptr<Slice>(new Slice{call, context.workspaces.back()->states.data(), 0, 0}));
         context.barriers.push_back(std::make_unique<Barrier>(group_size));
     }
-    team.run([](void* argument, int rank) {
-        RunContext& context = *static_cast<RunContext*>(argument);
-        const int number = rank / context.group_size;
-        if (number == static_cast<int>(context.workspaces.size())) return;  // too few are left for a group
-        const ThreadGroup group{rank % context.group_size, context.group_size, context.barriers[number].get()};
-        Slice& slice = *context.slices[number];
-        const Worker worker{slice, group, context.workspaces[number]->scratch[group.rank],
-                            context.workspaces[number]->gate_scratch[group.rank]};
-        for (;;) {
-            if (group.rank == 0) context.take(slice);
-            group.barrier();
-            if (slice.count <= 0) return;
-            forward(context.network, worker);
-            group.barrier();
-        }
-    }, &context);
+    team.run(
+        [](void* argument, int rank) {
+            RunContext& context = *static_cast<RunContext*>(argument);
+            const int number = rank / context.group_size;
+            if (number == static_cast<int>(context.workspaces.size())) return;  // too few are left for a group
+            const ThreadGroup group{rank % context.group_size, context.group_size, context.barriers[number].get()};
+            Slice& slice = *context.slices[number];
+            const Worker worker{slice, group, context.workspaces[number]->scratch[group.rank],
+                                context.workspaces[number]->gate_scratch[group.rank]};
+            for (;;) {
+                if (group.rank == 0) context.take(slice);
+                group.barrier();
+                if (slice.count <= 0) return;
+                forward(context.network, worker);
+                group.barrier();
+            }
+        },
+        &context);
     for (auto& workspace : context.workspaces) workspaces_.release(std::move(workspace));
 }
 
@@ -316,7 +321,8 @@ void Network::feedforward_features(const Worker& worker, int index) const {
         gate_direct_[gate.second].run(planes_[stage], x.of, feature.of, true, states.count, worker.group,
                                       worker.gate_scratch);
     } else {
-        const Buffers max_pooled(states, [&](ImageState& state) -> Buffer& { return state.stages[stage].gate_max_pool; });
+        const Buffers max_pooled(states,
+                                 [&](ImageState& state) -> Buffer& { return state.stages[stage].gate_max_pool; });
         const Buffers inner(states, [&](ImageState& state) -> Buffer& { return state.stages[stage].gate_inner; });
         const Plane plane = gate_plane(stage);
         for (int i = 0; i < states.count; ++i) max_pool(planes_[stage], x.of[i], plane, max_pooled.of[i], worker.group);
@@ -345,8 +351,7 @@ void Network::run_block(const Worker& worker, int index, const States& executing
         const Buffers before(executing, [&](ImageState& state) -> Buffer& { return state.stages[stage - 1].x; });
         direct_[block.projection].run(planes_[stage - 1], all_before.of, all_x.of, false, states.count, group,
                                       worker.scratch);
-        direct_[block.first].run(planes_[stage - 1], before.of, inner.of, true, executing.count, group,
-                                 worker.scratch);
+        direct_[block.first].run(planes_[stage - 1], before.of, inner.of, true, executing.count, group, worker.scratch);
         if (group.rank == 0)
             for (int i = 0; i < states.count; ++i) states.of[i]->pooled_from = PooledFrom::plane;
     } else {

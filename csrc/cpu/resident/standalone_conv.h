@@ -19,8 +19,8 @@ template <typename Operand>
 class ConvNhwc final : public StandaloneConv {
 public:
     ConvNhwc(const ConvolutionWeights& weights, int batch, int height, int width)
-        : channels_(weights.in), out_channels_(weights.out),
-          in_{height, width, channels_in_memory(weights)}, scratch_({in_}, batch) {
+        : channels_(weights.in), out_channels_(weights.out), in_{height, width, channels_in_memory(weights)},
+          scratch_({in_}, batch) {
         if (by_winograd(weights)) {
             winograd_ = std::make_unique<Winograd<Operand>>(weights, in_.channels);
             out_ = {height, width, winograd_->out_channels()};
