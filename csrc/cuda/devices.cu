@@ -23,14 +23,14 @@ std::vector<std::pair<std::string, std::string>> devices() {
         names.emplace_back(properties.name,
                            std::to_string(properties.major) + "." + std::to_string(properties.minor));
     }
-    return found;
+    return names;
 }
 
 Limits limits(int device) {
-    Limits limits;
-    check(cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device));
-    check(cudaDeviceGetAttribute(&limits.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    return found;
+    Limits device_limits;
+    check(cudaDeviceGetAttribute(&device_limits.multiprocessors, cudaDevAttrMultiProcessorCount, device));
+    check(cudaDeviceGetAttribute(&device_limits.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return device_limits;
 }
 
 CurrentDevice::CurrentDevice(int device) : device_(device) {

@@ -16,8 +16,6 @@ DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", torch.cuda
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Where every launch has many tiles, which takes the interpreter seconds.
 QUICK_DTYPES = [torch.float16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES[:2])]
-# Where every launch has many tiles, which takes the interpreter seconds.
-QUICK_DTYPES = [torch.float16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES[:2])]
 
 
 @pytest.fixture

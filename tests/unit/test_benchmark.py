@@ -17,6 +17,7 @@ import skipnet_rt as srt
 from skipnet_rt.cli import app as cli
 from skipnet_rt.cli.benchmark import _print_batch
 from skipnet_rt.cli.console import out as console
+from skipnet_rt.measure import clock
 from skipnet_rt.measure.baselines import (
     BASELINES,
     MASKED,
@@ -41,6 +42,12 @@ from skipnet_rt.model.packing import pack
 QUICK = (MASKED, PYTORCH)
 ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 """Relative norm between two engines' logits; of bfloat16 only a rough one, for it is rounded in different places."""
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch):
+    """What is timed does not matter here: threads that go on spinning may disturb it."""
+    monkeypatch.setattr(clock, "_PAUSE", 0.0)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

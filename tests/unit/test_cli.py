@@ -25,8 +25,7 @@ from skipnet_rt.cli import train as train_command
 from skipnet_rt.cli.demo import draw
 from skipnet_rt.data import DIGITS, digits_pictures
 from skipnet_rt.engines.registry import REGISTRY
-from skipnet_rt.measure import demo, doctor
-from skipnet_rt.measure.clock import MIN_ROUNDS
+from skipnet_rt.measure import clock, demo, doctor
 from skipnet_rt.measure.evaluate import evaluate
 from skipnet_rt.training import RECIPES, TrainConfig
 
@@ -418,6 +417,7 @@ def test_conversion_and_inspection_of_files(run, model, checkpoint, tmp_path):
 def test_demo_shows_accuracy_routes_and_times(run, monkeypatch):
     monkeypatch.setattr(demo, "BATCHES", {1: 2, 3: 3})
     monkeypatch.setattr(demo, "_SECONDS", {1: 0.01, 3: 0.01})
+    monkeypatch.setattr(clock, "_PAUSE", 0.0)  # what is timed does not matter here
     document = run("demo", "--json").json
     assert document["evaluation"]["images"] == 360
     assert document["easiest"]["blocks_run"] == document["evaluation"]["blocks_run"]["min"]
@@ -426,7 +426,7 @@ def test_demo_shows_accuracy_routes_and_times(run, monkeypatch):
     assert {"cpu", "eager"} <= set(document["timings"][0]["engines"]) <= set(REGISTRY)
     assert [timing["images"] for timing in document["timings"] if timing["device"] == "cpu"] == [2, 3]
     for timing in document["timings"]:
-        assert timing["rounds"] >= MIN_ROUNDS
+        assert timing["rounds"] >= clock.MIN_ROUNDS
         assert timing["pytorch_dense"]["variant"].startswith("BN folded, ")
         for times in timing["engines"].values():
             assert 0 < times["skipping"]["p20"] <= times["skipping"]["median"] <= times["skipping"]["p80"]

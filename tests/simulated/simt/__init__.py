@@ -13,8 +13,7 @@ from object_cache import ROOT, compiled
 
 FOLDER = Path(__file__).parent.relative_to(ROOT)
 CSRC = ROOT / "csrc"
-# -O1: a first run mostly compiles, and no other level makes a test much faster.
-FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-fno-strict-aliasing",
+FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-fno-strict-aliasing",
          "-U_FORTIFY_SOURCE", "-ftrivial-auto-var-init=pattern", "-Wno-unused-function", "-Wno-unknown-pragmas"]
 
 
@@ -79,9 +78,10 @@ def _as_c(argument: object) -> object:
 
 def build(name: str, *folders: Path) -> Library:
     """The driver ``tests/simulated/simt/NAME.cpp``, compiled with the sources in some folders before those in csrc/."""
-    sources = [ROOT / FOLDER, *CSRC.glob("*.h"), CSRC / "cuda", *folders]
+    read = [*(ROOT / FOLDER).glob("*.[ch]*"), *CSRC.glob("*.h"), *(CSRC / "cuda").iterdir()]
     include = [word for folder in (*folders, "csrc", "csrc/cuda", FOLDER) for word in ("-I", folder)]
-    return Library(compiled(["g++", *FLAGS, *include, FOLDER / f"{name}.cpp"], sources))
+    return Library(compiled(["g++", *FLAGS, *include, FOLDER / f"{name}.cpp"],
+                            [*sorted(read), *(ROOT / folder for folder in folders)]))
 
 
 @cache
