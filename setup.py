@@ -20,7 +20,7 @@ from setuptools import setup
 sys.path.insert(0, str(Path(__file__).parent / "csrc"))
 from nvcc import ALL_ARCHS, DEFAULT_ARCHS, FLAGS, find_nvcc
 from object_cache import compiled
-from variants import MACROS, VARIANT_SOURCES, VARIANTS
+from variants import MACROS, STANDALONE, VARIANTS
 
 MODULE = "csrc/bindings/module.cpp"
 # What a file of these kinds may include.
@@ -82,7 +82,7 @@ class BuildExtension(build_ext):
             return compiled([*self.compiler.compiler_so_cxx, *flags, *isa_flags, *macros, "-c", f"csrc/cpu/{source}"],
                             CPU_SOURCES)
 
-        return [partial(compilation, source, *variant) for variant in VARIANTS for source in VARIANT_SOURCES]
+        return [partial(compilation, source, *variant) for *variant, sources in VARIANTS for source in sources]
 
     def cpp(self, ext: Pybind11Extension, about_cuda: str) -> list[Compilation]:
         """All other C++ sources, of which one is told about CUDA."""
@@ -123,7 +123,7 @@ setup(
     ext_modules=[Pybind11Extension(
         "skipnet_rt._C",
         [MODULE, "csrc/bindings/cpu.cpp",
-         *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp") if path.name not in VARIANT_SOURCES)],
+         *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp") if path.name != STANDALONE)],
         cxx_std=17,
         # No contraction by the compiler: one rounding sequence, whatever instruction set it builds for.
         extra_compile_args=["-O3", "-fno-math-errno", "-ffp-contract=off"],

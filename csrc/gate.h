@@ -39,14 +39,6 @@ SKIPNET_HD inline void lstm_unit(float input, float forget, float candidate, flo
     hidden = sigmoid(output) * tanhf(cell);
 }
 
-// One image's LSTM step. `gates` is scratch, [4 * hidden].
-SKIPNET_HD inline void lstm_step(const Lstm& lstm, const float* feature, float* hidden, float* cell, float* gates) {
-    const int n = lstm.hidden;
-    for (int k = 0; k < 4 * n; ++k) gates[k] = lstm_gate(lstm, k, feature, hidden);
-    for (int k = 0; k < n; ++k)
-        lstm_unit(gates[k], gates[n + k], gates[2 * n + k], gates[3 * n + k], hidden[k], cell[k]);
-}
-
 // Writes one image's decision.
 SKIPNET_HD inline void decide(const Decision& decision, int image, float logit) {
     const float probability = sigmoid(logit);

@@ -2,17 +2,19 @@
 
 import platform
 
-# In csrc/cpu/.
-VARIANT_SOURCES = ("resident/resident.cpp", "compacted/compacted.cpp", "standalone.cpp")
-
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
-# Name, floats in a vector, compiler flags.
-VARIANTS = [("portable", 4, [])]
+RESIDENT, COMPACTED, STANDALONE = "resident/resident.cpp", "compacted/compacted.cpp", "standalone.cpp"
+FLOAT32 = (RESIDENT, COMPACTED, STANDALONE)
+
+# Name, floats in a vector, compiler flags, sources in csrc/cpu/. With avx512bf16 and amx those that form products from
+# bfloat16; everything else of these processors is avx512's.
+VARIANTS = [("portable", 4, [], FLOAT32)]
 if X86:
     AVX512 = ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma"]
-    VARIANTS += [("avx2", 8, ["-mavx2", "-mfma"]), ("avx512", 16, AVX512),
-                 ("avx512bf16", 16, [*AVX512, "-mavx512bf16"]),
-                 ("amx", 16, [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"])]
+    BF16 = [*AVX512, "-mavx512bf16"]
+    VARIANTS += [("avx2", 8, ["-mavx2", "-mfma"], FLOAT32), ("avx512", 16, AVX512, FLOAT32),
+                 ("avx512bf16", 16, BF16, (RESIDENT, COMPACTED)),
+                 ("amx", 16, [*BF16, "-mamx-tile", "-mamx-bf16"], (RESIDENT,))]
 
 MACROS = [("SKIPNET_X86", "1")] if X86 else []

@@ -40,8 +40,12 @@ cpu::ConvolutionWeights convolution_of(const Layer& layer, bool stem = false) {
           "weight: expected [out, in, kernel, kernel] with a kernel of 1 or 3, or of 7 in the stem");
     check(stride == 1 || stride == 2, "stride: expected 1 or 2, got ", stride);
     check_shape(bias, "bias", {weight.shape(0)});
-    return {static_cast<int>(weight.shape(1)), static_cast<int>(weight.shape(0)), static_cast<int>(weight.shape(2)),
-            stride, weight.data(), bias.data()};
+    return {static_cast<int>(weight.shape(1)),
+            static_cast<int>(weight.shape(0)),
+            static_cast<int>(weight.shape(2)),
+            stride,
+            weight.data(),
+            bias.data()};
 }
 
 bool is_compacted(const std::string& strategy) {
@@ -73,10 +77,9 @@ public:
         network.stem = convolution_of(stem, true);
         network.max_pool = max_pool;
         int channels = network.stem.out;
-        for (const auto& [layers, projection] : blocks)
-            channels = add_block(network, layers, projection, channels);
-        check(!resident || (!network.blocks[0].bottleneck && !max_pool && network.stem.kernel == 3 &&
-                            network.stem.stride == 1),
+        for (const auto& [layers, projection] : blocks) channels = add_block(network, layers, projection, channels);
+        check(!resident ||
+                  (!network.blocks[0].bottleneck && !max_pool && network.stem.kernel == 3 && network.stem.stride == 1),
               "strategy: resident takes basic blocks after a stem of 3x3");
         if (lstm) {
             const auto& [input_weight, hidden_weight, bias, projection_weight, projection_bias] = *lstm;
@@ -86,8 +89,13 @@ public:
             check_shape(input_weight, "input_weight", {4 * hidden_, embed});
             check_shape(hidden_weight, "hidden_weight", {4 * hidden_, hidden_});
             check_shape(bias, "bias", {4 * hidden_});
-            network.lstm = {embed, hidden_, input_weight.data(), hidden_weight.data(), bias.data(),
-                            projection_weight.data(), projection_bias};
+            network.lstm = {embed,
+                            hidden_,
+                            input_weight.data(),
+                            hidden_weight.data(),
+                            bias.data(),
+                            projection_weight.data(),
+                            projection_bias};
             check(static_cast<int>(embeddings.size()) == blocks_, "embeddings: expected one per block");
             for (int i = 0; i < blocks_; ++i) {
                 const int out = network.blocks[i].last.out;
@@ -137,12 +145,18 @@ public:
         check_shape(cell, "cell", {batch, hidden_});
         if (forced) check_shape(*forced, "forced", {gated_ ? blocks_ - 1 : 0, batch});
         if (batch == 0) return;
-        const cpu::Call call{static_cast<int>(batch), static_cast<int>(num_gates), threads,
-                             {in_float32 ? in_float32->data() : nullptr, in_bfloat16 ? in_bfloat16->data() : nullptr,
-                              bfloat16_},
-                             forced ? forced->data() : nullptr, logits.mutable_data(), gate_logits.mutable_data(),
-                             probabilities.mutable_data(), executed.mutable_data(), hidden.mutable_data(),
-                             cell.mutable_data()};
+        const cpu::Call call{
+            static_cast<int>(batch),
+            static_cast<int>(num_gates),
+            threads,
+            {in_float32 ? in_float32->data() : nullptr, in_bfloat16 ? in_bfloat16->data() : nullptr, bfloat16_},
+            forced ? forced->data() : nullptr,
+            logits.mutable_data(),
+            gate_logits.mutable_data(),
+            probabilities.mutable_data(),
+            executed.mutable_data(),
+            hidden.mutable_data(),
+            cell.mutable_data()};
         py::gil_scoped_release released;
         engine_->run(call);
     }
@@ -190,8 +204,8 @@ public:
         : weights_(convolution_of(layer, strategy == "compacted")), batch_(batch), height_(image_size.first),
           width_(image_size.second) {
         check(batch >= 1 && height_ >= 1 && width_ >= 1, "batch and image_size: expected 1 or more");
-        standalone_ = cpu::make_standalone(weights_, is_compacted(strategy), bfloat16, batch, height_, width_,
-                                           instruction_set);
+        standalone_ = cpu::make_standalone_conv(weights_, is_compacted(strategy), bfloat16, batch, height_, width_,
+                                                instruction_set);
     }
     void load(const Array<float>& x) {
         check_shape(x, "x", {batch_, height_, width_, weights_.in});
@@ -210,7 +224,7 @@ public:
 private:
     cpu::ConvolutionWeights weights_;  // its pointers are not used after construction
     int batch_, height_, width_;
-    std::unique_ptr<cpu::Standalone> standalone_;
+    std::unique_ptr<cpu::StandaloneConv> standalone_;
 };
 
 // RNNGate by itself.
@@ -261,10 +275,9 @@ void bind_cpu(py::module_& module) {
              py::arg("embeddings"), py::arg("lstm"), py::arg("gates"), py::arg("head_weight"), py::arg("head_bias"),
              py::arg("bfloat16"), py::arg("instruction_set"))
         .def("run", &Network::run, py::arg("images").noconvert(), py::arg("logits").noconvert(),
-             py::arg("gate_logits").noconvert(), py::arg("probabilities").noconvert(),
-             py::arg("executed").noconvert(), py::arg("forced").noconvert().none(true),
-             py::arg("hidden").noconvert(), py::arg("cell").noconvert(), py::arg("threads"),
-             "Images to logits and decisions, all written in place.");
+             py::arg("gate_logits").noconvert(), py::arg("probabilities").noconvert(), py::arg("executed").noconvert(),
+             py::arg("forced").noconvert().none(true), py::arg("hidden").noconvert(), py::arg("cell").noconvert(),
+             py::arg("threads"), "Images to logits and decisions, all written in place.");
     py::class_<Convolution>(module, "Convolution",
                             "relu(convolution(x) + bias) by itself, on one thread, to be tested and measured.")
         .def(py::init<const std::string&, const Layer&, bool, int, std::pair<int, int>, const std::string&>(),
@@ -277,8 +290,7 @@ void bind_cpu(py::module_& module) {
         .def(py::init<const Array<float>&, const Array<float>&, const Array<float>&, const Array<float>&,
                       const Array<float>&, const Array<float>&, float, const std::string&>(),
              py::arg("weight"), py::arg("bias"), py::arg("input_weight"), py::arg("hidden_weight"),
-             py::arg("lstm_bias"), py::arg("projection_weight"), py::arg("projection_bias"),
-             py::arg("instruction_set"))
+             py::arg("lstm_bias"), py::arg("projection_weight"), py::arg("projection_bias"), py::arg("instruction_set"))
         .def("step", &RnnGate::step, py::arg("pooled").noconvert(), py::arg("hidden").noconvert(),
              py::arg("cell").noconvert(), py::arg("logit").noconvert(),
              "Advance hidden and cell in place and write the execute logits.");

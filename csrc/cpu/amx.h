@@ -1,7 +1,7 @@
 // Matrix products of bfloat16 in the tile registers of AMX; included by sources compiled with -mamx-bf16.
 //
-// SKIPNET_SOFTWARE_AMX does the same in plain C++: the tests' build, so that the way through the tiles can be tested on a
-// processor that has none.
+// SKIPNET_SOFTWARE_AMX does the same in plain C++: the tests' build, so that the way through the tiles can be tested on
+// a processor that has none.
 #pragma once
 
 #include "vector.h"
@@ -21,9 +21,9 @@ public:
 #ifndef SKIPNET_SOFTWARE_AMX
         alignas(64) Configuration configuration{};
         configuration.palette = 1;
-        configuration.set(0, kTileRows, 64);                   // sums
-        configuration.set(1, kTileRows, step_ * 2);            // x
-        configuration.set(2, step_ / 2, 64);                   // weights
+        configuration.set(0, kTileRows, 64);         // sums
+        configuration.set(1, kTileRows, step_ * 2);  // x
+        configuration.set(2, step_ / 2, 64);         // weights
         _tile_loadconfig(&configuration);
 #endif
     }
@@ -37,8 +37,8 @@ public:
 
     // to[16, 16] = x[16, depth] weight[depth, 16]; of the weights, two channels lie side by side. The distances are in
     // elements: from a row to the next, of the weights from a pair of channels to the next.
-    void multiply(const std::uint16_t* x, int x_stride, const std::uint16_t* weight, int weight_stride, int depth, float* to,
-                  int to_stride) const {
+    void multiply(const std::uint16_t* x, int x_stride, const std::uint16_t* weight, int weight_stride, int depth,
+                  float* to, int to_stride) const {
 #ifdef SKIPNET_SOFTWARE_AMX
         for (int row = 0; row < kTileRows; ++row) {
             Vector sum = {};

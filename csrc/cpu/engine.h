@@ -23,7 +23,7 @@ struct BlockWeights {
     bool projects;
     ConvolutionWeights projection;  // only where it projects
     bool bottleneck;
-    ConvolutionWeights middle;      // only in a bottleneck, between first and last
+    ConvolutionWeights middle;  // only in a bottleneck, between first and last
 };
 
 // A feed-forward gate's convolutions, each followed by ReLU; its tail is a FeedforwardTail.
@@ -37,14 +37,14 @@ struct NetworkWeights {
     int height, width;  // of the images
     int classes;
     ConvolutionWeights stem;
-    bool max_pool;      // 3x3 with stride 2, after the stem
+    bool max_pool;  // 3x3 with stride 2, after the stem
     std::vector<BlockWeights> blocks;
-    std::vector<Embedding> embeddings;        // RNNGate: one per block
-    Lstm lstm;                                // RNNGate
-    std::vector<GateConvolutions> gates;      // feed-forward: one per block
-    std::vector<FeedforwardTail> tails;       // feed-forward: one per block
-    const float* head_weight;                 // [classes, features]
-    const float* head_bias;                   // [classes]
+    std::vector<Embedding> embeddings;    // RNNGate: one per block
+    Lstm lstm;                            // RNNGate
+    std::vector<GateConvolutions> gates;  // feed-forward: one per block
+    std::vector<FeedforwardTail> tails;   // feed-forward: one per block
+    const float* head_weight;             // [classes, features]
+    const float* head_bias;               // [classes]
 };
 
 // A call's images, [batch, in, height, width], as they come: float32, or bfloat16 where that is null.
@@ -71,16 +71,16 @@ struct Images {
 // One call. Everything belongs to the caller.
 struct Call {
     int batch;
-    int num_gates;          // to evaluate: blocks - 1, or one more; 0 in a dense network
-    int threads;            // at most
+    int num_gates;  // to evaluate: blocks - 1, or one more; 0 in a dense network
+    int threads;    // at most
     Images images;
-    const bool* forced;     // [blocks - 1, batch], or null
-    float* logits;          // [batch, classes]
-    float* gate_logits;     // [num_gates, batch]
-    float* probabilities;   // [num_gates, batch]
-    bool* executed;         // [num_gates, batch]
-    float* hidden;          // [batch, hidden], RNNGate's last state
-    float* cell;            // [batch, hidden]
+    const bool* forced;    // [blocks - 1, batch], or null
+    float* logits;         // [batch, classes]
+    float* gate_logits;    // [num_gates, batch]
+    float* probabilities;  // [num_gates, batch]
+    bool* executed;        // [num_gates, batch]
+    float* hidden;         // [batch, hidden], RNNGate's last state
+    float* cell;           // [batch, hidden]
 };
 
 // A packed network. Calls may come from several threads at once.

@@ -102,6 +102,15 @@ private:
     Buffer bias_;    // [lanes]
 };
 
+// to[c] = sum over i < count of from[i * channels + c], divided by `pixels`; in ascending i.
+inline void average(const float* from, int count, int channels, int pixels, float* to) {
+    for (int c = 0; c < channels; c += kWidth) {
+        Vector sum = {};
+        for (int i = 0; i < count; ++i) sum += load(from + i * channels + c);
+        store(to + c, sum / broadcast(static_cast<float>(pixels)));
+    }
+}
+
 // Writes one image's decision to place `to` of the call's; returns whether the image executes the next block.
 inline bool decide(const Call& call, std::size_t to, bool forced, float logit) {
     const float probability = sigmoid(broadcast(logit))[0];
@@ -111,6 +120,55 @@ inline bool decide(const Call& call, std::size_t to, bool forced, float logit) {
     call.executed[to] = executes;
     return executes;
 }
+
+// What an image carries from gate to gate.
+struct GateState {
+    Buffer embedded;      // [embed]
+    Buffer hidden, cell;  // [lanes], [2 * lanes]
+    bool executes;        // the next block
+};
+
+// All gates of a network, of either kind: what follows the pooled feature.
+class Gates {
+public:
+    explicit Gates(const NetworkWeights& weights) {
+        for (const Embedding& gate : weights.embeddings)
+            linear_.emplace_back(gate.weight, gate.bias, gate.channels, weights.lstm.embed);
+        for (const FeedforwardTail& gate : weights.tails)
+            linear_.emplace_back(gate.weight, &gate.bias, gate.channels, 1);
+        if (!weights.embeddings.empty()) cell_ = std::make_unique<LstmCell>(weights.lstm);
+    }
+
+    bool recurrent() const { return cell_ != nullptr; }
+
+    GateState make_state() const {
+        const int lanes = cell_ ? cell_->lanes() : 0;
+        return {Buffer(cell_ ? cell_->embed() : 0), Buffer(lanes), Buffer(2 * lanes), true};
+    }
+
+    // All images execute the first block.
+    void reset(GateState& state) const {
+        state.executes = true;
+        if (cell_) cell_->reset(state.hidden.get(), state.cell.get());
+    }
+
+    // The execute logit of gate `index`. pooled: [channels], of the activation (RNNGate), or of the gate's last feature
+    // map.
+    float logit(int index, const float* pooled, GateState& state) const {
+        float logit;
+        linear_[index].run(pooled, cell_ ? state.embedded.get() : &logit);
+        return cell_ ? cell_->step(state.embedded.get(), state.hidden.get(), state.cell.get()) : logit;
+    }
+
+    // Hands over the state after the last gate.
+    void finish(const GateState& state, const Call& call, std::size_t image) const {
+        if (cell_) cell_->finish(state.hidden.get(), state.cell.get(), call, image);
+    }
+
+private:
+    std::vector<Linear> linear_;  // one per block: embeddings or tails
+    std::unique_ptr<LstmCell> cell_;
+};
 
 }  // namespace
 }  // namespace skipnet::cpu

@@ -9,20 +9,21 @@
 namespace skipnet::cpu {
 
 // One convolution with its own memory: relu(convolution(x) + bias), as an engine runs it, on one thread.
-class Standalone {
+class StandaloneConv {
 public:
-    virtual ~Standalone() = default;
-    virtual void load(const float* x) = 0;   // [batch, height, width, in]
-    virtual void run() = 0;                  // what is measured
-    virtual void read(float* y) const = 0;   // [batch, out height, out width, out]
+    virtual ~StandaloneConv() = default;
+    virtual void load(const float* x) = 0;  // [batch, height, width, in]
+    virtual void run() = 0;                 // what is measured
+    virtual void read(float* y) const = 0;  // [batch, out height, out width, out]
     virtual int out_height() const = 0;
     virtual int out_width() const = 0;
 };
 
 // compacted: as that engine does it, otherwise as the resident one. bfloat16: form products from it, where the
 // instruction set has such.
-std::unique_ptr<Standalone> make_standalone(const ConvolutionWeights& weights, bool compacted, bool bfloat16, int batch,
-                                            int height, int width, const std::string& instruction_set);
+std::unique_ptr<StandaloneConv> make_standalone_conv(const ConvolutionWeights& weights, bool compacted, bool bfloat16,
+                                                     int batch, int height, int width,
+                                                     const std::string& instruction_set);
 
 // RNNGate after one block by itself: embed, LSTM step, execute logit, as both engines run it.
 class StandaloneGate {

@@ -60,9 +60,12 @@ public:
         }
         wake_.notify_all();
         const auto end = std::chrono::steady_clock::now() + join_timeout;
-        spin([&] { return places_.load(std::memory_order_relaxed).left == 0 || std::chrono::steady_clock::now() > end; });
+        spin([&] {
+            return places_.load(std::memory_order_relaxed).left == 0 || std::chrono::steady_clock::now() > end;
+        });
         Places open = places_.load(std::memory_order_relaxed);
-        while (!places_.compare_exchange_weak(open, {open.job, 0}, std::memory_order_acquire)) {}
+        while (!places_.compare_exchange_weak(open, {open.job, 0}, std::memory_order_acquire)) {
+        }
         return workers - open.left;
     }
 
@@ -120,7 +123,8 @@ private:
             }
             Places open = places_.load(std::memory_order_acquire);
             while (open.left > 0 &&
-                   !places_.compare_exchange_weak(open, {open.job, open.left - 1}, std::memory_order_acq_rel)) {}
+                   !places_.compare_exchange_weak(open, {open.job, open.left - 1}, std::memory_order_acq_rel)) {
+            }
             seen = open.job;
             if (open.left == 0) continue;
             const int rank = wanted_ - open.left + 1;

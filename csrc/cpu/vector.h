@@ -16,8 +16,8 @@
 namespace skipnet::cpu {
 namespace {
 
-constexpr int kWidth = SKIPNET_WIDTH;                  // floats in a vector
-constexpr int kAccumulators = kWidth == 16 ? 16 : 8;   // vectors that a kernel keeps in registers
+constexpr int kWidth = SKIPNET_WIDTH;                 // floats in a vector
+constexpr int kAccumulators = kWidth == 16 ? 16 : 8;  // vectors that a kernel keeps in registers
 constexpr int kMaxColumns = kWidth == 16 ? 4 : 2;     // of these, vectors along the output channels
 
 typedef float Vector __attribute__((vector_size(4 * SKIPNET_WIDTH)));
@@ -97,9 +97,9 @@ struct BFloat16 {
         std::memcpy(to, &half, sizeof half);
     }
     static void pack(Element* to, const Vector (&weights)[kPack]) {
-        alignas(64) static constexpr std::uint16_t kInterleave[32] = {
-            0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
-            8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+        alignas(64) static constexpr std::uint16_t kInterleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
         const __m512bh both = _mm512_cvtne2ps_pbh(__m512(weights[1]), __m512(weights[0]));
         __m512i bits;
         std::memcpy(&bits, &both, sizeof bits);
@@ -122,6 +122,16 @@ struct BFloat16 {
         return Vector(_mm512_dpbf16_ps(__m512(sum), x, weight));
     }
 };
+#endif
+
+// What this variant's networks form products from.
+#if defined(__AMX_BF16__)
+struct AmxBFloat16;  // amx.h
+using VariantOperand = AmxBFloat16;
+#elif defined(__AVX512BF16__)
+using VariantOperand = BFloat16;
+#else
+using VariantOperand = Float32;
 #endif
 
 // Zeroed elements on a cache line, owned.

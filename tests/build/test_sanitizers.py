@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from object_cache import ROOT, compiled
-from variants import MACROS, VARIANT_SOURCES, VARIANTS
+from variants import MACROS, VARIANTS
 
 from skipnet_rt import _C
 
@@ -25,9 +25,9 @@ def build(*flags, x86=True):
     compiler = ["g++", "-std=c++17", "-g", "-O1", "-fno-omit-frame-pointer", "-pthread", "-DSKIPNET_SOFTWARE_AMX",
                 *(f"-D{name}={value}" for name, value in MACROS if x86), *flags]
     commands = [[*compiler, "-c", source] for source in SOURCES]
-    for name, width, isa_flags in VARIANTS if x86 else VARIANTS[:1]:
+    for name, width, isa_flags, sources in VARIANTS if x86 else VARIANTS[:1]:
         isa = [f"-DSKIPNET_ISA={name}", f"-DSKIPNET_WIDTH={width}", *isa_flags]
-        commands += [[*compiler, *isa, "-c", f"csrc/cpu/{source}"] for source in VARIANT_SOURCES]
+        commands += [[*compiler, *isa, "-c", f"csrc/cpu/{source}"] for source in sources]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda command: compiled(command, INCLUDED), commands))
     return compiled([*compiler, *objects], objects)

@@ -16,11 +16,10 @@
 
 namespace skipnet::cpu {
 namespace {
-namespace blocked {
 
-constexpr int kPanel = 2;                         // vectors of output channels that a panel of weights is wide
-constexpr int kStrip = kWidth == 16 ? 14 : 6;     // pixels of a strip, at most: their sums fill the registers
-constexpr std::size_t kPassBytes = 512 * 1024;   // of panels that pass over the strips together; they stay in L2
+constexpr int kPanel = 2;                       // vectors of output channels that a panel of weights is wide
+constexpr int kStrip = kWidth == 16 ? 14 : 6;   // pixels of a strip, at most: their sums fill the registers
+constexpr std::size_t kPassBytes = 512 * 1024;  // of panels that pass over the strips together; they stay in L2
 
 // A map of an image in memory: [channels / kWidth, rows, pixels, kWidth]. Where convolutions of 3x3 read it, a border
 // of zeros that nobody writes is around it: one pixel, and as much more below and to the right as makes the inside
@@ -40,8 +39,8 @@ struct Plane {
     int at(int y, int x) const { return (y + border) * row() + (x + border) * kWidth; }  // -1 is the border
 
     bool operator==(const Plane& other) const {
-        return height == other.height && width == other.width && channels == other.channels &&
-               border == other.border && tile == other.tile;
+        return height == other.height && width == other.width && channels == other.channels && border == other.border &&
+               tile == other.tile;
     }
 };
 
@@ -97,7 +96,7 @@ struct Panels {
 
 // Images that go through a convolution together. In, Out: operands (vector.h) whose elements the planes hold.
 template <typename In, typename Out>
-struct Images {
+struct LayerImages {
     const typename In::Element* const* inputs;
     typename Out::Element* const* outputs;
     float* const* sums;  // [parts, channels] each: sums over parts of the output; null where nobody asks
@@ -127,7 +126,7 @@ class Layer {
 public:
     virtual ~Layer() = default;
     // The group shares the work. It has to meet before anything of the output is read.
-    virtual void run(const Images<In, Out>& images, Finish finish, const ThreadGroup& group,
+    virtual void run(const LayerImages<In, Out>& images, Finish finish, const ThreadGroup& group,
                      const Memory<In>& memory) const = 0;
     virtual int parts() const = 0;  // that sums are taken over
     virtual std::size_t shared() const { return 0; }
@@ -150,8 +149,7 @@ class Direct final : public Layer<In, Out> {
 
 public:
     // first: where an output pixel's inputs begin, as row * first_row + column * Step.
-    Direct(Strips strips, int first_row, std::vector<Run> runs, const Plane& out, BufferOf<Element> weight,
-           Buffer bias)
+    Direct(Strips strips, int first_row, std::vector<Run> runs, const Plane& out, BufferOf<Element> weight, Buffer bias)
         : strips_(strips), first_row_(first_row), out_(out), panels_{out.blocks()}, runs_(std::move(runs)),
           weight_(std::move(weight)), bias_(std::move(bias)) {
         for (int y = 0; y < out.height; ++y)
@@ -160,8 +158,10 @@ public:
         panels_per_pass_ = bytes < kPassBytes ? static_cast<int>(kPassBytes / bytes) : 1;
     }
 
-    void run(const Images<In, Out>& images, Finish finish, const ThreadGroup& group, const Memory<In>&) const override {
-        const int spots = images.count * strips_.count(), passes = (panels_.count() + panels_per_pass_ - 1) / panels_per_pass_;
+    void run(const LayerImages<In, Out>& images, Finish finish, const ThreadGroup& group,
+             const Memory<In>&) const override {
+        const int spots = images.count * strips_.count(),
+                  passes = (panels_.count() + panels_per_pass_ - 1) / panels_per_pass_;
         const Share mine(passes * spots, group);
         for (int unit = mine.begin; unit < mine.end; ++unit) {
             const int first = unit / spots * panels_per_pass_, spot = unit % spots;
@@ -176,7 +176,7 @@ public:
 private:
     std::size_t depth() const { return runs_.size() * Depth; }
 
-    void strip(const Images<In, Out>& images, int image, int number, int panel, Finish finish) const {
+    void strip(const LayerImages<In, Out>& images, int image, int number, int panel, Finish finish) const {
         const int row = number / strips_.across(), place = number % strips_.across();
         const int begin = strips_.begin(place), pixels = strips_.begin(place + 1) - begin;
         const Element* x = images.inputs[image] + static_cast<std::ptrdiff_t>(row) * first_row_ + begin * Step;
@@ -211,7 +211,7 @@ private:
     int first_row_;
     Plane out_;
     Panels panels_;
-    int panels_per_pass_;                 // panels that pass over the strips together
+    int panels_per_pass_;  // panels that pass over the strips together
     std::vector<Run> runs_;
     std::vector<Run> places_;   // of the output pixels
     BufferOf<Element> weight_;  // [panels, runs, Depth, panel's channels]
@@ -243,9 +243,8 @@ std::unique_ptr<Layer<In, Out>> make_direct(const ConvolutionWeights& layer, con
                         layer.weight[(static_cast<std::size_t>(o) * layer.in + block * kWidth + lane) * taps + tap]);
         }
     if (layer.stride == 2)
-        return std::make_unique<Direct<In, Out, 2 * kWidth, kWidth>>(Strips{out.height, out.width}, 2 * in.row(),
-                                                                     std::move(runs), out, std::move(weight),
-                                                                     packed_bias(layer));
+        return std::make_unique<Direct<In, Out, 2 * kWidth, kWidth>>(
+            Strips{out.height, out.width}, 2 * in.row(), std::move(runs), out, std::move(weight), packed_bias(layer));
     // Where no row has an end that a strip would have to stop at, the plane is one long row.
     const bool flat = kernel == 1 && in.border == 0 && in.tile == 1;
     return std::make_unique<Direct<In, Out, kWidth, kWidth>>(
@@ -289,6 +288,5 @@ std::unique_ptr<Layer<Float32, Out>> make_first(const ConvolutionWeights& layer,
                                                         std::move(weight), packed_bias(layer));
 }
 
-}  // namespace blocked
 }  // namespace
 }  // namespace skipnet::cpu

@@ -2,11 +2,11 @@
 // Algorithms for Convolutional Neural Networks", CVPR 2016); for one instruction set.
 #pragma once
 
+#include "../winograd_points.h"
 #include "conv_nchwc.h"
 
 namespace skipnet::cpu {
 namespace {
-namespace blocked {
 
 // The transforms' one dimension. Each reads and writes every step-th vector.
 template <int kOut>
@@ -30,10 +30,8 @@ struct Transform<2> {
     }
 };
 
-// Interpolates at 0, +-a, +-b and infinity; the customary +-1 and +-2 round worse, docs/numerics.md.
 template <>
 struct Transform<4> {
-    static constexpr float kA = 0.625f, kB = 1.5f, kA2 = kA * kA, kB2 = kB * kB;
     static constexpr double inner = 1 / (2.0 * kA2 * (kA2 - kB2)), outer = 1 / (2.0 * kB2 * (kB2 - kA2));
     static constexpr double weight[6][3] = {{1 / (static_cast<double>(kA2) * kB2), 0, 0},
                                             {inner, inner * kA, inner * kA2},
@@ -64,17 +62,35 @@ struct Transform<4> {
     }
 };
 
+// One point's products of a row of tiles with a panel: to[tile, width * kWidth] = x[tile] weight. Not inlined: it is
+// compiled once for both sizes of tiles.
+template <typename Operand>
+__attribute__((noinline)) void multiply_panel(const Strips& strips, int width, const typename Operand::Element* x,
+                                              const Run* runs, int count, const typename Operand::Element* weight,
+                                              float* products) {
+    for (int i = 0; i < strips.count(); ++i)
+        with_block(strips.begin(i + 1) - strips.begin(i), width, [&](auto t, auto k) {
+            constexpr int T = decltype(t)::value, K = decltype(k)::value;
+            Vector sums[T][K] = {};
+            multiply<Operand, kWidth, kWidth, T, K>(sums, x + strips.begin(i) * kWidth, runs, count, weight);
+            float* to = products + strips.begin(i) * K * kWidth;
+#pragma GCC unroll 16
+            for (int row = 0; row < T; ++row)
+                for (int j = 0; j < K; ++j) store(to + (row * K + j) * kWidth, sums[row][j]);
+        });
+}
+
 template <typename Operand, int kOut>
 class Winograd final : public Layer<Operand, Operand> {
     using Element = typename Operand::Element;
-    using Images = blocked::Images<Operand, Operand>;
-    using Memory = blocked::Memory<Operand>;
+    using Images = LayerImages<Operand, Operand>;
+    using Memory = cpu::Memory<Operand>;
 
     static constexpr int kIn = kOut + 2;
-    static constexpr int kPoints = kIn * kIn;         // products of a tile, for each pair of channels
+    static constexpr int kPoints = kIn * kIn;                           // products of a tile, for each pair of channels
     static constexpr int kChunk = kOut == 2 ? 8 * kStrip : 4 * kStrip;  // tiles whose products wait in L2 together
     static constexpr int kProducts = kChunk * kPanel * kWidth + kWidth;  // floats from a point's to the next
-    static constexpr std::size_t kShared = 2 << 20;   // elements of transformed inputs that the threads share, about
+    static constexpr std::size_t kShared = 2 << 20;  // elements of transformed inputs that the threads share, about
 
 public:
     Winograd(const ConvolutionWeights& layer, const Plane& in, const Plane& out)
@@ -89,8 +105,8 @@ public:
                         double sum = 0;
                         for (int y = 0; y < 3; ++y)
                             for (int x = 0; x < 3; ++x)
-                                sum += Transform<kOut>::weight[i][y] * kernel[3 * y + x] *
-                                       Transform<kOut>::weight[j][x];
+                                sum +=
+                                    Transform<kOut>::weight[i][y] * kernel[3 * y + x] * Transform<kOut>::weight[j][x];
                         const std::size_t place = static_cast<std::size_t>(i * kIn + j) * in.channels + c;
                         weight_.get()[panels_.at(o, place, depth, Operand::kPack)] =
                             Operand::rounded(static_cast<float>(sum));
@@ -134,10 +150,10 @@ private:
         const Share mine(images.count * in_.blocks() * rows, group);
         for (int unit = mine.begin; unit < mine.end; ++unit) {
             const int row = unit % rows, block = unit / rows % in_.blocks(), image = unit / rows / in_.blocks();
-            const Element* from = images.inputs[image] + static_cast<std::ptrdiff_t>(block) * in_.block() +
-                                  in_.at(row * kOut - 1, -1);
-            Element* to = transformed +
-                          (static_cast<std::size_t>(block) * all + image * tiles() + row * across) * kWidth;
+            const Element* from =
+                images.inputs[image] + static_cast<std::ptrdiff_t>(block) * in_.block() + in_.at(row * kOut - 1, -1);
+            Element* to =
+                transformed + (static_cast<std::size_t>(block) * all + image * tiles() + row * across) * kWidth;
             for (int tile = 0; tile < across; ++tile, from += kOut * kWidth, to += kWidth)
                 transform_input(from, to, step);
         }
@@ -171,17 +187,7 @@ private:
             for (int p = 0; p < kPoints; ++p, weight += static_cast<std::size_t>(in_.channels) * width * kWidth) {
                 const Element* x = memory.shared + p * point(all) + static_cast<std::size_t>(begin) * kWidth;
                 float* products = memory.own + p * kProducts;
-                for (int i = 0; i < strips.count(); ++i)
-                    with_block(strips.begin(i + 1) - strips.begin(i), width, [&](auto t, auto k) {
-                        constexpr int T = decltype(t)::value, K = decltype(k)::value;
-                        Vector sums[T][K] = {};
-                        multiply<Operand, kWidth, kWidth, T, K>(sums, x + strips.begin(i) * kWidth, memory.runs,
-                                                                in_.blocks(), weight);
-                        float* to = products + strips.begin(i) * K * kWidth;
-#pragma GCC unroll 16
-                        for (int row = 0; row < T; ++row)
-                            for (int j = 0; j < K; ++j) store(to + (row * K + j) * kWidth, sums[row][j]);
-                    });
+                multiply_panel<Operand>(strips, width, x, memory.runs, in_.blocks(), weight, products);
             }
             for (int tile = begin; tile < end; ++tile) {
                 const int image = tile / tiles(), place = tile % tiles();
@@ -226,7 +232,7 @@ private:
     Panels panels_;
     Buffer bias_;               // [out]
     BufferOf<Element> weight_;  // [panels, kPoints, in, panel's channels], transformed
-    int images_per_pass_;              // images whose transformed inputs are in shared memory at once
+    int images_per_pass_;       // images whose transformed inputs are in shared memory at once
 };
 
 // The Winograd variant for a map. Small maps have few tiles for many channels: there the transformed weights, 16/9 or
@@ -249,6 +255,5 @@ std::unique_ptr<Layer<Operand, Operand>> make_layer(const ConvolutionWeights& la
     return std::make_unique<Winograd<Operand, 4>>(layer, in, out);
 }
 
-}  // namespace blocked
 }  // namespace
 }  // namespace skipnet::cpu

@@ -15,14 +15,15 @@
 #include "../engine.h"
 #include "../thread_team.h"
 #include "../vector.h"
+#include "../winograd_points.h"
 
 namespace skipnet::cpu {
 namespace {
 
-constexpr int kTile = 4;                   // outputs of a Winograd tile, each way
-constexpr int kPatch = kTile + 2;          // inputs of a tile, each way
-constexpr int kPoints = kPatch * kPatch;   // products of a tile, for each pair of channels
-constexpr int kPixels = 8;                 // outputs of a direct convolution that are computed together
+constexpr int kTile = 4;                  // outputs of a Winograd tile, each way
+constexpr int kPatch = kTile + 2;         // inputs of a tile, each way
+constexpr int kPoints = kPatch * kPatch;  // products of a tile, for each pair of channels
+constexpr int kPixels = 8;                // outputs of a direct convolution that are computed together
 
 // Winograd tiles that are transformed together.
 template <typename Operand>
@@ -49,8 +50,8 @@ struct Plane {
     int tiles_down() const { return (height + kTile - 1) / kTile; }
     int tiles_across() const { return (width + kTile - 1) / kTile; }
     int tiles() const { return tiles_down() * tiles_across(); }
-    int row() const { return (tiles_across() * kTile + 2) * channels; }           // floats from a row to the next
-    int size() const { return (tiles_down() * kTile + 2) * row(); }               // floats in all
+    int row() const { return (tiles_across() * kTile + 2) * channels; }          // floats from a row to the next
+    int size() const { return (tiles_down() * kTile + 2) * row(); }              // floats in all
     int at(int y, int x) const { return (y + 1) * row() + (x + 1) * channels; }  // -1 is the border
 };
 
@@ -162,8 +163,8 @@ public:
             bias_.get()[o] = layer.bias[o];
             for (int c = 0; c < layer.in; ++c)
                 for (int tap = 0; tap < kTaps; ++tap)
-                    kernels_.get()[((static_cast<std::size_t>(o / kWidth) * in_ + c) * kTaps + tap) * kWidth +
-                                   o % kWidth] =
+                    kernels_
+                        .get()[((static_cast<std::size_t>(o / kWidth) * in_ + c) * kTaps + tap) * kWidth + o % kWidth] =
                         Operand::rounded(layer.weight[(static_cast<std::size_t>(o) * layer.in + c) * kTaps + tap]);
         }
     }
@@ -211,9 +212,6 @@ public:
 private:
     static constexpr int kTaps = 9;
 
-    // The transforms interpolate at 0, +-a, +-b and infinity. The customary +-1 and +-2 round worse by a factor of two;
-    // docs/numerics.md.
-    static constexpr float kA = 0.625f, kB = 1.5f, kA2 = kA * kA, kB2 = kB * kB;
     // The denominators of G's rows, left out there: they and a power of kA wait until the outputs are finished.
     static constexpr float kZero = kA2 * kB2, kInner = 2 * kA2 * (kA2 - kB2), kOuter = 2 * kB2 * (kB2 - kA2);
     static constexpr float kFactors[kTile] = {1 / kZero, kA / kInner, kA2 / kInner, 1};
@@ -267,8 +265,8 @@ private:
         Vector d0, d1, d2, d3, d4, d5;
 
         Six(const float* d, std::ptrdiff_t step)
-            : d0(load(d)), d1(load(d + step)), d2(load(d + 2 * step)), d3(load(d + 3 * step)),
-              d4(load(d + 4 * step)), d5(load(d + 5 * step)) {}
+            : d0(load(d)), d1(load(d + step)), d2(load(d + 2 * step)), d3(load(d + 3 * step)), d4(load(d + 4 * step)),
+              d5(load(d + 5 * step)) {}
         Six(const Vector (&d)[kPatch]) : d0(d[0]), d1(d[1]), d2(d[2]), d3(d[3]), d4(d[4]), d5(d[5]) {}
 
         void outer(Vector& row0, Vector& row1, Vector& row2, Vector& row5) const {
@@ -293,7 +291,7 @@ private:
         const int run = run_of<Operand>(in_), next = run == in ? kWidth : kBlock * kWidth;
         to += place * run;
         for (int c = 0; c < in; c += kWidth, corner += kWidth, to += next) {
-            const auto finish = [&](int row, const Vector (&half)[kPatch]) __attribute__((always_inline)) {
+            const auto finish = [&](int row, const Vector(&half)[kPatch]) __attribute__((always_inline)) {
                 Vector result[kPatch];
                 const Six six(half);
                 six.outer(result[0], result[1], result[2], result[5]);
@@ -303,8 +301,7 @@ private:
             };
             // Columns first, in two passes over the patch: all six rows at once do not fit the registers.
             Vector row0[kPatch], row1[kPatch], row2[kPatch], row5[kPatch];
-            for (int j = 0; j < kPatch; ++j)
-                Six(corner + j * in, row_step).outer(row0[j], row1[j], row2[j], row5[j]);
+            for (int j = 0; j < kPatch; ++j) Six(corner + j * in, row_step).outer(row0[j], row1[j], row2[j], row5[j]);
             finish(0, row0);
             finish(1, row1);
             finish(2, row2);
@@ -320,7 +317,8 @@ private:
                                             Scratch<Operand>& scratch) const {
         constexpr int kPacked = kWidth * Operand::kPack;
         const int in = in_;
-        const std::ptrdiff_t out = out_, next = weights_stride<Operand>(in), weight_step = padded_stride<Element>(in * kWidth);
+        const std::ptrdiff_t out = out_, next = weights_stride<Operand>(in),
+                             weight_step = padded_stride<Element>(in * kWidth);
         const std::ptrdiff_t x_step = padded_stride<Element>(kBlock * in), step = padded_stride<float>(kBlock * out_);
         const Element* weights = scratch.weights.get();
         float* products = scratch.products.get() + columns.begin * kWidth;
@@ -329,8 +327,8 @@ private:
             const Tiles tiles(in);
             for (int point = 0; point < kPoints; ++point)
                 for (int column = 0; column < columns.end - columns.begin; ++column)
-                    tiles.multiply(inputs + point * x_step, in, weights + column * next + point * weight_step,
-                                   kPacked, in, products + point * step + column * kWidth, out);
+                    tiles.multiply(inputs + point * x_step, in, weights + column * next + point * weight_step, kPacked,
+                                   in, products + point * step + column * kWidth, out);
             return;
         }
 #endif
@@ -422,9 +420,7 @@ public:
         }
     }
 
-    Plane out(const Plane& in) const {
-        return {(in.height - 1) / stride_ + 1, (in.width - 1) / stride_ + 1, out_};
-    }
+    Plane out(const Plane& in) const { return {(in.height - 1) / stride_ + 1, (in.width - 1) / stride_ + 1, out_}; }
 
     // outputs = convolution(inputs) + bias, with ReLU or without. The group shares the rows of all images.
     void run(const Plane& in, const float* const* inputs /* [images] */, float* const* outputs /* [images] */,
@@ -458,11 +454,10 @@ private:
             for (int i = 0; i < T; ++i)
                 for (int j = 0; j < K; ++j) sums[i][j] = load(bias_.get() + (column + j) * kWidth);
             for (int i = 0; i < kernel_; ++i)  // a kernel row's pixels and channels lie in one run of memory
-                accumulate<Operand, T, K>(
-                    sums, corner + i * in.row() + pixel * stride_ * in_, stride_ * in_,
-                    weight_.get() + static_cast<std::size_t>(i) * kernel_ * in_ * out_ +
-                        column * kWidth * Operand::kPack,
-                    kernel_ * in_, out_ * Operand::kPack, kWidth * Operand::kPack);
+                accumulate<Operand, T, K>(sums, corner + i * in.row() + pixel * stride_ * in_, stride_ * in_,
+                                          weight_.get() + static_cast<std::size_t>(i) * kernel_ * in_ * out_ +
+                                              column * kWidth * Operand::kPack,
+                                          kernel_ * in_, out_ * Operand::kPack, kWidth * Operand::kPack);
             for (int i = 0; i < T; ++i)
                 for (int j = 0; j < K; ++j)
                     store(to + (pixel + i) * out_ + (column + j) * kWidth, with_relu ? relu(sums[i][j]) : sums[i][j]);

@@ -6,17 +6,14 @@
 
 #include <atomic>
 
-#include "conv_nhwc.h"
-#include "../gate_step.h"
+#include "../batch_slice.h"
 #include "../variant.h"
 #include "../workspace_pool.h"
+#include "conv_nhwc.h"
+#include "standalone_conv.h"
 
 namespace skipnet::cpu {
 namespace {
-
-// Images that share a pass over the weights, at most. The transformed weights of SkipNet-110 are 27 MB: a pass for one
-// image alone waits for memory; docs/performance.md has the figures.
-constexpr int kMaxImages = 8;
 
 constexpr std::chrono::microseconds kJoinTimeout(100);  // with late threads, for each image: less than one takes
 
@@ -39,80 +36,49 @@ enum class PooledFrom { current, tiles, plane };
 
 // An image's memory in one stage, the blocks of one width.
 struct StageBuffers {
-    Buffer x, inner;        // the activation, and a block's inner one
-    Buffer tile_sums;       // [tiles, channels] of x
-    Buffer gate_max_pool;   // what a feed-forward gate's layers write: FFGate-I's first two
+    Buffer x, inner;       // the activation, and a block's inner one
+    Buffer tile_sums;      // [tiles, channels] of x
+    Buffer gate_max_pool;  // what a feed-forward gate's layers write: FFGate-I's first two
     Buffer gate_inner;
-    Buffer gate_feature;    // the last convolution
+    Buffer gate_feature;  // the last convolution
 };
 
 // One image on its way through the network.
 struct ImageState {
-    Buffer image;                      // channels last, bordered
+    Buffer image;  // channels last, bordered
     std::vector<StageBuffers> stages;
-    Buffer pooled, gate_pooled;        // [max_channels_]: of the activation, of a feed-forward gate's feature
+    Buffer pooled, gate_pooled;  // [max_channels_]: of the activation, of a feed-forward gate's feature
     PooledFrom pooled_from;
-    Buffer embedded;                   // [embed]
-    Buffer hidden, cell;               // [lanes], [2 * lanes]
-    bool executes;                     // the next block
+    GateState gate;
 };
 
 // What a group needs for a few images. Made once, reused from call to call.
-template <typename Operand>
 struct Workspace {
-    std::vector<ImageState> states;                   // [kMaxImages]
-    std::vector<Scratch<Operand>> scratch;       // [threads of the group]
-    std::vector<Scratch<Float32>> gate_scratch;  // [threads of the group]: gates are float32 always
+    std::vector<ImageState> states;                // [kMaxImages]
+    std::vector<Scratch<VariantOperand>> scratch;  // [threads of the group]
+    std::vector<Scratch<Float32>> gate_scratch;    // [threads of the group]: gates are float32 always
 };
 
-// A few images of a call, shared by a group of threads.
-struct BatchSlice {
-    const Call& call;
-    ImageState* states;     // [kMaxImages]
-    int first, count;  // images first .. first + count - 1 of the call
-};
-
-// Some of a slice's images, in order.
-struct ImageStates {
-    ImageState* of[kMaxImages];
-    int count = 0;
-
-    void add(ImageState& state) { of[count++] = &state; }
-};
+using Slice = BatchSlice<ImageState>;
+using States = ImageList<ImageState>;
 
 // A buffer of each of some images.
 struct Buffers {
     float* of[kMaxImages];
 
     template <typename Select>
-    Buffers(const ImageStates& states, const Select& select) {
+    Buffers(const States& states, const Select& select) {
         for (int i = 0; i < states.count; ++i) of[i] = select(*states.of[i]).get();
     }
 };
 
 // One thread's part in a slice.
-template <typename Operand>
 struct Worker {
-    BatchSlice& slice;
+    Slice& slice;
     ThreadGroup group;
-    Scratch<Operand>& scratch;
+    Scratch<VariantOperand>& scratch;
     Scratch<Float32>& gate_scratch;
-
-    ImageStates all_images() const {
-        ImageStates states;
-        for (int i = 0; i < slice.count; ++i) states.add(slice.states[i]);
-        return states;
-    }
 };
-
-// to[c] = sum over i of from[i * channels + c], divided by `pixels`; in ascending i.
-void average(const float* from, int count, int channels, int pixels, float* to) {
-    for (int c = 0; c < channels; c += kWidth) {
-        Vector sum = {};
-        for (int i = 0; i < count; ++i) sum += load(from + i * channels + c);
-        store(to + c, sum / broadcast(static_cast<float>(pixels)));
-    }
-}
 
 // Global average of a plane.
 void pool(const Plane& plane, const float* x, float* to) {
@@ -140,24 +106,18 @@ void max_pool(const Plane& in, const float* from, const Plane& out, float* to, c
             }
 }
 
-// Operand: what products are formed from, see vector.h.
-template <typename Operand>
 class Network final : public Engine {
-    using Workspace = cpu::Workspace<Operand>;
-    using Worker = cpu::Worker<Operand>;
-
 public:
     explicit Network(const NetworkWeights& weights);
     void run(const Call& call) override;
 
-private:
-    void forward(const Worker& worker) const;
+    int num_blocks() const { return static_cast<int>(blocks_.size()); }
     void stem(const Worker& worker) const;
     void gate_step(const Worker& worker, int index) const;
-    ImageStates compact(const Worker& worker) const;
-    void run_block(const Worker& worker, int index, const ImageStates& executing) const;
+    void run_block(const Worker& worker, int index, const States& executing) const;
     void head(const Worker& worker) const;
 
+private:
     void feedforward_features(const Worker& worker, int index) const;
     float gate_logit(int index, ImageState& state) const;
     const float* pooled(int stage, ImageState& state) const;
@@ -168,7 +128,7 @@ private:
     // What a feed-forward gate's last convolution reads and writes in a stage.
     Plane gate_plane(int stage) const {
         const Plane& plane = planes_[stage];
-        return gates_[0].max_pool ? Plane{plane.height / 2, plane.width / 2, plane.channels} : plane;
+        return feedforward_gates_[0].max_pool ? Plane{plane.height / 2, plane.width / 2, plane.channels} : plane;
     }
     Plane feature_plane(int stage) const {
         const Plane in = gate_plane(stage);
@@ -185,23 +145,22 @@ private:
     Plane image_;                // the input, channels last
     std::vector<Plane> planes_;  // one per stage
     std::vector<Block> blocks_;
-    Direct<Float32> stem_;       // three channels do not pair
-    std::vector<Direct<Operand>> direct_;
-    std::vector<Winograd<Operand>> winograd_;
+    Direct<Float32> stem_;  // three channels do not pair
+    std::vector<Direct<VariantOperand>> direct_;
+    std::vector<Winograd<VariantOperand>> winograd_;
     std::vector<Direct<Float32>> gate_direct_;
     std::vector<Winograd<Float32>> gate_winograd_;
-    std::vector<Linear> embeddings_, tails_;  // one per block, for the gates' kind
-    std::vector<FeedforwardGate> gates_;
-    std::unique_ptr<LstmCell> cell_;
-    std::unique_ptr<Linear> head_;
+    std::vector<FeedforwardGate> feedforward_gates_;  // one per block, or none
+    Gates gates_;
+    Linear head_;
 
     WorkspacePool<Workspace> workspaces_;
 };
 
-template <typename Operand>
-Network<Operand>::Network(const NetworkWeights& weights)
+Network::Network(const NetworkWeights& weights)
     : classes_(weights.classes), image_{weights.height, weights.width, weights.stem.in},
-      stem_(weights.stem, image_.channels) {
+      stem_(weights.stem, image_.channels), gates_(weights),
+      head_(weights.head_weight, weights.head_bias, weights.blocks.back().last.out, classes_) {
     planes_.push_back(stem_.out(image_));
     for (std::size_t index = 0; index < weights.blocks.size(); ++index) {
         const BlockWeights& block = weights.blocks[index];
@@ -219,32 +178,24 @@ Network<Operand>::Network(const NetworkWeights& weights)
         packed.last = add(winograd_, block.last, planes_.back().channels);
         blocks_.push_back(packed);
 
-        const int out = block.last.out;
-        if (!weights.embeddings.empty()) {
-            const Embedding& embedding = weights.embeddings[index];
-            embeddings_.emplace_back(embedding.weight, embedding.bias, out, weights.lstm.embed);
-        }
         if (!weights.gates.empty()) {
             const GateConvolutions& gate = weights.gates[index];
             FeedforwardGate packed_gate{gate.max_pool, -1, -1};
             if (gate.max_pool) packed_gate.first = add(gate_winograd_, gate.layers[0], planes_.back().channels);
             packed_gate.second = add(gate_direct_, gate.layers.back(), planes_.back().channels);
-            gates_.push_back(packed_gate);
-            tails_.emplace_back(weights.tails[index].weight, &weights.tails[index].bias, out, 1);
+            feedforward_gates_.push_back(packed_gate);
         }
     }
-    if (!embeddings_.empty()) cell_ = std::make_unique<LstmCell>(weights.lstm);
-    head_ = std::make_unique<Linear>(weights.head_weight, weights.head_bias, weights.blocks.back().last.out, classes_);
     for (const Plane& plane : planes_)
         if (plane.channels > max_channels_) max_channels_ = plane.channels;
 }
 
-template <typename Operand>
-StageBuffers Network<Operand>::make_buffers(int stage) const {
+StageBuffers Network::make_buffers(int stage) const {
     const Plane& plane = planes_[stage];
-    StageBuffers buffers{Buffer(plane.size()), Buffer(plane.size()), Buffer(plane.tiles() * plane.channels), {}, {}, {}};
-    if (!gates_.empty()) {
-        if (gates_[0].max_pool) {
+    StageBuffers buffers{
+        Buffer(plane.size()), Buffer(plane.size()), Buffer(plane.tiles() * plane.channels), {}, {}, {}};
+    if (!feedforward_gates_.empty()) {
+        if (feedforward_gates_[0].max_pool) {
             buffers.gate_max_pool = Buffer(gate_plane(stage).size());
             buffers.gate_inner = Buffer(gate_plane(stage).size());
         }
@@ -253,15 +204,14 @@ StageBuffers Network<Operand>::make_buffers(int stage) const {
     return buffers;
 }
 
-template <typename Operand>
-auto Network<Operand>::acquire_workspace(int threads) -> std::unique_ptr<Workspace> {
+auto Network::acquire_workspace(int threads) -> std::unique_ptr<Workspace> {
     std::unique_ptr<Workspace> workspace = workspaces_.acquire();
     if (!workspace) {
         workspace = std::make_unique<Workspace>();
-        const int lanes = cell_ ? cell_->lanes() : 0;
         for (int i = 0; i < kMaxImages; ++i) {
-            ImageState state{Buffer(image_.size()), {}, Buffer(max_channels_), Buffer(max_channels_), PooledFrom::current,
-                        Buffer(cell_ ? cell_->embed() : 0), Buffer(lanes), Buffer(2 * lanes), true};
+            ImageState state{Buffer(image_.size()), {},
+                             Buffer(max_channels_), Buffer(max_channels_),
+                             PooledFrom::current,   gates_.make_state()};
             for (int stage = 0; stage < static_cast<int>(planes_.size()); ++stage)
                 state.stages.push_back(make_buffers(stage));
             workspace->states.push_back(std::move(state));
@@ -275,19 +225,18 @@ auto Network<Operand>::acquire_workspace(int threads) -> std::unique_ptr<Workspa
 }
 
 // Few images: all threads work on each. Many: every thread takes a few at a time, as long as there are any.
-template <typename Operand>
-void Network<Operand>::run(const Call& call) {
+void Network::run(const Call& call) {
     struct RunContext {
         Network& network;
         const Call& call;
         const int group_size, slice_size;
         std::vector<std::unique_ptr<Workspace>> workspaces;  // one per group of threads
-        std::vector<std::unique_ptr<BatchSlice>> slices;
+        std::vector<std::unique_ptr<Slice>> slices;
         std::vector<std::unique_ptr<Barrier>> barriers;
         std::atomic<int> work_counter{0};  // the first image that no group has taken
 
         // The group's first thread takes images for all of it.
-        void take(BatchSlice& slice) {
+        void take(Slice& slice) {
             slice.first = work_counter.fetch_add(slice_size, std::memory_order_relaxed);
             const int left = call.batch - slice.first;
             slice.count = left < slice_size ? left : slice_size;
@@ -299,43 +248,34 @@ void Network<Operand>::run(const Call& call) {
     RunContext context{*this, call, group_size, (call.batch + groups * rounds - 1) / (groups * rounds), {}, {}, {}};
     for (int group = 0; group < groups; ++group) {
         context.workspaces.push_back(acquire_workspace(group_size));
-        context.slices.push_back(std::unique_ptr<BatchSlice>(new BatchSlice{call, context.workspaces.back()->states.data(), 0, 0}));
+        context.slices.push_back(
+            std::unique_ptr<Slice>(new Slice{call, context.workspaces.back()->states.data(), 0, 0}));
         context.barriers.push_back(std::make_unique<Barrier>(group_size));
     }
-    team.run([](void* argument, int rank) {
-        RunContext& context = *static_cast<RunContext*>(argument);
-        const int number = rank / context.group_size;
-        if (number == static_cast<int>(context.workspaces.size())) return;  // too few are left for a group
-        const ThreadGroup group{rank % context.group_size, context.group_size, context.barriers[number].get()};
-        BatchSlice& slice = *context.slices[number];
-        const Worker worker{slice, group, context.workspaces[number]->scratch[group.rank],
-                            context.workspaces[number]->gate_scratch[group.rank]};
-        for (;;) {
-            if (group.rank == 0) context.take(slice);
-            group.barrier();
-            if (slice.count <= 0) return;
-            context.network.forward(worker);
-            group.barrier();
-        }
-    }, &context);
+    team.run(
+        [](void* argument, int rank) {
+            RunContext& context = *static_cast<RunContext*>(argument);
+            const int number = rank / context.group_size;
+            if (number == static_cast<int>(context.workspaces.size())) return;  // too few are left for a group
+            const ThreadGroup group{rank % context.group_size, context.group_size, context.barriers[number].get()};
+            Slice& slice = *context.slices[number];
+            const Worker worker{slice, group, context.workspaces[number]->scratch[group.rank],
+                                context.workspaces[number]->gate_scratch[group.rank]};
+            for (;;) {
+                if (group.rank == 0) context.take(slice);
+                group.barrier();
+                if (slice.count <= 0) return;
+                forward(context.network, worker);
+                group.barrier();
+            }
+        },
+        &context);
     for (auto& workspace : context.workspaces) workspaces_.release(std::move(workspace));
 }
 
-template <typename Operand>
-void Network<Operand>::forward(const Worker& worker) const {
-    const int num_gates = worker.slice.call.num_gates, blocks = static_cast<int>(blocks_.size());
-    stem(worker);
-    for (int index = 0; index < blocks; ++index) {
-        run_block(worker, index, compact(worker));
-        if (index < num_gates) gate_step(worker, index);
-    }
-    head(worker);
-}
-
-template <typename Operand>
-void Network<Operand>::stem(const Worker& worker) const {
-    const BatchSlice& slice = worker.slice;
-    const ImageStates states = worker.all_images();
+void Network::stem(const Worker& worker) const {
+    const Slice& slice = worker.slice;
+    const States states = worker.slice.all_images();
     const int channels = image_.channels, pixels = image_.height * image_.width;
     const Share rows(image_.height, worker.group);
     for (int i = 0; i < states.count; ++i) {
@@ -346,10 +286,7 @@ void Network<Operand>::stem(const Worker& worker) const {
                 for (int c = 0; c < channels; ++c)
                     state.image.get()[image_.at(y, x) + c] =
                         slice.call.images[from + c * pixels + y * image_.width + x];
-        if (worker.group.rank == 0) {
-            state.executes = true;
-            if (cell_) cell_->reset(state.hidden.get(), state.cell.get());
-        }
+        if (worker.group.rank == 0) gates_.reset(state.gate);
     }
     worker.group.barrier();
     const Buffers images(states, [](ImageState& state) -> Buffer& { return state.image; });
@@ -359,47 +296,33 @@ void Network<Operand>::stem(const Worker& worker) const {
 }
 
 // Pool-finish, embed, LSTM step, decide.
-template <typename Operand>
-void Network<Operand>::gate_step(const Worker& worker, int index) const {
-    if (!gates_.empty()) feedforward_features(worker, index);
-    if (worker.group.rank == 0) {
-        const BatchSlice& slice = worker.slice;
-        const Call& call = slice.call;
-        const bool forced = call.forced && index + 1 < static_cast<int>(blocks_.size());
-        for (int i = 0; i < slice.count; ++i) {
-            ImageState& state = slice.states[i];
-            const std::size_t to = static_cast<std::size_t>(index) * call.batch + slice.first + i;
-            state.executes = decide(call, to, forced, gate_logit(index, state));
-        }
-    }
+void Network::gate_step(const Worker& worker, int index) const {
+    if (!feedforward_gates_.empty()) feedforward_features(worker, index);
+    const Share mine{0, worker.group.rank == 0 ? worker.slice.count : 0};
+    decide(worker.slice, mine, index, index + 1 < num_blocks(),
+           [&](ImageState& state) { return gate_logit(index, state); });
     worker.group.barrier();
 }
 
-template <typename Operand>
-float Network<Operand>::gate_logit(int index, ImageState& state) const {
+float Network::gate_logit(int index, ImageState& state) const {
     const int stage = blocks_[index].stage;
-    if (cell_) {
-        embeddings_[index].run(pooled(stage, state), state.embedded.get());
-        return cell_->step(state.embedded.get(), state.hidden.get(), state.cell.get());
-    }
-    float logit;
+    if (gates_.recurrent()) return gates_.logit(index, pooled(stage, state), state.gate);
     pool(feature_plane(stage), state.stages[stage].gate_feature.get(), state.gate_pooled.get());
-    tails_[index].run(state.gate_pooled.get(), &logit);
-    return logit;
+    return gates_.logit(index, state.gate_pooled.get(), state.gate);
 }
 
-template <typename Operand>
-void Network<Operand>::feedforward_features(const Worker& worker, int index) const {
-    const FeedforwardGate& gate = gates_[index];
+void Network::feedforward_features(const Worker& worker, int index) const {
+    const FeedforwardGate& gate = feedforward_gates_[index];
     const int stage = blocks_[index].stage;
-    const ImageStates states = worker.all_images();
+    const States states = worker.slice.all_images();
     const Buffers x(states, [&](ImageState& state) -> Buffer& { return state.stages[stage].x; });
     const Buffers feature(states, [&](ImageState& state) -> Buffer& { return state.stages[stage].gate_feature; });
     if (!gate.max_pool) {
         gate_direct_[gate.second].run(planes_[stage], x.of, feature.of, true, states.count, worker.group,
                                       worker.gate_scratch);
     } else {
-        const Buffers max_pooled(states, [&](ImageState& state) -> Buffer& { return state.stages[stage].gate_max_pool; });
+        const Buffers max_pooled(states,
+                                 [&](ImageState& state) -> Buffer& { return state.stages[stage].gate_max_pool; });
         const Buffers inner(states, [&](ImageState& state) -> Buffer& { return state.stages[stage].gate_inner; });
         const Plane plane = gate_plane(stage);
         for (int i = 0; i < states.count; ++i) max_pool(planes_[stage], x.of[i], plane, max_pooled.of[i], worker.group);
@@ -413,17 +336,7 @@ void Network<Operand>::feedforward_features(const Worker& worker, int index) con
     worker.group.barrier();
 }
 
-// The images that run the next block, in order. Every thread of a group makes the same list.
-template <typename Operand>
-ImageStates Network<Operand>::compact(const Worker& worker) const {
-    ImageStates executing;
-    for (int i = 0; i < worker.slice.count; ++i)
-        if (worker.slice.states[i].executes) executing.add(worker.slice.states[i]);
-    return executing;
-}
-
-template <typename Operand>
-void Network<Operand>::run_block(const Worker& worker, int index, const ImageStates& executing) const {
+void Network::run_block(const Worker& worker, int index, const States& executing) const {
     const Block& block = blocks_[index];
     const int stage = block.stage;
     const Plane& plane = planes_[stage];
@@ -432,14 +345,13 @@ void Network<Operand>::run_block(const Worker& worker, int index, const ImageSta
     const Buffers x(executing, [&](ImageState& state) -> Buffer& { return state.stages[stage].x; });
     const Buffers sums(executing, [&](ImageState& state) -> Buffer& { return state.stages[stage].tile_sums; });
     if (block.opens_stage) {
-        const ImageStates states = worker.all_images();
+        const States states = worker.slice.all_images();
         const Buffers all_before(states, [&](ImageState& state) -> Buffer& { return state.stages[stage - 1].x; });
         const Buffers all_x(states, [&](ImageState& state) -> Buffer& { return state.stages[stage].x; });
         const Buffers before(executing, [&](ImageState& state) -> Buffer& { return state.stages[stage - 1].x; });
         direct_[block.projection].run(planes_[stage - 1], all_before.of, all_x.of, false, states.count, group,
                                       worker.scratch);
-        direct_[block.first].run(planes_[stage - 1], before.of, inner.of, true, executing.count, group,
-                                 worker.scratch);
+        direct_[block.first].run(planes_[stage - 1], before.of, inner.of, true, executing.count, group, worker.scratch);
         if (group.rank == 0)
             for (int i = 0; i < states.count; ++i) states.of[i]->pooled_from = PooledFrom::plane;
     } else {
@@ -453,21 +365,19 @@ void Network<Operand>::run_block(const Worker& worker, int index, const ImageSta
 }
 
 // Global average pool and classifier.
-template <typename Operand>
-void Network<Operand>::head(const Worker& worker) const {
+void Network::head(const Worker& worker) const {
     if (worker.group.rank != 0) return;
-    const BatchSlice& slice = worker.slice;
+    const Slice& slice = worker.slice;
     for (int i = 0; i < slice.count; ++i) {
         ImageState& state = slice.states[i];
         const std::size_t image = slice.first + i;
-        head_->run(pooled(static_cast<int>(planes_.size()) - 1, state), slice.call.logits + image * classes_);
-        if (cell_) cell_->finish(state.hidden.get(), state.cell.get(), slice.call, image);
+        head_.run(pooled(static_cast<int>(planes_.size()) - 1, state), slice.call.logits + image * classes_);
+        gates_.finish(state.gate, slice.call, image);
     }
 }
 
 // The activation's pooled feature, brought up to date. An image that skipped its block has it still.
-template <typename Operand>
-const float* Network<Operand>::pooled(int stage, ImageState& state) const {
+const float* Network::pooled(int stage, ImageState& state) const {
     const Plane& plane = planes_[stage];
     const StageBuffers& buffers = state.stages[stage];
     if (state.pooled_from == PooledFrom::plane) pool(plane, buffers.x.get(), state.pooled.get());
@@ -480,12 +390,12 @@ const float* Network<Operand>::pooled(int stage, ImageState& state) const {
 }  // namespace
 
 std::unique_ptr<Engine> SKIPNET_VARIANT(make_resident)(const NetworkWeights& weights) {
-#if defined(__AMX_BF16__)
-    if (weights.bfloat16) return std::make_unique<Network<AmxBFloat16>>(weights);
-#elif defined(__AVX512BF16__)
-    if (weights.bfloat16) return std::make_unique<Network<BFloat16>>(weights);
-#endif
-    return std::make_unique<Network<Float32>>(weights);
+    return std::make_unique<Network>(weights);
+}
+
+std::unique_ptr<StandaloneConv> SKIPNET_VARIANT(make_resident_conv)(const ConvolutionWeights& weights, int batch,
+                                                                    int height, int width) {
+    return std::make_unique<ConvNhwc<VariantOperand>>(weights, batch, height, width);
 }
 
 }  // namespace skipnet::cpu
