@@ -78,7 +78,8 @@ const std::vector<InstructionSet>& known_sets() {
     static const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
     static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     static const bool amx = avx512bf16 && has_amx();
-    // What has products of bfloat16 forms those of float32 as avx512 does; tile registers are the resident strategy's.
+    // Sets with products of bfloat16 form those of float32 as avx512 does; only the resident strategy has tile
+    // registers.
     static const std::vector<InstructionSet> all{
         {"amx",
          amx,

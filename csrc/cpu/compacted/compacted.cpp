@@ -131,6 +131,11 @@ private:
         Use use;
     };
 
+    // A type of our own, so that no vector of a common type is instantiated for this instruction set.
+    struct Stage {
+        int x;  // map of its activation
+    };
+
     const Plane& plane(int map) const { return maps_[map].plane; }
 
     int classes_;
@@ -139,7 +144,7 @@ private:
     bool max_pool_;
     std::unique_ptr<Layer<Float32, VariantOperand>> stem_;
     std::vector<Map> maps_;
-    std::vector<int> stages_;  // the map of each stage's activation
+    std::vector<Stage> stages_;
     std::vector<Block> blocks_;
     std::vector<FeedforwardGate> feedforward_gates_;  // one per block, or none
     Gates gates_;
@@ -164,7 +169,7 @@ Network::Network(const NetworkWeights& weights)
     };
     const auto add_stage = [&](const Plane& plane) {
         maps_.push_back({plane, Use::activation});
-        stages_.push_back(static_cast<int>(maps_.size()) - 1);
+        stages_.push_back({static_cast<int>(maps_.size()) - 1});
     };
     const int stride = weights.stem.stride;
     const int height = (weights.height + stride - 1) / stride, width = (weights.width + stride - 1) / stride;
@@ -178,7 +183,7 @@ Network::Network(const NetworkWeights& weights)
     stem_ = make_first<VariantOperand>(weights.stem, image_, stem_plane_);
     for (std::size_t index = 0; index < weights.blocks.size(); ++index) {
         const BlockWeights& block = weights.blocks[index];
-        const Plane x = plane(stages_.back());
+        const Plane x = plane(stages_.back().x);
         if (block.projects) {
             const int by = block.projection.stride;
             add_stage(activation((x.height + by - 1) / by, (x.width + by - 1) / by, block.last.out));
@@ -196,7 +201,7 @@ Network::Network(const NetworkWeights& weights)
 auto Network::pack(const BlockWeights& block, const Plane& x) -> Block {
     Block packed{};
     packed.stage = static_cast<int>(stages_.size()) - 1;
-    const Plane result = plane(stages_.back());  // a copy: maps move as there are more
+    const Plane result = plane(stages_.back().x);  // a copy: maps move as there are more
     if (block.projects)
         packed.projection = register_layer(make_layer<VariantOperand>(block.projection, x, result), result);
     // Each map is made for the convolution that reads it.
@@ -219,7 +224,7 @@ auto Network::pack(const BlockWeights& block, const Plane& x) -> Block {
 }
 
 auto Network::pack(const GateConvolutions& gate) -> FeedforwardGate {
-    const Plane x = plane(stages_.back());
+    const Plane x = plane(stages_.back().x);
     FeedforwardGate packed{gate.max_pool, {}, -1, {}};
     Plane inner = x;
     const auto add_layer = [&](const ConvolutionWeights& layer, const Plane& in, const Plane& out, Use use) {
@@ -351,11 +356,11 @@ void Network::stem(const Worker& worker) const {
         if (group.rank == 0) gates_.reset(state.gate);
         group.barrier();
         const float* input = workspace.image.get();
-        Element* x = state.maps[stages_[0]].get();
+        Element* x = state.maps[stages_[0].x].get();
         Element* output = max_pool_ ? workspace.stem.get() : x;
         stem_->run({&input, &output, nullptr, 1}, Finish::relu, group, {nullptr, nullptr, nullptr});
         group.barrier();
-        if (max_pool_) max_pool(3, stem_plane_, workspace.stem.get(), plane(stages_[0]), x, group);
+        if (max_pool_) max_pool(3, stem_plane_, workspace.stem.get(), plane(stages_[0].x), x, group);
     }
     group.barrier();
 }
@@ -380,7 +385,7 @@ float Network::gate_logit(int index, ImageState& state) const {
 void Network::feedforward_features(const Worker& worker, int index) const {
     const FeedforwardGate& gate = feedforward_gates_[index];
     const States states = worker.slice.all_images();
-    int from = stages_[blocks_[index].stage];
+    int from = stages_[blocks_[index].stage].x;
     if (gate.max_pool) {
         for (int i = 0; i < states.count; ++i) {
             std::vector<BufferOf<Element>>& maps = states.of[i]->maps;
@@ -399,10 +404,10 @@ void Network::feedforward_features(const Worker& worker, int index) const {
 
 void Network::run_block(const Worker& worker, int index, const States& executing) const {
     const Block& block = blocks_[index];
-    const int result = stages_[block.stage];
+    const int result = stages_[block.stage].x;
     int from = result;
     if (block.projection) {
-        from = stages_[block.stage - 1];
+        from = stages_[block.stage - 1].x;
         update(*block.projection, worker.slice.all_images(), from, result, Finish::none, worker);
     }
     if (executing.count == 0) {
@@ -440,7 +445,7 @@ void Network::head(const Worker& worker) const {
 
 // The activation's pooled feature, brought up to date. An image that skipped its block has it still.
 const float* Network::pooled(int stage, ImageState& state) const {
-    const Plane& x = plane(stages_[stage]);
+    const Plane& x = plane(stages_[stage].x);
     if (state.parts > 0) average(state.sums.get(), state.parts, x.channels, x.pixels(), state.pooled.get());
     state.parts = 0;
     return state.pooled.get();
