@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f -not -path '*/__pycache__/*')
 # Two tests at a time, each on one core; who is done first takes over what the other has not begun.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
@@ -21,6 +21,7 @@ test-all: test test-slow
 
 lint: $(VENV)/developing
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 	$(BIN)/mypy
 
 # Into build/site. The package is laid out as it is installed, with kernels/ inside: names are looked up there.

@@ -18,9 +18,9 @@ from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
 sys.path.insert(0, str(Path(__file__).parent / "csrc"))
+import variants
 from nvcc import ALL_ARCHS, DEFAULT_ARCHS, FLAGS, find_nvcc
 from object_cache import compiled
-from variants import MACROS, STANDALONE, VARIANTS
 
 MODULE = "csrc/bindings/module.cpp"
 # What a file of these kinds may include.
@@ -74,20 +74,14 @@ class BuildExtension(build_ext):
         super().build_extension(ext)
 
     def variants(self) -> list[Compilation]:
-        """The CPU kernels for each instruction set, with fused multiply-adds where there are any."""
-        flags = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-ffp-contract=fast", "-fvisibility=hidden"]
-
-        def compilation(source: str, isa: str, width: int, isa_flags: list[str]) -> Path:
-            macros = [f"-DSKIPNET_ISA={isa}", f"-DSKIPNET_WIDTH={width}"]
-            return compiled([*self.compiler.compiler_so_cxx, *flags, *isa_flags, *macros, "-c", f"csrc/cpu/{source}"],
-                            CPU_SOURCES)
-
-        return [partial(compilation, source, *variant) for *variant, sources in VARIANTS for source in sources]
+        """The CPU kernels for each instruction set."""
+        compiler = [*self.compiler.compiler_so_cxx, *variants.FLAGS]
+        return [partial(compiled, command, CPU_SOURCES) for command in variants.commands(compiler)]
 
     def cpp(self, ext: Pybind11Extension, about_cuda: str) -> list[Compilation]:
         """All other C++ sources, of which one is told about CUDA."""
         includes = [*self.compiler.include_dirs, *ext.include_dirs]
-        flags = [*ext.extra_compile_args, *(f"-D{name}={value}" for name, value in MACROS),
+        flags = [*ext.extra_compile_args, *(f"-D{name}={value}" for name, value in variants.MACROS),
                  *(f"-I{folder}" for folder in includes)]
 
         def compilation(source: str) -> Path:
@@ -123,7 +117,7 @@ setup(
     ext_modules=[Pybind11Extension(
         "skipnet_rt._C",
         [MODULE, "csrc/bindings/cpu.cpp",
-         *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp") if path.name != STANDALONE)],
+         *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp") if path.name != variants.STANDALONE)],
         cxx_std=17,
         # No contraction by the compiler: one rounding sequence, whatever instruction set it builds for.
         extra_compile_args=["-O3", "-fno-math-errno", "-ffp-contract=off"],

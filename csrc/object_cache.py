@@ -57,7 +57,7 @@ def _key(words: Sequence[str], sources: Iterable[Path]) -> str:
     # Of a folder to include from counts what is in it, not where it lies: each virtual environment has its own.
     told = [word for word in words if not word.startswith("-I")]
     content = hashlib.sha256(repr((told, _version(words[0]))).encode())
-    for source in sources:
+    for source in sorted(sources, key=lambda source: source.name):
         for file in sorted(source.rglob("*")) if source.is_dir() else [source]:
             if file.is_file():
                 content.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())

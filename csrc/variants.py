@@ -17,4 +17,13 @@ if X86:
                  ("avx512bf16", 16, BF16, (RESIDENT, COMPACTED)),
                  ("amx", 16, [*BF16, "-mamx-tile", "-mamx-bf16"], (RESIDENT,))]
 
+# Fused multiply-adds wherever there are any.
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-ffp-contract=fast", "-fvisibility=hidden"]
+
 MACROS = [("SKIPNET_X86", "1")] if X86 else []
+
+
+def commands(compiler: list[str], variants: list[tuple] = VARIANTS) -> list[list[str]]:
+    """What compiles each source for each instruction set, without where to."""
+    return [[*compiler, *flags, f"-DSKIPNET_ISA={name}", f"-DSKIPNET_WIDTH={width}", "-c", f"csrc/cpu/{source}"]
+            for name, width, flags, sources in variants for source in sources]

@@ -9,8 +9,8 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import variants
 from object_cache import ROOT, compiled
-from variants import MACROS, VARIANTS
 
 from skipnet_rt import _C
 
@@ -23,11 +23,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, 
 def build(*flags, x86=True):
     """The fuzz program with some compiler flags; without ``x86`` the portable code alone."""
     compiler = ["g++", "-std=c++17", "-g", "-O1", "-fno-omit-frame-pointer", "-pthread", "-DSKIPNET_SOFTWARE_AMX",
-                *(f"-D{name}={value}" for name, value in MACROS if x86), *flags]
+                *(f"-D{name}={value}" for name, value in variants.MACROS if x86), *flags]
     commands = [[*compiler, "-c", source] for source in SOURCES]
-    for name, width, isa_flags, sources in VARIANTS if x86 else VARIANTS[:1]:
-        isa = [f"-DSKIPNET_ISA={name}", f"-DSKIPNET_WIDTH={width}", *isa_flags]
-        commands += [[*compiler, *isa, "-c", f"csrc/cpu/{source}"] for source in sources]
+    commands += variants.commands(compiler, variants.VARIANTS if x86 else variants.VARIANTS[:1])
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda command: compiled(command, INCLUDED), commands))
     return compiled([*compiler, *objects], objects)

@@ -226,13 +226,18 @@ auto Network::acquire_workspace(int threads) -> std::unique_ptr<Workspace> {
 
 // Few images: all threads work on each. Many: every thread takes a few at a time, as long as there are any.
 void Network::run(const Call& call) {
+    // What the threads of a group share. A type of our own, so that no vector of a common type is instantiated for this
+    // instruction set.
+    struct Shared {
+        std::unique_ptr<Workspace> workspace;
+        Slice slice;
+        Barrier barrier;
+    };
     struct RunContext {
         Network& network;
         const Call& call;
         const int group_size, slice_size;
-        std::vector<std::unique_ptr<Workspace>> workspaces;  // one per group of threads
-        std::vector<std::unique_ptr<Slice>> slices;
-        std::vector<std::unique_ptr<Barrier>> barriers;
+        std::vector<std::unique_ptr<Shared>> groups;
         std::atomic<int> work_counter{0};  // the first image that no group has taken
 
         // The group's first thread takes images for all of it.
@@ -245,22 +250,22 @@ void Network::run(const Call& call) {
     ThreadTeam team(call.threads, call.batch * kJoinTimeout);
     const int group_size = call.batch < team.size() ? team.size() / call.batch : 1, groups = team.size() / group_size;
     const int rounds = (call.batch + groups * kMaxImages - 1) / (groups * kMaxImages);
-    RunContext context{*this, call, group_size, (call.batch + groups * rounds - 1) / (groups * rounds), {}, {}, {}};
-    for (int group = 0; group < groups; ++group) {
-        context.workspaces.push_back(acquire_workspace(group_size));
-        context.slices.push_back(
-            std::unique_ptr<Slice>(new Slice{call, context.workspaces.back()->states.data(), 0, 0}));
-        context.barriers.push_back(std::make_unique<Barrier>(group_size));
+    RunContext context{*this, call, group_size, (call.batch + groups * rounds - 1) / (groups * rounds), {}};
+    for (int number = 0; number < groups; ++number) {
+        std::unique_ptr<Workspace> workspace = acquire_workspace(group_size);
+        const Slice nothing{call, workspace->states.data(), 0, 0};
+        context.groups.emplace_back(new Shared{std::move(workspace), nothing, Barrier(group_size)});
     }
     team.run(
         [](void* argument, int rank) {
             RunContext& context = *static_cast<RunContext*>(argument);
             const int number = rank / context.group_size;
-            if (number == static_cast<int>(context.workspaces.size())) return;  // too few are left for a group
-            const ThreadGroup group{rank % context.group_size, context.group_size, context.barriers[number].get()};
-            Slice& slice = *context.slices[number];
-            const Worker worker{slice, group, context.workspaces[number]->scratch[group.rank],
-                                context.workspaces[number]->gate_scratch[group.rank]};
+            if (number == static_cast<int>(context.groups.size())) return;  // too few are left for a group
+            Shared& shared = *context.groups[number];
+            const ThreadGroup group{rank % context.group_size, context.group_size, &shared.barrier};
+            Slice& slice = shared.slice;
+            const Worker worker{slice, group, shared.workspace->scratch[group.rank],
+                                shared.workspace->gate_scratch[group.rank]};
             for (;;) {
                 if (group.rank == 0) context.take(slice);
                 group.barrier();
@@ -270,7 +275,7 @@ void Network::run(const Call& call) {
             }
         },
         &context);
-    for (auto& workspace : context.workspaces) workspaces_.release(std::move(workspace));
+    for (auto& shared : context.groups) workspaces_.release(std::move(shared->workspace));
 }
 
 void Network::stem(const Worker& worker) const {

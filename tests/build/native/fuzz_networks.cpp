@@ -44,7 +44,11 @@ struct Network {
     }
     ConvolutionWeights layer(Random& random, int in, int out, int kernel, int stride) {
         const double scale = std::sqrt(1.5 / (in * kernel * kernel));
-        return {in, out, kernel, stride, own(random.normal(static_cast<std::size_t>(in) * out * kernel * kernel, scale)),
+        return {in,
+                out,
+                kernel,
+                stride,
+                own(random.normal(static_cast<std::size_t>(in) * out * kernel * kernel, scale)),
                 own(random.normal(out, 0.1))};
     }
 };
@@ -64,8 +68,8 @@ Network make_network(Random& random, bool compacted) {
     weights.width = weights.max_pool ? random.within(33, 45) : random.within(8, 21);
     weights.classes = random.within(1, 37);
     int channels = random.within(1, 40);
-    weights.stem = network.layer(random, random.within(1, 4), channels, weights.max_pool ? 7 : 3,
-                                 weights.max_pool ? 2 : 1);
+    weights.stem =
+        network.layer(random, random.within(1, 4), channels, weights.max_pool ? 7 : 3, weights.max_pool ? 2 : 1);
     const int embed = random.within(1, 20), hidden = random.within(1, 20);
     for (int group = 0, groups = random.within(1, 3); group < groups; ++group)
         for (int i = 0, count = random.within(1, 3); i < count; ++i) {
@@ -82,8 +86,8 @@ Network make_network(Random& random, bool compacted) {
             channels = out;
             weights.blocks.push_back(block);
             if (gates == Gates::rnn)
-                weights.embeddings.push_back({out, network.own(random.normal(embed * out, 1.0)),
-                                              network.own(random.normal(embed, 0.3))});
+                weights.embeddings.push_back(
+                    {out, network.own(random.normal(embed * out, 1.0)), network.own(random.normal(embed, 0.3))});
             if (gates == Gates::first || gates == Gates::second) {
                 GateConvolutions gate{network.max_pool, {}};
                 if (network.max_pool) gate.layers.push_back(network.layer(random, out, out, 3, 1));
@@ -93,9 +97,13 @@ Network make_network(Random& random, bool compacted) {
             }
         }
     if (gates == Gates::rnn)
-        weights.lstm = {embed, hidden, network.own(random.normal(4 * hidden * embed, 0.8)),
+        weights.lstm = {embed,
+                        hidden,
+                        network.own(random.normal(4 * hidden * embed, 0.8)),
                         network.own(random.normal(4 * hidden * hidden, 0.8)),
-                        network.own(random.normal(4 * hidden, 0.5)), network.own(random.normal(hidden, 3.0)), 0.05f};
+                        network.own(random.normal(4 * hidden, 0.5)),
+                        network.own(random.normal(hidden, 3.0)),
+                        0.05f};
     weights.head_weight = network.own(random.normal(static_cast<std::size_t>(weights.classes) * channels, 0.3));
     weights.head_bias = network.own(random.normal(weights.classes, 0.1));
     return network;
@@ -205,8 +213,9 @@ std::pair<Doubles, Doubles> reference(const Network& network, const float* image
                 for (int c = 0; c < y.channels; ++c)
                     for (int i = 0; i < y.height; ++i)
                         for (int j = 0; j < y.width; ++j)
-                            y.values.push_back(std::max(std::max(x.at(c, 2 * i, 2 * j), x.at(c, 2 * i, 2 * j + 1)),
-                                                        std::max(x.at(c, 2 * i + 1, 2 * j), x.at(c, 2 * i + 1, 2 * j + 1))));
+                            y.values.push_back(
+                                std::max(std::max(x.at(c, 2 * i, 2 * j), x.at(c, 2 * i, 2 * j + 1)),
+                                         std::max(x.at(c, 2 * i + 1, 2 * j), x.at(c, 2 * i + 1, 2 * j + 1))));
             }
             for (const ConvolutionWeights& layer : weights.gates[index].layers) y = relu(convolve(y, layer));
             const Doubles pooled = pool(y);
@@ -235,8 +244,17 @@ struct Results {
           executed(new bool[steps * batch + 1]()) {}
 
     Call call(int batch, int steps, int threads, const float* images, const bool* forced) {
-        return {batch, steps, threads, {images, nullptr, false}, forced, logits.data(), gate_logits.data(), probabilities.data(),
-                executed.get(), hidden.data(), cell.data()};
+        return {batch,
+                steps,
+                threads,
+                {images, nullptr, false},
+                forced,
+                logits.data(),
+                gate_logits.data(),
+                probabilities.data(),
+                executed.get(),
+                hidden.data(),
+                cell.data()};
     }
 };
 
@@ -275,11 +293,12 @@ void fuzz(Random& random, int round, const std::string& instruction_set) {
         std::vector<bool> route;
         for (int gate = 0; gate < gates; ++gate) route.push_back(forced[gate * batch + i]);
         const auto [logits, gate_logits] = reference(network, images.data() + i * image_size, route);
-        expect_close(results.logits, static_cast<std::size_t>(i) * weights.classes, logits, weights.bfloat16 ? 0.05 : 1e-4,
-                     "logits differ", round);
+        expect_close(results.logits, static_cast<std::size_t>(i) * weights.classes, logits,
+                     weights.bfloat16 ? 0.05 : 1e-4, "logits differ", round);
         for (int step = 0; step < steps; ++step) {
             expect(std::abs(results.gate_logits[step * batch + i] - gate_logits[step]) <
-                       (weights.bfloat16 ? 0.2 : 1e-3) * (1 + std::abs(gate_logits[step])), "a gate's logit differs", round);
+                       (weights.bfloat16 ? 0.2 : 1e-3) * (1 + std::abs(gate_logits[step])),
+                   "a gate's logit differs", round);
             expect(step == gates || results.executed[step * batch + i] == forced[step * batch + i],
                    "a forced decision was not kept", round);
         }
