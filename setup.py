@@ -2,7 +2,8 @@
 
 SKIPNET_CUDA=0             leave the CUDA sources out
 SKIPNET_CUDA_ARCHS=90,120  build for these compute capabilities; "all" for every one that is supported
-SKIPNET_BUILD_JOBS=4       compile so many files at a time, instead of one a core
+SKIPNET_BUILD_JOBS=4       compile so many files at a time, instead of one per core
+SKIPNET_OBJECT_CACHE=DIR   where compiled files are kept, instead of build/objects
 """
 
 import os
