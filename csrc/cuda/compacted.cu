@@ -14,7 +14,8 @@ namespace skipnet::cuda {
 namespace {
 
 constexpr int kPointwiseThreads = 256;
-constexpr int kChannelsPerThread = 8;  // channels of a pixel, in a pointwise kernel
+constexpr int kPixelsPerThread = 2;    // where images are brought in: their loads overlap
+constexpr int kChannelsPerThread = 8;  // channels of a pixel, in a pointwise kernel: in memory 16 or 32 bytes
 
 __device__ std::int64_t global_thread() {
     return static_cast<std::int64_t>(blockIdx.x) * kPointwiseThreads + threadIdx.x;
@@ -23,23 +24,93 @@ __device__ std::int64_t global_thread() {
 Grid pointwise_grid(std::int64_t threads) {
     return {static_cast<unsigned>((threads + kPointwiseThreads - 1) / kPointwiseThreads), kPointwiseThreads};
 }
+// With an image's threads along x. Images go along y, of which there is a limit; so a thread may take several.
+Grid pointwise_grid(std::int64_t threads, int batch) {
+    Grid grid = pointwise_grid(threads);
+    grid.blocks.y = static_cast<unsigned>(std::min(batch, 65535));
+    return grid;
+}
 
-// What a call begins with: images [batch, in, pixels] to channels-last [batch, pixels, padded], zeros for the channels
-// that there are not; and zeros where the gates need them.
+// Eight neighbouring channels of a pixel as they lie in memory, moved 16 bytes at a time.
 template <typename Element>
-__global__ void load_images_kernel(const Element* x, int batch, const int* present, int in, int pixels, int padded,
-                                   Element* y, float* hidden, float* cell, int units, int* arrivals,
-                                   int* partial_arrivals) {
-    const std::int64_t place = global_thread(), images = images_of(present, batch);
-    if (place == 0) *arrivals = 0;
-    static_assert(kPartialTiles <= kPointwiseThreads, "the smallest grid reaches them all");
-    if (place < kPartialTiles) partial_arrivals[place] = 0;
-    if (place < images * units) hidden[place] = cell[place] = 0.0f;
-    if (place >= images * pixels) return;
-    const Element* from = x + place / pixels * in * pixels + place % pixels;
-    for (int channel = 0; channel < padded; ++channel)
-        y[place * padded + channel] =
-            channel < in ? from[static_cast<std::int64_t>(channel) * pixels] : from_float<Element>(0.0f);
+struct Channels {
+    static constexpr int kWords = kChannelsPerThread * sizeof(Element) / 4;
+    unsigned words[kWords];
+
+    Channels() = default;
+    __device__ explicit Channels(const Element (&values)[kChannelsPerThread]) {
+#pragma unroll
+        for (int i = 0; i < kChannelsPerThread; ++i) {
+            if constexpr (sizeof(Element) == 4)
+                words[i] = __float_as_uint(values[i]);
+            else if (i % 2 == 0)
+                words[i / 2] = values[i].bits | static_cast<unsigned>(values[i + 1].bits) << 16;
+        }
+    }
+
+    __device__ void load(const Element* from) {
+#pragma unroll
+        for (int i = 0; i < kWords; i += 4) {
+            const uint4 piece = reinterpret_cast<const uint4*>(from)[i / 4];
+            words[i] = piece.x, words[i + 1] = piece.y, words[i + 2] = piece.z, words[i + 3] = piece.w;
+        }
+    }
+    __device__ void store(Element* to) const {
+#pragma unroll
+        for (int i = 0; i < kWords; i += 4)
+            reinterpret_cast<uint4*>(to)[i / 4] = make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]);
+    }
+    __device__ float value(int channel) const {
+        if constexpr (sizeof(Element) == 4)
+            return __uint_as_float(words[channel]);
+        else
+            return to_float(Element{static_cast<std::uint16_t>(words[channel / 2] >> channel % 2 * 16)});
+    }
+};
+
+// A call's images, and what the gates need zeros in.
+struct Loaded {
+    const void* images;     // [batch, in, pixels]
+    void* y;                // [batch, pixels, padded]
+    float *hidden, *cell;   // [batch, units]
+    int* arrivals;          // [1]
+    int* partial_arrivals;  // [kPartialTiles]
+    int in, padded, pixels, units;
+};
+
+// What a call begins with: images to channels-last, zeros for the channels that there are not; and zeros where the
+// gates need them.
+template <typename Element>
+__global__ void __launch_bounds__(kPointwiseThreads) load_images_kernel(Loaded loaded, int batch, const int* present) {
+    const int thread = threadIdx.x, first = blockIdx.x * kPointwiseThreads * kPixelsPerThread + thread;
+    const int images = images_of(present, batch), pixels = loaded.pixels;
+    if (blockIdx.x == 0 && blockIdx.y == 0) {
+        static_assert(kPartialTiles <= kPointwiseThreads, "a thread block reaches them all");
+        if (thread == 0) *loaded.arrivals = 0;
+        if (thread < kPartialTiles) loaded.partial_arrivals[thread] = 0;
+    }
+    for (std::int64_t image = blockIdx.y; image < images; image += gridDim.y) {
+        for (int i = blockIdx.x * kPointwiseThreads + thread; i < loaded.units; i += gridDim.x * kPointwiseThreads)
+            loaded.hidden[image * loaded.units + i] = loaded.cell[image * loaded.units + i] = 0.0f;
+        const Element* from = static_cast<const Element*>(loaded.images) + image * loaded.in * pixels + first;
+        Element* to = static_cast<Element*>(loaded.y) + (image * pixels + first) * loaded.padded;
+        for (int start = 0; start < loaded.padded; start += kChannelsPerThread) {
+            Element values[kPixelsPerThread][kChannelsPerThread];
+#pragma unroll
+            for (int channel = 0; channel < kChannelsPerThread; ++channel)
+#pragma unroll
+                for (int i = 0; i < kPixelsPerThread; ++i) {
+                    const bool there = start + channel < loaded.in && first + i * kPointwiseThreads < pixels;
+                    values[i][channel] =
+                        there ? from[static_cast<std::int64_t>(start + channel) * pixels + i * kPointwiseThreads]
+                              : from_float<Element>(0.0f);
+                }
+#pragma unroll
+            for (int i = 0; i < kPixelsPerThread; ++i)
+                if (first + i * kPointwiseThreads < pixels)
+                    Channels<Element>(values[i]).store(to + i * kPointwiseThreads * loaded.padded + start);
+        }
+    }
 }
 
 // A window that slides over an activation.
@@ -56,32 +127,39 @@ struct Shape {
     SKIPNET_HD std::int64_t size() const { return pixels() * channels; }
 };
 
-// Max pool, channels-last; NaN wins. With a window of one pixel it only converts.
-template <typename From, typename To>
-__global__ void max_pool_kernel(const From* x, int batch, const int* present, Shape from, Window window, Shape to,
-                                To* y) {
-    const std::int64_t place = global_thread();
-    const int vectors = to.channels / kChannelsPerThread;
-    if (place >= images_of(present, batch) * to.pixels() * vectors) return;
-    const int channel = static_cast<int>(place % vectors) * kChannelsPerThread;
-    const std::int64_t pixel = place / vectors;
-    const int top = static_cast<int>(pixel % to.pixels()) / to.width * window.stride - window.padding;
-    const int left = static_cast<int>(pixel % to.width) * window.stride - window.padding;
-    x += pixel / to.pixels() * from.size() + channel;
-    float most[kChannelsPerThread] = {};
-    bool first = true;
-    for (int row = max(top, 0); row < min(top + window.side, from.height); ++row)
-        for (int column = max(left, 0); column < min(left + window.side, from.width); ++column) {
-            const From* values = x + (static_cast<std::int64_t>(row) * from.width + column) * from.channels;
+// Max pool, channels-last; NaN wins. With a window of one pixel it only converts. What lies outside of an image is its
+// nearest pixel, which is in the window as well: so all loads are issued, and wait for nothing.
+template <typename From, typename To, int kSide>
+__global__ void __launch_bounds__(kPointwiseThreads)
+    max_pool_kernel(const From* x, int batch, const int* present, Shape from, int stride, int padding, Shape to,
+                    To* y) {
+    const int place = blockIdx.x * kPointwiseThreads + threadIdx.x, vectors = to.channels / kChannelsPerThread;
+    const int images = images_of(present, batch), pixel = place / vectors;
+    if (pixel >= to.pixels()) return;
+    const int top = pixel / to.width * stride - padding, left = pixel % to.width * stride - padding;
+    x += place % vectors * kChannelsPerThread;
+    y += place * kChannelsPerThread;
+    for (std::int64_t image = blockIdx.y; image < images; image += gridDim.y) {
+        Channels<From> values[kSide][kSide];
 #pragma unroll
-            for (int i = 0; i < kChannelsPerThread; ++i) {
-                const float value = to_float(values[i]);
-                if (first || value > most[i] || value != value) most[i] = value;
+        for (int row = 0; row < kSide; ++row)
+#pragma unroll
+            for (int column = 0; column < kSide; ++column) {
+                const int line = min(max(top + row, 0), from.height - 1);
+                const int place = line * from.width + min(max(left + column, 0), from.width - 1);
+                values[row][column].load(x + image * from.size() + place * from.channels);
             }
-            first = false;
-        }
+        Channels<From>& most = values[0][0];
 #pragma unroll
-    for (int i = 0; i < kChannelsPerThread; ++i) y[place * kChannelsPerThread + i] = from_float<To>(most[i]);
+        for (int i = 1; i < kSide * kSide; ++i)
+#pragma unroll
+            for (int word = 0; word < Channels<From>::kWords; ++word)
+                most.words[word] = greater<From>(most.words[word], values[i / kSide][i % kSide].words[word]);
+        To result[kChannelsPerThread];
+#pragma unroll
+        for (int i = 0; i < kChannelsPerThread; ++i) result[i] = from_float<To>(most.value(i));
+        Channels<To>(result).store(y + image * to.size());
+    }
 }
 
 // pooled[batch, channels] = the sums [batch, tiles, channels] over an image's tiles, divided by its pixels. Zeros where
@@ -223,15 +301,17 @@ public:
 private:
     void stem() {
         const Shape images{network_.height, network_.width, network_.stem.in};
-        const std::int64_t batch = call_.batch, units = network_.lstm.hidden;
-        launch("load_images", load_images_kernel<Element>, pointwise_grid(batch * std::max(images.pixels(), units)),
-               stream_, static_cast<const Element*>(call_.images), call_.batch, call_.present, network_.in,
-               static_cast<int>(images.pixels()), images.channels, static_cast<Element*>(workspace_.inner),
-               call_.hidden, call_.cell, static_cast<int>(units), workspace_.arrivals, workspace_.partial.arrivals);
+        const Loaded loaded{call_.images,        workspace_.inner,    call_.hidden,
+                            call_.cell,          workspace_.arrivals, workspace_.partial.arrivals,
+                            network_.in,         images.channels,     static_cast<int>(images.pixels()),
+                            network_.lstm.hidden};
+        const std::int64_t threads = (images.pixels() + kPixelsPerThread - 1) / kPixelsPerThread;
+        launch("load_images", load_images_kernel<Element>, pointwise_grid(threads, call_.batch), stream_, loaded,
+               call_.batch, call_.present);
         shape_ = convolved(network_.stem, images);
         void* y = network_.stem_pools ? workspace_.next : workspace_.x;
         convolve(network_.stem, images, {.relu = true, .x = workspace_.inner, .y = y});
-        if (network_.stem_pools) shape_ = max_pool<Element, Element>(kStemWindow, shape_, y, workspace_.x);
+        if (network_.stem_pools) shape_ = max_pool<Element, Element, kStemWindow>(shape_, y, workspace_.x);
     }
 
     void gate_step(int index) {
@@ -243,8 +323,8 @@ private:
             return cuda::gate_step(network_.embeddings[index], network_.lstm, call_.batch, call_.present, sums_,
                                    call_.hidden, call_.cell, decision, workspace_.list, workspace_.arrivals, stream_);
         const CompactedGate& gate = network_.gates[index];
-        Shape seen = max_pool<Element, float>(network_.gates_pool ? kGateWindow : kNoWindow, shape_, workspace_.x,
-                                              workspace_.inner);
+        Shape seen = network_.gates_pool ? max_pool<Element, float, kGateWindow>(shape_, workspace_.x, workspace_.inner)
+                                         : max_pool<Element, float, kNoWindow>(shape_, workspace_.x, workspace_.inner);
         PooledSums sums{};
         void *from = workspace_.inner, *to = workspace_.other;
         for (const Convolution& layer : gate.convolutions) {
@@ -326,11 +406,12 @@ private:
         return convolve(layer, from, options, network_.element);
     }
 
-    template <typename From, typename To>
-    Shape max_pool(const Window& window, const Shape& from, const void* x, void* y) {
+    template <typename From, typename To, const Window& window>
+    Shape max_pool(const Shape& from, const void* x, void* y) {
         const Shape to = pooled(window, from);
-        launch("max_pool", max_pool_kernel<From, To>, pointwise_grid(call_.batch * to.size() / kChannelsPerThread),
-               stream_, static_cast<const From*>(x), call_.batch, call_.present, from, window, to, static_cast<To*>(y));
+        launch("max_pool", max_pool_kernel<From, To, window.side>,
+               pointwise_grid(to.size() / kChannelsPerThread, call_.batch), stream_, static_cast<const From*>(x),
+               call_.batch, call_.present, from, window.stride, window.padding, to, static_cast<To*>(y));
         return to;
     }
 

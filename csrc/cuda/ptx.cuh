@@ -66,6 +66,28 @@ __device__ inline Tf32 from_float<Tf32>(float x) {
     return {x};
 }
 
+// The greater one in each of two neighbouring 16-bit values, or of a float32; NaN wins, and -0 is less than 0.
+template <typename Element>
+__device__ unsigned greater(unsigned a, unsigned b);
+template <>
+__device__ inline unsigned greater<Half>(unsigned a, unsigned b) {
+    unsigned y;
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+template <>
+__device__ inline unsigned greater<Bfloat16>(unsigned a, unsigned b) {
+    unsigned y;
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+template <>
+__device__ inline unsigned greater<float>(unsigned a, unsigned b) {
+    float y;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(__uint_as_float(a)), "f"(__uint_as_float(b)));
+    return __float_as_uint(y);
+}
+
 // A float32's bits with 10 bits of fraction, rounded to nearest, halfway cases away from zero.
 __device__ inline unsigned round_to_tf32(unsigned x) {
     unsigned y;

@@ -57,6 +57,20 @@ unsigned pack(float low, float high) {
     return from_float<Element>(low).bits | static_cast<unsigned>(from_float<Element>(high).bits) << 16;
 }
 
+inline float greater(float a, float b) {
+    if (std::isnan(a) || std::isnan(b)) return NAN;
+    return a > b || (a == b && std::signbit(b)) ? a : b;
+}
+template <typename Element>
+unsigned greater(unsigned a, unsigned b) {
+    if constexpr (sizeof(Element) == 4) {
+        return __float_as_uint(greater(__uint_as_float(a), __uint_as_float(b)));
+    } else {
+        const auto value = [](unsigned bits) { return to_float(Element{static_cast<std::uint16_t>(bits)}); };
+        return pack<Element>(greater(value(a), value(b)), greater(value(a >> 16), value(b >> 16)));
+    }
+}
+
 inline unsigned round_to_tf32(unsigned x) {
     if (std::isnan(__uint_as_float(x))) return 0x7fffe000;
     return (x + 0x1000) & ~0x1fffu;  // the fraction's carry moves into the exponent by itself; infinities stay
