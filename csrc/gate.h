@@ -39,12 +39,17 @@ SKIPNET_HD inline void lstm_unit(float input, float forget, float candidate, flo
     hidden = sigmoid(output) * tanhf(cell);
 }
 
-// Writes one image's decision.
-SKIPNET_HD inline void decide(const Decision& decision, int image, float logit) {
+// Writes one image's logit and probability; whether it executes.
+SKIPNET_HD inline bool decided(const Decision& decision, int image, float logit) {
     const float probability = sigmoid(logit);
     decision.logit[image] = logit;
     decision.probability[image] = probability;
-    decision.executed[image] = decision.forced ? decision.forced[image] : executes(probability);
+    return decision.forced ? decision.forced[image] : executes(probability);
+}
+
+// Writes one image's decision.
+SKIPNET_HD inline void decide(const Decision& decision, int image, float logit) {
+    decision.executed[image] = decided(decision, image, logit);
 }
 
 }  // namespace skipnet

@@ -2,6 +2,7 @@
 #include "compacted.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "../check.h"
 #include "../gate.h"
@@ -92,23 +93,21 @@ __global__ void __launch_bounds__(kPointwiseThreads) load_images_kernel(Loaded l
     for (std::int64_t image = blockIdx.y; image < images; image += gridDim.y) {
         for (int i = blockIdx.x * kPointwiseThreads + thread; i < loaded.units; i += gridDim.x * kPointwiseThreads)
             loaded.hidden[image * loaded.units + i] = loaded.cell[image * loaded.units + i] = 0.0f;
-        const Element* from = static_cast<const Element*>(loaded.images) + image * loaded.in * pixels + first;
+        const Element* plane = static_cast<const Element*>(loaded.images) + image * loaded.in * pixels + first;
         Element* to = static_cast<Element*>(loaded.y) + (image * pixels + first) * loaded.padded;
-        for (int start = 0; start < loaded.padded; start += kChannelsPerThread) {
+        for (int start = 0; start < loaded.padded; start += kChannelsPerThread, to += kChannelsPerThread) {
             Element values[kPixelsPerThread][kChannelsPerThread];
 #pragma unroll
-            for (int channel = 0; channel < kChannelsPerThread; ++channel)
+            for (int channel = 0; channel < kChannelsPerThread; ++channel, plane += pixels)
 #pragma unroll
                 for (int i = 0; i < kPixelsPerThread; ++i) {
                     const bool there = start + channel < loaded.in && first + i * kPointwiseThreads < pixels;
-                    values[i][channel] =
-                        there ? from[static_cast<std::int64_t>(start + channel) * pixels + i * kPointwiseThreads]
-                              : from_float<Element>(0.0f);
+                    values[i][channel] = there ? plane[i * kPointwiseThreads] : from_float<Element>(0.0f);
                 }
 #pragma unroll
             for (int i = 0; i < kPixelsPerThread; ++i)
                 if (first + i * kPointwiseThreads < pixels)
-                    Channels<Element>(values[i]).store(to + i * kPointwiseThreads * loaded.padded + start);
+                    Channels<Element>(values[i]).store(to + i * kPointwiseThreads * loaded.padded);
         }
     }
 }
@@ -128,9 +127,10 @@ struct Shape {
 };
 
 // Max pool, channels-last; NaN wins. With a window of one pixel it only converts. What lies outside of an image is its
-// nearest pixel, which is in the window as well: so all loads are issued, and wait for nothing.
+// nearest pixel, which is in the window as well: so all loads are issued, and wait for nothing. That ptxas has the
+// registers for them is what the minimum of thread blocks is for: without one it takes fewer, and loads twice in turn.
 template <typename From, typename To, int kSide>
-__global__ void __launch_bounds__(kPointwiseThreads)
+__global__ void __launch_bounds__(kPointwiseThreads, 4)
     max_pool_kernel(const From* x, int batch, const int* present, Shape from, int stride, int padding, Shape to,
                     To* y) {
     const int place = blockIdx.x * kPointwiseThreads + threadIdx.x, vectors = to.channels / kChannelsPerThread;
@@ -146,8 +146,8 @@ __global__ void __launch_bounds__(kPointwiseThreads)
 #pragma unroll
             for (int column = 0; column < kSide; ++column) {
                 const int line = min(max(top + row, 0), from.height - 1);
-                const int place = line * from.width + min(max(left + column, 0), from.width - 1);
-                values[row][column].load(x + image * from.size() + place * from.channels);
+                const int nearest = line * from.width + min(max(left + column, 0), from.width - 1);
+                values[row][column].load(x + image * from.size() + nearest * from.channels);
             }
         Channels<From>& most = values[0][0];
 #pragma unroll
@@ -155,10 +155,14 @@ __global__ void __launch_bounds__(kPointwiseThreads)
 #pragma unroll
             for (int word = 0; word < Channels<From>::kWords; ++word)
                 most.words[word] = greater<From>(most.words[word], values[i / kSide][i % kSide].words[word]);
-        To result[kChannelsPerThread];
+        if constexpr (std::is_same_v<From, To>) {
+            most.store(y + image * to.size());
+        } else {
+            To result[kChannelsPerThread];
 #pragma unroll
-        for (int i = 0; i < kChannelsPerThread; ++i) result[i] = from_float<To>(most.value(i));
-        Channels<To>(result).store(y + image * to.size());
+            for (int i = 0; i < kChannelsPerThread; ++i) result[i] = from_float<To>(most.value(i));
+            Channels<To>(result).store(y + image * to.size());
+        }
     }
 }
 

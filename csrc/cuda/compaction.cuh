@@ -20,7 +20,8 @@ __device__ void compact_in_block(const bool* executed, int batch, const RowList&
         unsigned flags = 0;
 #pragma unroll
         for (int i = 0; i < kFlags; ++i)
-            if (first + i < batch && executed[first + i]) flags |= 1u << i;
+            if (first + i < batch && __ldcg(reinterpret_cast<const unsigned char*>(executed) + first + i))
+                flags |= 1u << i;
         const int mine = __popc(flags);
         int through = mine;  // this lane's and all lower lanes'
 #pragma unroll

@@ -188,10 +188,9 @@ private:
     FeedforwardTail tail_;
 };
 
-// A thread block per image; the one that finishes last compacts for all. The minimum of thread blocks is there for
-// ptxas: without, it holds registers so scarce that a load waits for the one before it.
+// A thread block per image; the one that finishes last compacts for all.
 template <typename Gate>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads)
     gate_step_kernel(Gate gate, int batch, const int* present, PooledSums pooled, Decision decision, RowList list,
                      int* arrivals) {
     const int image = blockIdx.x, images = images_of(present, batch);
@@ -199,7 +198,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     bool last = false;
     if (image < images) {
         const float logit = gate.logit(pooled, image, scratch);
-        if (threadIdx.x == 0) decide(decision, image, logit);
+        if (threadIdx.x == 0)  // past L1, where the last thread block looks for it
+            __stcg(reinterpret_cast<unsigned char*>(decision.executed + image),
+                   static_cast<unsigned char>(decided(decision, image, logit)));
     }
     if (threadIdx.x == 0) {
         __threadfence();  // the image's decision before its arrival

@@ -18,10 +18,9 @@ from test_simt_resident import images_of, model, routings, same_bits, simulate
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
-# What is taken out, one at a time. The gate step's fences are not: the harness knows of weak memory only what passes
-# through __stcg and __ldcg.
-BARRIER = r"__sync(threads|warp)\(\);"
-CONVOLUTION = BARRIER + r"|__threadfence\(\);|cp_async_wait<.*>\(\);"
+# What is taken out, one at a time.
+GATE = r"__sync(threads|warp)\(\);|__threadfence\(\);"
+CONVOLUTION = GATE + r"|cp_async_wait<.*>\(\);"
 # But for what `barrier` consists of, and the one that only a cluster has: no order of threads shows the need of it.
 RESIDENT = r"^(?!.*(return|kClustered)).*(\bbarrier|__syncthreads|cp_async_wait<.*>)\(\);"
 GATE_SOURCES, CONVOLUTION_SOURCES = ("cuda/compaction.cuh", "cuda/gate_step.cu"), ("cuda/gathered_conv.cu",)
@@ -82,7 +81,7 @@ def test_with_all_of_them_the_checks_pass():
     assert not any(map(fails, convolution_checks()))
 
 
-@pytest.mark.parametrize(("source", "line"), places(BARRIER, *GATE_SOURCES))
+@pytest.mark.parametrize(("source", "line"), places(GATE, *GATE_SOURCES))
 def test_without_one_the_gate_step_fails(source, line):
     with library("compacted").without(source, line):
         assert any(map(fails, gate_checks()))

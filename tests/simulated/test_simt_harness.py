@@ -10,7 +10,7 @@ from simt import SimtError, library
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 (NONE, BARRIER, COPY_WAIT, SHARED_BOUNDS, GLOBAL_BOUNDS, UNWRITTEN, DIVERGENT, EARLY_EXIT, WARP, MAPA, SPIN, RELEASE,
- ACQUIRE) = range(13)
+ ACQUIRE, LATE_RELEASE) = range(14)
 SEEDS = range(8)
 
 
@@ -116,7 +116,7 @@ def test_waiting_for_a_block_that_has_not_started():
         faults("run_chain", None, sums, 64, SPIN)
 
 
-@pytest.mark.parametrize("fault", [NONE, RELEASE, ACQUIRE])
+@pytest.mark.parametrize("fault", [NONE, RELEASE, ACQUIRE, LATE_RELEASE])
 def test_what_blocks_leave_one_another_takes_two_fences(fault):
     faults = library("faults")
     for seed in SEEDS:

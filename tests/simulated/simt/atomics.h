@@ -10,6 +10,7 @@ T atomic(T* address, Update update) {
     machine.perhaps_yield();
     const T before = *const_cast<volatile T*>(address);
     *const_cast<volatile T*>(address) = update(before);
+    weak_memory.publish(*machine.current);
     weak_memory.observe(*machine.current);
     machine.perhaps_yield();
     return before;

@@ -47,12 +47,16 @@ inline void __threadfence(simt::Site site = simt::Site::here()) {
     simt::weak_memory.fence(*simt::machine.current);
     simt::machine.perhaps_yield();
 }
-inline void __stcg(float4* to, const float4& value, simt::Site site = simt::Site::here()) {
+template <typename T>
+void __stcg(T* to, const T& value, simt::Site site = simt::Site::here()) {
     if (reinterpret_cast<std::uintptr_t>(to) % sizeof value)
         simt::machine.fail("__stcg: the place is not aligned", site);
     simt::weak_memory.store(*simt::machine.current, to, value);
 }
-inline float4 __ldcg(const float4* from) { return simt::weak_memory.load(*simt::machine.current, from); }
+template <typename T>
+T __ldcg(const T* from) {
+    return simt::weak_memory.load(*simt::machine.current, from);
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline float __uint_as_float(unsigned bits) {

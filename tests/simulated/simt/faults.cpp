@@ -21,7 +21,8 @@ enum Fault {
     mapa,
     spin,
     release,
-    acquire
+    acquire,
+    late_release
 };
 
 // out[i] = the sum of x's 128-element block, rotated by one: through shared memory, cp.async and a warp's shuffles.
@@ -80,8 +81,9 @@ __global__ void join(float4* left /* [blocks, threads] */, int* arrivals, float*
     __syncthreads();
     bool last = false;
     if (thread == 0) {
-        if (fault != release) __threadfence();
+        if (fault != release && fault != late_release) __threadfence();
         last = atomicAdd(arrivals, 1) == static_cast<int>(gridDim.x) - 1;
+        if (fault == late_release) __threadfence();
     }
     if (!__syncthreads_or(last)) return;
     if (fault != acquire) __threadfence();

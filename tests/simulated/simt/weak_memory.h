@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <unordered_map>
 #include <vector>
 
@@ -14,27 +15,44 @@ namespace simt {
 
 class WeakMemory {
 public:
-    void store(const Fiber& thread, float4* to, const float4& value) {
+    template <typename T>
+    void store(const Fiber& thread, T* to, const T& value) {
+        static_assert(std::is_trivially_copyable_v<T> && sizeof value <= sizeof(Store::value));
         std::memset(static_cast<void*>(to), kPoison, sizeof value);
-        stores_.push_back({reinterpret_cast<unsigned char*>(to), value, thread.block->number, thread.linear, false});
+        Store store{
+            reinterpret_cast<unsigned char*>(to), sizeof value, {}, thread.block->number, thread.linear, false, {}};
+        std::memcpy(store.value, &value, sizeof value);
+        stores_.push_back(store);
     }
-    float4 load(const Fiber& thread, const float4* from) const {
+    // What a store of the same size has left.
+    template <typename T>
+    T load(const Fiber& thread, const T* from) const {
         const auto* place = reinterpret_cast<const unsigned char*>(from);
+        T value = *from;
         for (const Store& store : stores_)
-            if (store.to == place && comes_before(store, thread)) return store.value;
+            if (store.to == place && comes_before(store, thread)) {
+                std::memcpy(&value, store.value, sizeof value);
+                return value;
+            }
         const auto landed = landed_.find(place);
-        float4 value = *from;
         if (landed != landed_.end() && landed->second.block != thread.block->number &&
             landed->second.when > thread.seen)
             std::memset(&value, kPoison, sizeof value);
         return value;
     }
     void fence(Fiber& thread) {
-        const auto pending = std::stable_partition(stores_.begin(), stores_.end(),
-                                                   [&](const Store& store) { return comes_before(store, thread); });
+        for (Store& store : stores_)
+            if (comes_before(store, thread)) store.fenced_by.push_back(thread.linear);
+        thread.seen = thread.observed;
+    }
+    // A thread writes an atomic.
+    void publish(const Fiber& thread) {
+        const auto pending = std::stable_partition(stores_.begin(), stores_.end(), [&](const Store& store) {
+            return store.block == thread.block->number &&
+                   std::count(store.fenced_by.begin(), store.fenced_by.end(), thread.linear);
+        });
         for (auto store = stores_.begin(); store != pending; ++store) land(*store);
         stores_.erase(stores_.begin(), pending);
-        thread.seen = thread.observed;
     }
     // A thread reads an atomic.
     void observe(Fiber& thread) const { thread.observed = landed_count_; }
@@ -58,9 +76,11 @@ private:
     // A store that other thread blocks cannot count on yet.
     struct Store {
         unsigned char* to;
-        float4 value;
+        std::size_t size;
+        unsigned char value[16];
         int block, thread;
-        bool past_barrier;  // known to all threads of the block: a fence of any of them makes it land
+        bool past_barrier;           // known to all threads of the block, each of which may have a fence for it
+        std::vector<int> fenced_by;  // threads of the block: an atomic that one of them writes makes it land
     };
     struct Landed {
         std::size_t when;
@@ -71,7 +91,7 @@ private:
         return store.block == thread.block->number && (store.past_barrier || store.thread == thread.linear);
     }
     void land(const Store& store) {
-        std::memcpy(store.to, &store.value, sizeof store.value);
+        std::memcpy(store.to, store.value, store.size);
         landed_[store.to] = {++landed_count_, store.block};
     }
 
