@@ -130,7 +130,7 @@ struct Shape {
 // nearest pixel, which is in the window as well: so all loads are issued, and wait for nothing. That ptxas has the
 // registers for them is what the minimum of thread blocks is for: without one it takes fewer, and loads twice in turn.
 template <typename From, typename To, int kSide>
-__global__ void __launch_bounds__(kPointwiseThreads, 4)
+__global__ void __launch_bounds__(kPointwiseThreads, sizeof(From) == 2 ? 4 : 2)
     max_pool_kernel(const From* x, int batch, const int* present, Shape from, int stride, int padding, Shape to,
                     To* y) {
     const int place = blockIdx.x * kPointwiseThreads + threadIdx.x, vectors = to.channels / kChannelsPerThread;

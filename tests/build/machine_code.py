@@ -5,17 +5,14 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sys
 import sysconfig
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 from cuda_resources import readable
+from nvcc import FLAGS, find_nvcc
 from object_cache import ROOT, compiled
-
-sys.path.insert(0, str(ROOT / "csrc"))
-from nvcc import FLAGS, find_nvcc  # noqa: E402
 
 _KERNEL = re.compile(r"^\.text\.(?P<name>\w+):")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(?P<text>[A-Z].*?) *;")
@@ -37,7 +34,7 @@ def kernels(source: str) -> dict[str, list[str]]:
     assert nvcc is not None
     assert nvdisasm is not None
     cubin = compiled([nvcc, *FLAGS, "-gencode=arch=compute_90a,code=sm_90a", "-cubin", f"csrc/cuda/{source}"],
-                     [ROOT / "csrc"])
+                     [*(ROOT / "csrc").glob("*.h"), ROOT / "csrc" / "cuda"])
     text = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
     found: dict[str, list[str]] = {}
     for line in text.splitlines():

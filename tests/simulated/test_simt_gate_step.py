@@ -95,7 +95,7 @@ def assert_equals_oracle(step, seed, times=1):
 
 
 @pytest.mark.parametrize(("batch", "channels", "tiles"), [
-    (1, 16, 8), (3, 64, 1), (5, 17, 2), (130, 32, 4), (1, 2048, 1), (6, 256, 25)])
+    (1, 16, 8), (3, 64, 1), (5, 17, 2), (130, 32, 4), (1, 2048, 1), (6, 256, 25), (2, 300, 9), (2, 1100, 5)])
 @pytest.mark.parametrize("rnn", [True, False])
 def test_gate_step(batch, channels, tiles, rnn):
     for seed in range(6):
@@ -122,7 +122,7 @@ def test_state_advances_call_after_call():
 
 
 def test_a_large_batch():
-    """More images than one round of the last block's compaction takes (512)."""
+    """More images than one round of the last block's compaction takes (1,024)."""
     assert_equals_oracle(GateStep(7, 1100, 16, 1), seed=3)
 
 
