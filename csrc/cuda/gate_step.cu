@@ -14,8 +14,8 @@ namespace skipnet::cuda {
 namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;  // of a thread block
-constexpr int kLoads =
-    16;  // of pooled sums that a thread has under way: a load is a trip to L2, and little else is done
+// Loads of pooled sums that a thread has under way: each is a trip to L2, and there is little else to do meanwhile.
+constexpr int kLoads = 16;
 
 // totals[row] += sum_c weight[row, c] * sums[c] over the thread's channels, kThreads apart; sums[c] over an image's
 // tiles. Of the last rows there may be fewer; what is in their places then has no meaning. All loads of kChannels
