@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, 
 
 def build(*flags, x86=True):
     """The fuzz program with some compiler flags; without ``x86`` the portable code alone."""
-    compiler = ["g++", "-std=c++17", "-g", "-O1", "-fno-omit-frame-pointer", "-pthread", "-DSKIPNET_SOFTWARE_AMX",
+    compiler = ["g++", "-std=c++17", "-g1", "-O1", "-fno-omit-frame-pointer", "-pthread", "-DSKIPNET_SOFTWARE_AMX",
                 *(f"-D{name}={value}" for name, value in variants.MACROS if x86), *flags]
     commands = [[*compiler, "-c", source] for source in SOURCES]
     commands += variants.commands(compiler, variants.VARIANTS if x86 else variants.VARIANTS[:1])
