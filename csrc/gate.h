@@ -19,19 +19,6 @@ SKIPNET_HD inline float sigmoid(float z) { return 1.0f / (1.0f + expf(-z)); }
 // Exactly 0.5 skips, and so does NaN.
 SKIPNET_HD inline bool executes(float probability) { return probability > 0.5f; }
 
-// sum_k weight[k] * x[k] + start, in ascending k: the order is part of an image's result.
-SKIPNET_HD inline float dot(const float* weight, const float* x, int size, float start) {
-    float sum = start;
-    for (int k = 0; k < size; ++k) sum += weight[k] * x[k];
-    return sum;
-}
-
-// Row k of the 4 * hidden sums that go into the LSTM's gates.
-SKIPNET_HD inline float lstm_gate(const Lstm& lstm, int k, const float* feature, const float* hidden) {
-    const float from_input = dot(lstm.input_weight + k * lstm.embed, feature, lstm.embed, lstm.bias[k]);
-    return dot(lstm.hidden_weight + k * lstm.hidden, hidden, lstm.hidden, from_input);
-}
-
 // One unit's new state from its four gates' sums.
 SKIPNET_HD inline void lstm_unit(float input, float forget, float candidate, float output, float& hidden, float& cell) {
     const float kept = sigmoid(forget) * cell;
@@ -39,17 +26,12 @@ SKIPNET_HD inline void lstm_unit(float input, float forget, float candidate, flo
     hidden = sigmoid(output) * tanhf(cell);
 }
 
-// Writes one image's logit and probability; whether it executes.
-SKIPNET_HD inline bool decided(const Decision& decision, int image, float logit) {
+// Writes one image's logit and probability, and says whether it executes; its caller writes that.
+SKIPNET_HD inline bool decide(const Decision& decision, int image, float logit) {
     const float probability = sigmoid(logit);
     decision.logit[image] = logit;
     decision.probability[image] = probability;
     return decision.forced ? decision.forced[image] : executes(probability);
-}
-
-// Writes one image's decision.
-SKIPNET_HD inline void decide(const Decision& decision, int image, float logit) {
-    decision.executed[image] = decided(decision, image, logit);
 }
 
 }  // namespace skipnet

@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kThreads)
         const float logit = gate.logit(pooled, image, scratch);
         if (threadIdx.x == 0)  // past L1, where the last thread block looks for it
             __stcg(reinterpret_cast<unsigned char*>(decision.executed + image),
-                   static_cast<unsigned char>(decided(decision, image, logit)));
+                   static_cast<unsigned char>(decide(decision, image, logit)));
     }
     if (threadIdx.x == 0) {
         __threadfence();  // the image's decision before its arrival
