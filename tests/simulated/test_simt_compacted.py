@@ -16,6 +16,7 @@ from networks import (
     with_seeded_weights,
 )
 from simt import library
+from test_simt_barriers import build_changed
 
 import skipnet_rt as srt
 from skipnet_rt import _C
@@ -192,6 +193,17 @@ def test_all_places_may_be_empty():
     """The forward pass that comes before a capture has no images."""
     logits, executed, probabilities = Compacted("rnn", torch.float32).run(small_images("rnn", 1)[:0], empty=4)
     assert len(logits) == len(executed) == len(probabilities) == 0
+
+
+@pytest.mark.slow
+def test_more_images_than_a_grid_is_long(monkeypatch):
+    """A thread takes several. There is no memory for 65,536 here, so the limit becomes 2."""
+    images, network = small_images("feedforward1", 5), Compacted("feedforward1", torch.float32)
+    expected = network.run(images)
+    changed = build_changed("compacted", "65535", "2")
+    monkeypatch.setitem(globals(), "library", lambda name: changed)
+    for value, wanted in zip(network.run(images), expected, strict=True):
+        assert torch.equal(value, wanted)
 
 
 def test_an_image_with_nan_gets_nan_and_skips():
