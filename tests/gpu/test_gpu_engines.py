@@ -89,6 +89,33 @@ def test_two_streams_do_not_disturb_each_other(engine, name):
         assert all(torch.equal(each, logits) for each in results)
 
 
+@pytest.mark.parametrize("batch", [900, 1024])
+def test_buckets_that_only_launches_from_python_are_worth(engine, batch):
+    """More pixels than 32 images of 224x224 have: the Triton engine captures them, others launch directly."""
+    runtime, images = compiled("bottleneck", engine, torch.float16), images_for("bottleneck", batch)
+    whole = [runtime.infer(images).logits for _ in range(2)]
+    assert torch.equal(whole[0], whole[1])
+    assert torch.equal(whole[0][:5], runtime.infer(images[:5]).logits)
+    assert torch.equal(whole[0][-3:], runtime.infer(images[-3:]).logits)
+
+
+def test_a_runtime_serves_other_streams_than_the_one_it_was_made_on(engine):
+    images = images_for("bottleneck", 3)
+    expected = compiled("bottleneck", engine, torch.float16).infer(images).logits
+    model = small_model("bottleneck").cuda()  # from here on nothing is copied from the host, which would wait
+    torch.cuda.synchronize()
+    try:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda._sleep(10**8)
+            runtime = srt.compile(model, engine=engine, dtype=torch.float16)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            logits = runtime.infer(images).logits
+        torch.cuda.synchronize()
+    finally:
+        model.cpu()  # it is everybody's
+    assert torch.equal(logits, expected)
+
+
 def test_two_threads_with_streams_of_their_own(engine):
     runtime = compiled("rnn", engine)
     batches = [images_for("rnn", count, seed=count) for count in (3, 8)]
