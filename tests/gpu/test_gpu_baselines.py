@@ -5,14 +5,14 @@ import torch
 from networks import relative_error, small_images, small_model
 
 import skipnet_rt as srt
-from skipnet_rt.measure.baselines import BASELINES, MASKED
+from skipnet_rt.measure.baselines import CUDA_GRAPH, CUDA_GRAPH_BENCHMARK, PYTORCH, PYTORCH_CHANNELS_LAST
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
-@pytest.mark.parametrize("baseline", [
-    pytest.param(each, id=each.name, marks=[pytest.mark.slow] if each.name == "torch.compile" else [])
-    for each in BASELINES if "cuda" in each.devices and each is not MASKED])
+# Not torch.compile: it takes minutes, and what it does on the CPU is tested.
+@pytest.mark.parametrize("baseline", [CUDA_GRAPH, CUDA_GRAPH_BENCHMARK, PYTORCH, PYTORCH_CHANNELS_LAST],
+                         ids=lambda baseline: baseline.name)
 def test_a_baseline_runs_the_dense_network_and_leaves_the_switch(baseline):
     model, images = small_model("rnn"), small_images("rnn", 3)
     everything = torch.ones(model.arch.num_gates, dtype=torch.bool)

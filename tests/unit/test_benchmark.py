@@ -491,17 +491,47 @@ def test_free_routing_stands_beside_the_same_decisions_forced(gpu, monkeypatch, 
             assert torch.equal(executed, told)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the script is for Linux")
-def test_the_script_leaves_one_archive(tmp_path):
-    """Whatever fails: here there is no such part, and perhaps no GPU."""
-    script = GPU_SCRIPT.with_suffix(".sh")
-    environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": str(tmp_path)}
-    done = subprocess.run(["bash", script, tmp_path / "out", "nothing"], capture_output=True, text=True, check=False,
-                          env=environment)
+@pytest.fixture
+def script(tmp_path):
+    """Runs gpu.sh with a Python that notes what it is asked for, and fails where this says so."""
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python3"
+    python.write_text("""#!/bin/bash
+[ "$1" != benchmarks/gpu.py ] || echo "$*" >>"$NOTES"
+[ "$2" != table ] || ls "$3.tar.gz"
+case "$*" in $FAILS) echo "no such luck"; exit 3 ;; esac
+""")
+    python.chmod(0o755)
+
+    def run(*parts, fails="-"):
+        environment = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "NOTES": str(tmp_path / "notes"), "FAILS": fails}
+        done = subprocess.run(["bash", GPU_SCRIPT.with_suffix(".sh"), tmp_path / "out", *parts], capture_output=True,
+                              text=True, check=False, env=environment)
+        return done, [line.split()[1:] for line in (tmp_path / "notes").read_text().splitlines()]
+    return run
+
+
+def test_the_script_leaves_one_archive(script, tmp_path):
+    """Already when the first part is over, and whatever fails."""
+    done, _ = script("nothing")
     assert done.returncode == 1
     assert "nothing: FAILED" in done.stdout
+    assert (tmp_path / "out" / "table.txt").read_text() == f"{tmp_path}/out.tar.gz\n"
     with tarfile.open(tmp_path / "out.tar.gz") as archive:
-        assert {"out/nothing.log", "out/machine.log", "out/table.txt"} <= set(archive.getnames())
+        assert set(archive.getnames()) == {"out", *(f"out/{name}" for name in (
+            "nothing.log", "machine.log", "table.txt"))}
+
+
+@pytest.mark.parametrize("fails", ["-", "*--cudnn-benchmark*", "*ceiling*--seconds?3"])
+def test_ceilings_are_two_processes_and_comparisons_leave_out_what_compiles_for_minutes(script, fails):
+    done, calls = script("ceiling-8", "compare-8", fails=fails)
+    asked = [call[call.index("--output") + 2:] for call in calls if call[0] != "table"]
+    assert asked == [["ceiling", "--batch", "8", "--seconds", "3", "--cudnn-benchmark"],
+                     ["ceiling", "--batch", "8", "--seconds", "3"],
+                     ["compare", "--batch", "8", "--seconds", "3", "--without", "torch.compile"]]
+    assert done.returncode == (fails != "-")
+    assert ("ceiling-8: FAILED" in done.stdout) == ("no such luck" in done.stdout) == (fails != "-")
+    assert "compare-8: done" in done.stdout
 
 
 def test_the_table_prints_whatever_there_is(tmp_path):
