@@ -69,29 +69,6 @@ int resident_blocks(void (*kernel)(Parameters...), int threads, std::size_t shar
     return blocks;
 }
 
-// How many clusters of a kernel's thread blocks a device holds; none where it, or the code it runs, knows no clusters.
-template <typename... Parameters>
-int resident_clusters(void (*kernel)(Parameters...), int threads, std::size_t shared, int cluster) {
-    cudaFuncAttributes compiled;
-    check_cuda(cudaFuncGetAttributes(&compiled, kernel), "cudaFuncGetAttributes");
-    if (compiled.ptxVersion < 90 || !device_attribute(cudaDevAttrClusterLaunch)) return 0;
-    if (shared > 48 * 1024)
-        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
-                   "cudaFuncSetAttribute");
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-    cudaLaunchConfig_t config{};
-    config.gridDim = static_cast<unsigned>(cluster);
-    config.blockDim = static_cast<unsigned>(threads);
-    config.dynamicSmemBytes = shared;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    int clusters;
-    check_cuda(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "cudaOccupancyMaxActiveClusters");
-    return clusters;
-}
-
 }  // namespace skipnet::cuda
 
 #endif

@@ -8,8 +8,8 @@
 // weights stream from L2 without a stop, half a convolution or more ahead, past gates and barriers, without taking
 // shared memory; where a block turns out to be skipped, what came for it is dropped. Why so: docs/cuda-design.md.
 //
-// For a small batch a cluster of thread blocks takes an image (kClustered): each holds all of its planes and computes a
-// part of the regions, whose results it writes to all of them; gates are computed by each. Not a bit differs.
+// Or a cluster of thread blocks takes an image (kClustered): each holds all of its planes and computes a part of the
+// regions, whose results it writes to all of them; gates are computed by each. Not a bit differs. No plan chooses it.
 //
 // An output is the sum over channels (chunks of 16), columns and rows of the kernel, in this order, whatever the batch.
 //
@@ -650,20 +650,13 @@ ResidentWeights lay_out(ResidentNetwork& network, const void* fragments, const f
 
 int resident_shared_memory(const ResidentNetwork& network, int images) { return shared_layout(network, images).total; }
 
-ResidentDevice resident_device(const ResidentNetwork& network) {
-    const auto clusters = [&](int size) {
-        return resident_clusters(kernel_of(network, true), kThreads, resident_shared_memory(network, 1), size);
-    };
-    return {multiprocessors(), shared_memory_limit(), clusters(2), clusters(4)};
-}
+ResidentDevice resident_device() { return {multiprocessors(), shared_memory_limit()}; }
 
 ResidentPlan plan_resident(const ResidentNetwork& network, int batch, const ResidentDevice& device) {
     int most = kMaxImages;
     while (most > 0 && resident_shared_memory(network, most) > device.shared_memory) --most;
     check(most > 0, "image: ", network.height, " x ", network.width, " needs ", resident_shared_memory(network, 1),
           " bytes of shared memory, the device has ", device.shared_memory);
-    if (batch <= device.clusters_of_4) return {1, 4 * batch, false, 4};
-    if (batch <= device.clusters_of_2) return {1, 2 * batch, false, 2};
     // As few rounds as can be, then as few images at a time.
     const int rounds = quotient_up(batch, device.multiprocessors * most);
     const int images = quotient_up(batch, device.multiprocessors * (rounds > 0 ? rounds : 1));

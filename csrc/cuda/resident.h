@@ -79,13 +79,13 @@ int resident_shared_memory(const ResidentNetwork& network, int images);
 // What a plan depends on.
 struct ResidentDevice {
     int multiprocessors;
-    int shared_memory;                 // bytes that a thread block can have
-    int clusters_of_2, clusters_of_4;  // of so many thread blocks, that run at a time
+    int shared_memory;  // bytes that a thread block can have
 };
 
 // The current device.
-ResidentDevice resident_device(const ResidentNetwork& network);
+ResidentDevice resident_device();
 
+// Never with clusters: a caller may ask for them (why: docs/cuda-design.md).
 ResidentPlan plan_resident(const ResidentNetwork& network, int batch, const ResidentDevice& device);
 
 // Launches on the current device.

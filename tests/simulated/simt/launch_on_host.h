@@ -28,9 +28,4 @@ int resident_blocks(void (*)(Parameters...), int, std::size_t) {
     return 2;
 }
 
-template <typename... Parameters>
-int resident_clusters(void (*)(Parameters...), int, std::size_t, int cluster) {
-    return simt::machine.multiprocessors / cluster;
-}
-
 }  // namespace skipnet::cuda

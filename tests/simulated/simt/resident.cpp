@@ -28,11 +28,11 @@ extern "C" const char* shared_memory_of(const int* numbers, int images, int* byt
     });
 }
 
-extern "C" const char* plan_of(const int* numbers, const int* device /* [4] */, int batch, int* plan /* [4] */) {
+extern "C" const char* plan_of(const int* numbers, const int* device /* [2] */, int batch, int* plan /* [4] */) {
     return simt::report([=] {
         ResidentNetwork network = network_of(numbers);
         lay_out(network, nullptr, nullptr);
-        const ResidentPlan planned = plan_resident(network, batch, {device[0], device[1], device[2], device[3]});
+        const ResidentPlan planned = plan_resident(network, batch, {device[0], device[1]});
         plan[0] = planned.images, plan[1] = planned.blocks, plan[2] = planned.dynamic, plan[3] = planned.cluster;
     });
 }
@@ -50,7 +50,7 @@ extern "C" const char* run(const int* numbers, const void* fragments, const floa
         skipnet::check(static_cast<int>(needed.fragments) == sizes[0] && static_cast<int>(needed.floats) == sizes[1],
                        "weights: expected ", needed.fragments, " bytes and ", needed.floats, " floats, got ", sizes[0],
                        " and ", sizes[1]);
-        ResidentPlan plan = plan_resident(network, batch, {multiprocessors(), shared_memory, 0, 0});
+        ResidentPlan plan = plan_resident(network, batch, {multiprocessors(), shared_memory});
         if (images_at_a_time) {
             plan.images = images_at_a_time;
             plan.blocks = min(multiprocessors(), (batch + plan.images - 1) / plan.images);
