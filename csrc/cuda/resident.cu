@@ -650,7 +650,10 @@ ResidentWeights lay_out(ResidentNetwork& network, const void* fragments, const f
 
 int resident_shared_memory(const ResidentNetwork& network, int images) { return shared_layout(network, images).total; }
 
-ResidentDevice resident_device() { return {multiprocessors(), shared_memory_limit()}; }
+ResidentDevice place_resident(const ResidentNetwork& network) {
+    for (const bool clustered : {false, true}) allow_shared_memory(kernel_of(network, clustered));
+    return {multiprocessors(), shared_memory_limit()};
+}
 
 ResidentPlan plan_resident(const ResidentNetwork& network, int batch, const ResidentDevice& device) {
     int most = kMaxImages;
@@ -672,7 +675,7 @@ void run_resident(const ResidentNetwork& network, const ResidentCall& call, cons
     check(network.element != ElementType::float32, "element: expected 16 bits");
     if (call.batch == 0) return;
     const SharedLayout layout = shared_layout(network, plan.images);
-    const Grid grid{dim3(plan.blocks), dim3(kThreads), static_cast<std::size_t>(layout.total), plan.cluster};
+    const Grid grid{dim3(plan.blocks), dim3(kThreads), static_cast<std::size_t>(layout.total), plan.cluster, true};
     launch("resident", kernel_of(network, plan.cluster > 1), grid, stream, network, call, layout, plan.images);
 }
 

@@ -82,8 +82,8 @@ struct ResidentDevice {
     int shared_memory;  // bytes that a thread block can have
 };
 
-// The current device.
-ResidentDevice resident_device();
+// Loads a network's kernels onto the current device, once before its first run there.
+ResidentDevice place_resident(const ResidentNetwork& network);
 
 // Never with clusters: a caller may ask for them (why: docs/cuda-design.md).
 ResidentPlan plan_resident(const ResidentNetwork& network, int batch, const ResidentDevice& device);

@@ -225,6 +225,12 @@ def test_fits_the_shared_memory_of_every_architecture():
         assert bytes_of[0] <= kilobytes * 1024 < bytes_of[1]
 
 
+def test_a_launch_leaves_the_kernels_limits_alone():
+    """They are set once, when a network is placed: a smaller launch would take them below a larger one's needs."""
+    with pytest.raises(SimtError, match="resident: more shared memory than the kernel has been allowed"):
+        library("resident")("run_unplaced", RESNET_110)
+
+
 RESNET_110 = np.array([0, 3, 32, 32, 10, 10, 10, 3, 18, 18, 18], np.int32)
 
 

@@ -28,6 +28,18 @@ extern "C" const char* shared_memory_of(const int* numbers, int images, int* byt
     });
 }
 
+// Launches without placing the network first, as no caller may.
+extern "C" const char* run_unplaced(const int* numbers) {
+    return simt::report([=] {
+        ResidentNetwork network = network_of(numbers);
+        lay_out(network, nullptr, nullptr);
+        allowed_shared_memory.clear();
+        ResidentCall call{};
+        call.batch = 1;
+        run_resident(network, call, {1, 1, false, 1}, nullptr);
+    });
+}
+
 extern "C" const char* plan_of(const int* numbers, const int* device /* [2] */, int batch, int* plan /* [4] */) {
     return simt::report([=] {
         ResidentNetwork network = network_of(numbers);
@@ -50,7 +62,9 @@ extern "C" const char* run(const int* numbers, const void* fragments, const floa
         skipnet::check(static_cast<int>(needed.fragments) == sizes[0] && static_cast<int>(needed.floats) == sizes[1],
                        "weights: expected ", needed.fragments, " bytes and ", needed.floats, " floats, got ", sizes[0],
                        " and ", sizes[1]);
-        ResidentPlan plan = plan_resident(network, batch, {multiprocessors(), shared_memory});
+        ResidentDevice device = place_resident(network);
+        device.shared_memory = shared_memory;
+        ResidentPlan plan = plan_resident(network, batch, device);
         if (images_at_a_time) {
             plan.images = images_at_a_time;
             plan.blocks = min(multiprocessors(), (batch + plan.images - 1) / plan.images);
