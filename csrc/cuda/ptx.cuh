@@ -73,6 +73,19 @@ __device__ inline unsigned round_to_tf32(unsigned x) {
     return y;
 }
 
+// ---- functions that are a few instructions without a branch; their last two bits may be wrong
+
+__device__ inline float fast_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ inline float fast_reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // ---- global memory
 
 // value = *address, if `loads`: by a predicate, not a branch. An ordinary load that stays on its side of a

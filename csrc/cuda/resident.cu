@@ -28,7 +28,7 @@ namespace skipnet::cuda {
 namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kMaxImages = 4;  // of a thread block; the mask of those that execute has a bit for each
+constexpr int kMaxImages = 4;  // of a thread block; their decisions are a word
 constexpr int kStrip = 8;      // columns of a region
 constexpr int kChunk = 16;     // input channels that a tensor core sums over, and output channels of a warp
 constexpr int kLine = 128;     // bytes: planes begin at multiples
@@ -66,6 +66,8 @@ struct SharedLayout {
     int sums;        // [images, regions, channels]: of each region's pixels
     int sums_of;     // bytes of an image's
     int pooled;      // [images, channels]
+    int decisions;   // [gates, kMaxImages]: whether an image executes the block after a gate
+    int logits;      // [gates, kMaxImages]
     int images;      // [images, image]: their planes
     int image;
     int total;
@@ -75,8 +77,7 @@ struct SharedLayout {
 // At the start of shared memory.
 struct Control {
     uint4 zeros;
-    int first;                              // image that the thread block takes next
-    unsigned char executes[2][kMaxImages];  // of the images at hand; gates take turns
+    int first;  // image that the thread block takes next
 };
 
 SKIPNET_HD int lstm_floats(const ResidentNetwork& network) {
@@ -85,6 +86,12 @@ SKIPNET_HD int lstm_floats(const ResidentNetwork& network) {
 }
 SKIPNET_HD int embedding_floats(const ResidentNetwork& network, int stage) {
     return rounded_up(network.embed * stage_channels(stage) + network.embed, 4);
+}
+
+SKIPNET_HD int blocks_of(const ResidentNetwork& network) {
+    int blocks = 0;
+    for (int stage = 0; stage < network.stages; ++stage) blocks += network.stage[stage].blocks;
+    return blocks;
 }
 
 SharedLayout shared_layout(const ResidentNetwork& network, int images) {
@@ -109,6 +116,8 @@ SharedLayout shared_layout(const ResidentNetwork& network, int images) {
     layout.sums_of = rounded_up(most_sums * 4, kLine);
     layout.sums = place(images * layout.sums_of);
     layout.pooled = place(images * channels * 4);
+    layout.decisions = place(network.embed ? blocks_of(network) * kMaxImages : 0);
+    layout.logits = place(network.embed ? blocks_of(network) * kMaxImages * 4 : 0);
     // A stage's two planes never lie where the activation of the stage before lies. The second stage's x is last, so
     // that the third stage's planes, which are no larger, fit before it.
     const int second = planes[0] + 2 * planes[1], third = planes[1] + 2 * planes[2];
@@ -200,6 +209,14 @@ struct ForwardPass {
     __device__ Control& control() const { return *reinterpret_cast<Control*>(shared + kZeros); }
     __device__ unsigned char* image(int i) const { return shared + layout.images + i * layout.image; }
     __device__ float* sums(int i) const { return reinterpret_cast<float*>(shared + layout.sums + i * layout.sums_of); }
+    __device__ bool* decisions(int gate) const {
+        return reinterpret_cast<bool*>(shared + layout.decisions) + gate * kMaxImages;
+    }
+    __device__ float* logits(int gate) const {
+        return reinterpret_cast<float*>(shared + layout.logits) + gate * kMaxImages;
+    }
+    // The last block's gate decides nothing that a caller could force.
+    __device__ bool is_forced(int gate) const { return call.forced && gate < blocks - 1; }
     __device__ float* embedding_place(int gate) const {
         return reinterpret_cast<float*>(shared + layout.embeddings + gate % 2 * layout.embedding);
     }
@@ -211,14 +228,17 @@ struct ForwardPass {
     template <int kStage>
     __device__ void enter_stage();
     template <int kStage>
-    __device__ void gate_step(bool enters);
-    template <int kStage>
+    __device__ void gate_step(int block);
+    template <int kStage, int kSize>
     __device__ float rnn_gate(int i, bool changed);
     __device__ unsigned compact(int gate) const;
+    __device__ void stage_forced_decisions();
+    __device__ void write_decisions() const;
     __device__ void head();
 
-    __device__ void fetch_embedding(int gate);
-    __device__ float pooled(int stage, int i, int channel) const;
+    template <int kStage>
+    __device__ void fetch_embedding(int gate, int block);
+    __device__ float pooled(int stage, int i, int channel, int begin = 0, int step = 1) const;
     template <int kIn, int kOut, int kStride, int kKernel>
     __device__ void convolve(Weights<kIn, kKernel * kKernel>& weights, const uint4* next, unsigned images,
                              const Planes& planes, const float* bias, bool closes);
@@ -427,113 +447,158 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::run_stage() {
         } else if (fragments(end)) {
             weights.load(fragments(end));
         }
-        gate_step<kStage>(kEntry && block == 0);
+        gate_step<kStage>(block);
     }
 }
 
-// Brings the next gate's embedding under way; every gate begins one copy, so that they can be counted.
+// Brings the embedding of the gate after a block under way; every gate begins one copy, so that they can be counted.
+// The block is counted from a stage's first one, and may lie in a later stage.
 template <typename Element, bool kClustered>
-__device__ __forceinline__ void ForwardPass<Element, kClustered>::fetch_embedding(int gate) {
-    int block = gate;
-    for (int stage = 0; stage < network.stages; ++stage) {
-        const int floats = embedding_floats(network, stage);
-        if (block < network.stage[stage].blocks) {
-            const float* from = network.stage[stage].embeddings + static_cast<std::size_t>(block) * floats;
-            for (int at = 4 * threadIdx.x; at < floats; at += 4 * kThreads)
-                cp_async16(embedding_place(gate) + at, from + at);
-            break;
-        }
-        block -= network.stage[stage].blocks;
+template <int kStage>
+__device__ __forceinline__ void ForwardPass<Element, kClustered>::fetch_embedding(int gate, int block) {
+    const ResidentStage& stage = network.stage[kStage];
+    if constexpr (kStage + 1 < kMaxStages)
+        if (block >= stage.blocks) return fetch_embedding<kStage + 1>(gate, block - stage.blocks);
+    if (kStage < network.stages && block < stage.blocks) {
+        const int floats = embedding_floats(network, kStage);
+        const float* from = stage.embeddings + static_cast<std::size_t>(block) * floats;
+#pragma unroll 1
+        for (int at = 4 * threadIdx.x; at < floats; at += 4 * kThreads)
+            cp_async16(embedding_place(gate) + at, from + at);
     }
     cp_async_commit();
 }
 
-// Average over an image's pixels.
+// Average over an image's pixels; or the share that some regions have in it.
 template <typename Element, bool kClustered>
-__device__ __forceinline__ float ForwardPass<Element, kClustered>::pooled(int stage, int i, int channel) const {
+__device__ __forceinline__ float ForwardPass<Element, kClustered>::pooled(int stage, int i, int channel, int begin,
+                                                                          int step) const {
     const ResidentStage& at = network.stage[stage];
     const int channels = stage_channels(stage), regions = regions_of(channels, at.height, at.width);
-    const float share = 1.0f / static_cast<float>(at.height * at.width);
+    constexpr int kTogether = 4;  // loads, before anything waits for one
     float total = 0.0f;
-#pragma unroll 8
-    for (int region = 0; region < regions; ++region) total += sums(i)[region * channels + channel];
-    return total * share;
+#pragma unroll 1
+    for (int region = begin; region < regions; region += kTogether * step) {
+        float parts[kTogether];
+#pragma unroll
+        for (int k = 0; k < kTogether; ++k)
+            parts[k] = region + k * step < regions ? sums(i)[(region + k * step) * channels + channel] : 0.0f;
+#pragma unroll
+        for (int k = 0; k < kTogether; ++k) total += parts[k];
+    }
+    return total * at.share;
 }
 
+// The LSTM's functions without a branch. Their absolute error is that of a float32 near 1: no more than the state's
+// own.
+__device__ inline float fast_sigmoid(float x) { return fast_reciprocal(1.0f + fast_exp2(-1.44269504f * x)); }
+__device__ inline float fast_tanh(float x) { return 1.0f - 2.0f * fast_reciprocal(1.0f + fast_exp2(2.88539008f * x)); }
+
 // Pool-finish, embed, LSTM step: the execute logit of a warp's image. Its pooled activation is as it was unless the
-// block has changed it.
+// block has changed it. `kSize` is embed and hidden where they are equal and known; 0 takes any.
 template <typename Element, bool kClustered>
-template <int kStage>
+template <int kStage, int kSize>
 __device__ __forceinline__ float ForwardPass<Element, kClustered>::rnn_gate(int i, bool changed) {
     constexpr int kChannels = stage_channels(kStage), kParts = (kChannels + 31) / 32;
-    const int embed = network.embed, units = network.hidden;
+    constexpr int kLanes = kChannels < 32 ? kChannels : 32;  // that have a channel of their own; others share them
+    const int embed = kSize ? kSize : network.embed, units = kSize ? kSize : network.hidden;
     const float* weight = embedding_place(index);
-    if (changed) {
+    const auto weight_of = [&](int e, int part) { return weight[e * kChannels + part * 32 + lane % kLanes]; };
+    const auto pool = [&] {
 #pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-            const int channel = part * 32 + lane;
-            features[part] = channel < kChannels ? pooled(kStage, i, channel) : 0.0f;
-        }
-    }
-    float embedded = 0.0f;  // a lane has one
-#pragma unroll 10
-    for (int e = 0; e < embed; ++e) {
-        float part_sum = 0.0f;
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-            const int channel = part * 32 + lane;
-            if (channel < kChannels) part_sum += weight[e * kChannels + channel] * features[part];
-        }
-        const float whole = warp_sum(part_sum) + weight[embed * kChannels + e];
-        if (lane == e) embedded = whole;
-    }
-
+        for (int part = 0; changed && part < kParts; ++part)
+            features[part] = pooled(kStage, i, part * 32 + lane % kLanes, lane / kLanes, 32 / kLanes);
+    };
     const auto* lstm =
         reinterpret_cast<const float4*>(shared + layout.lstm);  // [embed + hidden + 1, hidden] of i, f, g, o
-    const int unit = lane < units ? lane : 0;
-    float4 gates = lstm[(embed + units) * units + unit];
-#pragma unroll 10
-    for (int k = 0; k < embed + units; ++k) {
-        const float x = k < embed ? __shfl_sync(kAllLanes, embedded, k) : __shfl_sync(kAllLanes, hidden, k - embed);
-        const float4 from = lstm[k * units + unit];
+    const auto* projection = reinterpret_cast<const float*>(lstm + (embed + units + 1) * units);
+    float4 gates{0.0f, 0.0f, 0.0f, 0.0f};
+    const auto add = [&](const float4& from, float x) {
         gates.x += from.x * x;
         gates.y += from.y * x;
         gates.z += from.z * x;
         gates.w += from.w * x;
+    };
+    int unit;
+    if constexpr (kSize > 0) {
+        // The inputs, a lane each: the embedding, the hidden state, and 1 for the bias. Three lanes share a unit, each
+        // taking a third of the inputs, and each has its state.
+        constexpr int kInputs = 2 * kSize + 1, kThird = kInputs / 3;
+        static_assert(kInputs == 3 * kThird && 3 * kSize <= 32);
+        const int third = lane < 3 * kSize ? lane / kSize : 0;
+        unit = lane % kSize;
+        // All that has to be loaded is on its way before the pool is taken.
+        float4 from[kThird];
+#pragma unroll
+        for (int k = 0; k < kThird; ++k) from[k] = lstm[(third * kThird + k) * units + unit];
+        float weights[kSize][kParts];
+#pragma unroll
+        for (int e = 0; e < kSize; ++e)
+#pragma unroll
+            for (int part = 0; part < kParts; ++part) weights[e][part] = weight_of(e, part);
+        const float bias = weight[embed * kChannels + unit];
+        pool();
+        float products[kSize] = {};
+#pragma unroll
+        for (int e = 0; e < kSize; ++e)
+#pragma unroll
+            for (int part = 0; part < kParts; ++part) products[e] += weights[e][part] * features[part];
+        const float embedded =
+            __shfl_sync(kAllLanes, spread_sums<16, 1>(products, lane), holder<16, 1, kSize>(unit)) + bias;
+        const float input = lane < kSize ? embedded : lane < 2 * kSize ? hidden : 1.0f;
+#pragma unroll
+        for (int k = 0; k < kThird; ++k) add(from[k], __shfl_sync(kAllLanes, input, third * kThird + k));
+        const auto sum_of_thirds = [&](float x) {
+            const float first = __shfl_sync(kAllLanes, x, unit), second = __shfl_sync(kAllLanes, x, unit + kSize);
+            return first + second + __shfl_sync(kAllLanes, x, unit + 2 * kSize);
+        };
+        gates = {sum_of_thirds(gates.x), sum_of_thirds(gates.y), sum_of_thirds(gates.z), sum_of_thirds(gates.w)};
+    } else {
+        pool();
+        float embedded = 0.0f;  // a lane has one
+#pragma unroll 1
+        for (int e = 0; e < embed; ++e) {
+            float product = 0.0f;
+#pragma unroll
+            for (int part = 0; part < kParts; ++part) product += weight_of(e, part) * features[part];
+            const float whole = warp_sum(product) + weight[embed * kChannels + e];
+            if (lane == e) embedded = whole;
+        }
+        unit = lane < units ? lane : 0;
+#pragma unroll 4
+        for (int k = 0; k < embed; ++k) add(lstm[k * units + unit], __shfl_sync(kAllLanes, embedded, k));
+#pragma unroll 4
+        for (int k = 0; k < units; ++k) add(lstm[(embed + k) * units + unit], __shfl_sync(kAllLanes, hidden, k));
+        add(lstm[(embed + units) * units + unit], 1.0f);
     }
-    lstm_unit(gates.x, gates.y, gates.z, gates.w, hidden, cell);
-    const auto* projection = reinterpret_cast<const float*>(lstm + (embed + units + 1) * units);
-    return warp_sum(lane < units ? projection[lane] * hidden : 0.0f) + projection[units];
+    cell = fast_sigmoid(gates.y) * cell + fast_sigmoid(gates.x) * fast_tanh(gates.z);
+    hidden = fast_sigmoid(gates.w) * fast_tanh(cell);
+    const float addends[] = {lane < units ? projection[unit] * hidden : 0.0f};
+    constexpr int kWidest = kSize > 0 ? 8 : 16;  // the units lie in 16 lanes, or in all; lane 0 gets the whole sum
+    return spread_sums<kWidest, 1>(addends, lane) + projection[units];
 }
 
-// The gate after a block, and who runs the next one. Warp i decides for image i. A block that `enters` a stage changes
-// all images.
+// The gate after a stage's block, and who runs the next one. Warp i decides for image i. A block that `enters` a stage
+// changes all images.
 template <typename Element, bool kClustered>
 template <int kStage>
-__device__ __forceinline__ void ForwardPass<Element, kClustered>::gate_step(bool enters) {
+__device__ __forceinline__ void ForwardPass<Element, kClustered>::gate_step(int block) {
+    const bool enters = kStage > 0 && block == 0;
     cp_async_wait<1>();
     barrier();  // for the block's output and sums, and the embedding
     if (index < call.num_gates) {
         if (warp < count) {
-            const float logit = rnn_gate<kStage>(warp, enters || (executing >> warp & 1));
+            const bool changed = enters || (executing >> warp & 1);
+            const bool published = network.embed == 10 && network.hidden == 10;
+            const float logit = published ? rnn_gate<kStage, 10>(warp, changed) : rnn_gate<kStage, 0>(warp, changed);
             if (lane == 0) {
-                const std::size_t at = static_cast<std::size_t>(index) * call.batch + first + warp;
-                const float probability = sigmoid(logit);
-                const bool is_forced = call.forced && index < blocks - 1;
-                const bool next = is_forced ? call.forced[static_cast<std::size_t>(first + warp) * call.forced_image +
-                                                          index * call.forced_gate]
-                                            : executes(probability);
-                if (rank == 0) {
-                    call.gate_logits[at] = logit;
-                    call.probabilities[at] = probability;
-                    call.executed[at] = next;
-                }
-                control().executes[index % 2][warp] = next;
+                logits(index)[warp] = logit;
+                if (!is_forced(index)) decisions(index)[warp] = executes_logit(logit);
             }
         }
         __syncthreads();
         executing = compact(index);
-        fetch_embedding(index + 2);
+        fetch_embedding<kStage>(index + 2, block + 2);
     }
     ++index;
 }
@@ -541,9 +606,35 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::gate_step(bool
 // The images that a gate lets execute, as a mask.
 template <typename Element, bool kClustered>
 __device__ __forceinline__ unsigned ForwardPass<Element, kClustered>::compact(int gate) const {
-    unsigned mask = 0;
-    for (int i = 0; i < count; ++i) mask |= static_cast<unsigned>(control().executes[gate % 2][i]) << i;
-    return mask;
+    const unsigned all = *reinterpret_cast<const unsigned*>(decisions(gate)) & 0x01010101;  // a byte each
+    return (all | all >> 7 | all >> 14 | all >> 21) & all_images();
+}
+
+// Where decisions are forced, a gate finds them made.
+template <typename Element, bool kClustered>
+__device__ __forceinline__ void ForwardPass<Element, kClustered>::stage_forced_decisions() {
+    if (!call.forced) return;
+    for (int at = threadIdx.x; at < min(call.num_gates, blocks - 1) * count; at += kThreads) {
+        const int gate = at / count, i = at % count;
+        decisions(gate)[i] =
+            call.forced[static_cast<std::size_t>(first + i) * call.forced_image + gate * call.forced_gate];
+    }
+}
+
+// What the gates have found, all at once. A probability is on its decision's side of 0.5, whatever the last bit of an
+// exponential function.
+template <typename Element, bool kClustered>
+__device__ __forceinline__ void ForwardPass<Element, kClustered>::write_decisions() const {
+    for (int at = threadIdx.x; at < call.num_gates * count; at += kThreads) {
+        const int gate = at / count, i = at % count;
+        const std::size_t to = static_cast<std::size_t>(gate) * call.batch + first + i;
+        const float logit = logits(gate)[i], probability = sigmoid(logit);
+        call.gate_logits[to] = logit;
+        call.probabilities[to] = executes_logit(logit) == executes(probability) ? probability
+                                 : executes(probability)                        ? 0.5f
+                                                                                : 0.5f + 0x1p-24f;
+        call.executed[to] = decisions(gate)[i];
+    }
 }
 
 // Global average pool and classifier.
@@ -555,6 +646,7 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::head() {
         features[at] = pooled(last, at / channels, at % channels);
     __syncthreads();
     if (rank > 0) return;
+    write_decisions();
     for (int at = threadIdx.x; at < count * classes; at += kThreads) {
         const int i = at / classes, number = at % classes;
         float logit = network.head[channels * classes + number];
@@ -573,7 +665,7 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::run(int images
     if (threadIdx.x == 0) control().zeros = make_uint4(0, 0, 0, 0);
     for (int at = threadIdx.x; at < lstm_floats(network); at += kThreads)
         reinterpret_cast<float*>(shared + layout.lstm)[at] = network.lstm[at];
-    for (int stage = 0; stage < network.stages; ++stage) blocks += network.stage[stage].blocks;
+    blocks = blocks_of(network);
     const int in_flight = static_cast<int>(gridDim.x) / blocks_of_image() * images;
     first = static_cast<int>(blockIdx.x) / blocks_of_image() * images;
     while (first < call.batch) {
@@ -581,8 +673,9 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::run(int images
         executing = all_images();
         index = 0;
         hidden = cell = 0.0f;
-        fetch_embedding(0);
-        fetch_embedding(1);
+        fetch_embedding<0>(0, 0);
+        fetch_embedding<0>(1, 1);
+        stage_forced_decisions();
         stem();
         run_stage<0>();
         if (network.stages > 1) run_stage<1>();
@@ -638,6 +731,7 @@ ResidentWeights lay_out(ResidentNetwork& network, const void* fragments, const f
             stage.entry_bias = parameters(2 * channels);
         }
         stage.height = height, stage.width = width;
+        stage.share = 1.0f / static_cast<float>(height * width);
         stage.inner = convolutions(static_cast<std::size_t>(inner) * 9 * fragment_bytes(channels, channels));
         stage.inner_bias = parameters(static_cast<std::size_t>(inner) * channels);
         if (network.embed)

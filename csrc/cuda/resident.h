@@ -19,6 +19,7 @@ constexpr SKIPNET_HD int stage_channels(int stage) { return 16 << stage; }
 struct ResidentStage {
     int blocks;
     int height, width;        // of its activations; set by lay_out
+    float share;              // of a pixel in an average; set by lay_out
     const void* entry;        // where a stage begins anew: its first block's first convolution, then the projection
     const float* entry_bias;  // [2, channels], of both
     const void* inner;        // all other 3x3 convolutions in order: 2 * blocks, or one less after an entry

@@ -27,6 +27,8 @@ NETWORKS = {
     "two groups": SkipNetArch("cifar", "basic", (2, 2), (8, 16), "rnn", "reinforced", image_size=(8, 12),
                               in_channels=1, embed_dim=6, hidden_dim=9),
     "odd": SkipNetArch("cifar", "basic", (1, 2, 2), (16, 32, 64), "rnn", image_size=(19, 13), num_classes=300),
+    "wide gate": SkipNetArch("cifar", "basic", (1, 1, 1), (16, 32, 64), "rnn", image_size=(8, 8), embed_dim=32,
+                             hidden_dim=32),
     "one group": SkipNetArch("cifar", "basic", (3,), (16,), "rnn", image_size=(8, 8)),
     "dense": SkipNetArch("cifar", "basic", (1, 2, 1), (16, 32, 64), "none", image_size=(16, 16)),
 }
@@ -223,6 +225,19 @@ def test_fits_the_shared_memory_of_every_architecture():
     for kilobytes, images in ((99, 1), (163, 2), (227, 3)):
         bytes_of = [resident_bytes(resident, count) for count in (images, images + 1)]
         assert bytes_of[0] <= kilobytes * 1024 < bytes_of[1]
+
+
+def test_a_logit_decides_as_its_probability_does():
+    """Every float32 near the threshold, others from the smallest to the largest, zeros, infinities and NaN."""
+    threshold = int(np.float32(1.5 * 2.0 ** -24).view(np.uint32))
+    near = np.arange(threshold - 100_000, threshold + 100_000, dtype=np.uint32)
+    positive = np.concatenate((near, np.arange(0, 0x7f800001, 9973, dtype=np.uint32), [0x7f800000, 0x7fc00000]))
+    bits = np.concatenate((positive, positive | 0x80000000)).astype(np.uint32)
+    resident = library("resident")
+    resident.configure(0)
+    executed, probabilities = resident.empty(len(bits), np.uint8), resident.empty(len(bits))
+    resident("decide_by_logit", resident.array(bits.view(np.float32)), len(bits), executed, probabilities)
+    assert np.array_equal(executed.astype(bool), probabilities > 0.5)
 
 
 def test_a_launch_leaves_the_kernels_limits_alone():

@@ -62,6 +62,11 @@ inline unsigned round_to_tf32(unsigned x) {
     return (x + 0x1000) & ~0x1fffu;  // the fraction's carry moves into the exponent by itself; infinities stay
 }
 
+// ---- functions in a few instructions
+
+inline float fast_exp2(float x) { return std::exp2(x); }
+inline float fast_reciprocal(float x) { return 1.0f / x; }
+
 // ---- global memory
 
 inline void load_global(uint4& value, const uint4* address, bool loads = true) {

@@ -28,6 +28,16 @@ extern "C" const char* shared_memory_of(const int* numbers, int images, int* byt
     });
 }
 
+// What a logit decides, and its probability.
+extern "C" const char* decide_by_logit(const float* logits, int count, bool* executed, float* probabilities) {
+    return simt::report([=] {
+        for (int i = 0; i < count; ++i) {
+            executed[i] = skipnet::executes_logit(logits[i]);
+            probabilities[i] = skipnet::sigmoid(logits[i]);
+        }
+    });
+}
+
 // Launches without placing the network first, as no caller may.
 extern "C" const char* run_unplaced(const int* numbers) {
     return simt::report([=] {
