@@ -32,7 +32,7 @@ constexpr int kMaxImages = 4;  // of a thread block; their decisions are a word
 constexpr int kStrip = 8;      // columns of a region
 constexpr int kChunk = 16;     // input channels that a tensor core sums over, and output channels of a warp
 constexpr int kLine = 128;     // bytes: planes begin at multiples
-constexpr int kZeros = 0;      // where in shared memory 16 bytes of zeros lie, for pixels outside of a plane
+constexpr int kZeros = 0;      // where in shared memory a line of zeros lies, for pixels outside of a plane
 constexpr unsigned kAllLanes = ~0u;
 
 template <typename Element>
@@ -76,7 +76,7 @@ struct SharedLayout {
 
 // At the start of shared memory.
 struct Control {
-    uint4 zeros;
+    uint4 zeros[kLine / 16];
     int first;  // image that the thread block takes next
 };
 
@@ -169,7 +169,8 @@ struct Planes {
 template <int kChannels>
 __device__ inline int byte_of(int row, int column, int pitch, int eighth) {
     constexpr int kPixelsOfLine = kLine / (2 * kChannels);
-    const int swizzled = eighth ^ (column / kPixelsOfLine & (kChannels / 8 - 1));
+    // Not / and then &: the columns left of a plane shall follow the same pattern.
+    const int swizzled = eighth ^ (column & (kChannels / 8 - 1) * kPixelsOfLine) / kPixelsOfLine;
     return (row * pitch + column) * 2 * kChannels + swizzled * 16;
 }
 
@@ -300,7 +301,8 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(Weigh
                         column_inside & (static_cast<unsigned>(row) < static_cast<unsigned>(planes.from_height));
                     const int byte = byte_of<kIn>(row, column, from_pitch, lane / 16) ^ chunk * 32;
                     unsigned four[4];
-                    ldmatrix_x4(shared + (inside ? from + byte : kZeros), four);
+                    // Outside of the plane zeros, of the same banks: eight pixels still come from all of them.
+                    ldmatrix_x4(shared + (inside ? from + byte : kZeros + (byte & (kLine - 16))), four);
                     rows[s][0] = four[0], rows[s][1] = four[2];
                     if (s + 1 < kSources) rows[s + 1][0] = four[1], rows[s + 1][1] = four[3];
                 }
@@ -662,7 +664,7 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::head() {
 
 template <typename Element, bool kClustered>
 __device__ __forceinline__ void ForwardPass<Element, kClustered>::run(int images) {
-    if (threadIdx.x == 0) control().zeros = make_uint4(0, 0, 0, 0);
+    if (threadIdx.x < kLine / 16) control().zeros[threadIdx.x] = make_uint4(0, 0, 0, 0);
     for (int at = threadIdx.x; at < lstm_floats(network); at += kThreads)
         reinterpret_cast<float*>(shared + layout.lstm)[at] = network.lstm[at];
     blocks = blocks_of(network);

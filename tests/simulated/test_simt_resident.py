@@ -227,6 +227,27 @@ def test_fits_the_shared_memory_of_every_architecture():
         assert bytes_of[0] <= kilobytes * 1024 < bytes_of[1]
 
 
+@pytest.mark.parametrize("name", ["one group", "narrow", pytest.param("odd", marks=pytest.mark.slow)])
+def test_eight_pixels_in_a_row_lie_in_different_banks(name):
+    """At a plane's borders, too. Where a group begins every second pixel is read, which meets banks twice."""
+    arch, resident = NETWORKS[name], library("resident")
+
+    def counted():
+        counts = np.zeros(2, np.int32)
+        resident("bank_conflicts", counts[:1], counts[1:])
+        return counts
+
+    counts = {}
+    for route in ("none", "inner"):
+        inner = [route == "inner" and block.stride == 1 for block in arch.blocks[1:]]  # the first block has no gate
+        counted()  # what others have left
+        simulate(model(name), images_of(name, 1), torch.float16, routing=torch.tensor([inner]))
+        counts[route] = counted()
+    reads, conflicts = counts["inner"] - counts["none"]
+    assert reads > 0
+    assert conflicts == 0
+
+
 def test_a_logit_decides_as_its_probability_does():
     """Every float32 near the threshold, others from the smallest to the largest, zeros, infinities and NaN."""
     threshold = int(np.float32(1.5 * 2.0 ** -24).view(np.uint32))

@@ -1,4 +1,6 @@
 // Entries for tests/simulated/test_simt_resident.py.
+#include <utility>
+
 #include "simt.h"
 
 #include "cuda/resident.cu"
@@ -25,6 +27,14 @@ extern "C" const char* shared_memory_of(const int* numbers, int images, int* byt
         ResidentNetwork network = network_of(numbers);
         lay_out(network, nullptr, nullptr);
         *bytes = resident_shared_memory(network, images);
+    });
+}
+
+// Phases of ldmatrix since the last call, and how many of them met a bank twice.
+extern "C" const char* bank_conflicts(int* phases, int* conflicts) {
+    return simt::report([=] {
+        *phases = std::exchange(simt::ldmatrix_phases, 0);
+        *conflicts = std::exchange(simt::ldmatrix_conflicts, 0);
     });
 }
 
