@@ -17,6 +17,7 @@
 #include "resident.h"
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../check.h"
 #include "../gate.h"
@@ -243,6 +244,9 @@ struct ForwardPass {
     template <int kIn, int kOut, int kStride, int kKernel>
     __device__ void convolve(Weights<kIn, kKernel * kKernel>& weights, const uint4* next, unsigned images,
                              const Planes& planes, const float* bias, bool closes);
+    template <int kOut, int kPairs, bool kProjects, bool kWhole, bool kCloses>
+    __device__ void finish_region(const float (&sum)[kPairs][2][4], const float (&biases)[2][2], int i, int row0,
+                                  int column0, int region, const Planes& planes);
 };
 
 // relu(convolution + bias) for the images of a mask. One that `closes` a block adds what stands in its output's plane;
@@ -264,11 +268,11 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(Weigh
     const int worker = warp / kTiles * blocks_of_image() + rank, workers = kWorkers * blocks_of_image();
     const int strips = quotient_up(planes.width, kStrip);
     const int regions = quotient_up(planes.height, kRows) * strips;
-    const int from_pitch = rounded_up(planes.from_width, kStrip), pitch = strips * kStrip;
-    const int pair = lane % 4 * 2;
+    const int from_pitch = rounded_up(planes.from_width, kStrip);
+    const bool whole = planes.height % kRows == 0 && planes.width % kStrip == 0;  // regions have no pixel outside
     float biases[2][2];
 #pragma unroll
-    for (int n = 0; n < 4; ++n) biases[n / 2][n % 2] = bias[tile * kChunk + n / 2 * 8 + pair + n % 2];
+    for (int n = 0; n < 4; ++n) biases[n / 2][n % 2] = bias[tile * kChunk + n / 2 * 8 + lane % 4 * 2 + n % 2];
 
     unsigned left = images;
     int region = worker;
@@ -326,39 +330,69 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(Weigh
             __syncwarp();  // keeps these loads here, among the products
         }
 
-        unsigned char* to = image(i) + planes.to;
-        const int column = column0 + lane / 4;
-        float totals[2][2] = {};
-#pragma unroll
-        for (int n = 0; n < 2; ++n)
-#pragma unroll
-            for (int p = 0; p < kPairs; ++p)
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const int row = row0 + 2 * p + half;
-                    if (row >= planes.height || column >= planes.width) continue;
-                    auto* both = reinterpret_cast<unsigned*>(to + byte_of<kOut>(row, column, pitch, tile * 2 + n) +
-                                                             lane % 4 * 4);
-                    float low = sum[p][n][2 * half] + biases[n][0], high = sum[p][n][2 * half + 1] + biases[n][1];
-                    if (closes) low += low_of<Element>(*both), high += high_of<Element>(*both);
-                    if (!kProjects) low = relu(low), high = relu(high);
-                    const unsigned rounded = pack<Element>(low, high);
-                    broadcast(both, rounded);
-                    totals[n][0] += low_of<Element>(rounded);
-                    totals[n][1] += high_of<Element>(rounded);
-                }
-        if (kProjects || closes) {
-#pragma unroll
-            for (int n = 0; n < 2; ++n)
-#pragma unroll
-                for (int which = 0; which < 2; ++which) {
-                    float& total = totals[n][which];
-                    for (int lanes = 4; lanes < 32; lanes *= 2) total += __shfl_xor_sync(kAllLanes, total, lanes);
-                    if (lane < 4) broadcast(sums(i) + region * kOut + tile * kChunk + n * 8 + pair + which, total);
-                }
-        }
+        // Four codes for what follows the products, so that none has a branch of its own.
+        const auto finish = [&](auto whole_plane, auto closes_block) {
+            finish_region<kOut, kPairs, kProjects, whole_plane.value, closes_block.value>(sum, biases, i, row0, column0,
+                                                                                          region, planes);
+        };
+        using Yes = std::true_type;
+        using No = std::false_type;
+        if (kProjects || !closes)
+            whole ? finish(Yes(), No()) : finish(No(), No());
+        else
+            whole ? finish(Yes(), Yes()) : finish(No(), Yes());
         left = left_after;
         region = image_done ? worker : region_after;
+    }
+}
+
+// What follows a region's products: bias, what stands in the place if it closes a block, ReLU but for a projection, and
+// the region's sums where they are pooled. All that has to be loaded is loaded first.
+template <typename Element, bool kClustered>
+template <int kOut, int kPairs, bool kProjects, bool kWhole, bool kCloses>
+__device__ __forceinline__ void ForwardPass<Element, kClustered>::finish_region(const float (&sum)[kPairs][2][4],
+                                                                                const float (&biases)[2][2], int i,
+                                                                                int row0, int column0, int region,
+                                                                                const Planes& planes) {
+    constexpr int kRows = 2 * kPairs;
+    const int tile = warp % (kOut / kChunk), pitch = rounded_up(planes.width, kStrip), line = pitch * 2 * kOut;
+    const int column = column0 + lane / 4;
+    const auto inside = [&](int row) { return kWhole || (row0 + row < planes.height && column < planes.width); };
+    // Of 8 channels each.
+    unsigned char* places[2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+        places[n] = image(i) + planes.to + byte_of<kOut>(row0, column, pitch, tile * 2 + n) + lane % 4 * 4;
+    const auto both = [&](int row, int n) { return reinterpret_cast<unsigned*>(places[n] + row * line); };
+
+    unsigned before[kRows][2] = {};
+#pragma unroll
+    for (int row = 0; row < kRows; ++row)
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+            if (kCloses && inside(row)) before[row][n] = *both(row, n);
+    float totals[4] = {};
+#pragma unroll
+    for (int row = 0; row < kRows; ++row)
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+            if (!inside(row)) continue;
+            const float* products = sum[row / 2][n] + row % 2 * 2;
+            float low = products[0] + biases[n][0], high = products[1] + biases[n][1];
+            if (kCloses) low += low_of<Element>(before[row][n]), high += high_of<Element>(before[row][n]);
+            if (!kProjects) low = relu(low), high = relu(high);
+            const unsigned rounded = pack<Element>(low, high);
+            broadcast(both(row, n), rounded);
+            if (kProjects || kCloses) {
+                totals[2 * n] += low_of<Element>(rounded);
+                totals[2 * n + 1] += high_of<Element>(rounded);
+            }
+        }
+    if (kProjects || kCloses) {
+        static_assert(holder<16, 4, 4>(1) == 8 && holder<16, 4, 4>(2) == 16);
+        const float total = spread_sums<16, 4>(totals, lane);
+        const int channel = tile * kChunk + lane / 16 * 8 + lane % 4 * 2 + lane / 8 % 2;
+        if (lane / 4 % 2 == 0) broadcast(sums(i) + region * kOut + channel, total);
     }
 }
 
