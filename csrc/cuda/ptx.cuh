@@ -52,6 +52,22 @@ __device__ inline unsigned pack<Bfloat16>(float low, float high) {
     return y;
 }
 
+// The same of max(0, low) and max(0, high), but NaN stays NaN; without an instruction of its own.
+template <typename Element>
+__device__ unsigned pack_relu(float low, float high);
+template <>
+__device__ inline unsigned pack_relu<Half>(float low, float high) {
+    unsigned y;
+    asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+template <>
+__device__ inline unsigned pack_relu<Bfloat16>(float low, float high) {
+    unsigned y;
+    asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+
 // Rounds to nearest even.
 template <typename Element>
 __device__ Element from_float(float x) {

@@ -175,9 +175,6 @@ __device__ inline int byte_of(int row, int column, int pitch, int eighth) {
     return (row * pitch + column) * 2 * kChannels + swizzled * 16;
 }
 
-// NaN stays NaN.
-__device__ inline float relu(float x) { return x < 0.0f ? 0.0f : x; }
-
 // A thread block on its way through the network.
 template <typename Element, bool kClustered>
 struct ForwardPass {
@@ -261,7 +258,10 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(Weigh
     constexpr int kTiles = kOut / kChunk, kWorkers = kWarps / kTiles;  // warps that share 16 output channels
     constexpr int kRows = region_rows(kOut), kPairs = kRows / 2;
     constexpr int kStep = kProjects ? kStride : 1;  // between the input's rows that are read
-    constexpr int kSources = kProjects ? kRows : kStride * (kRows - 1) + kKernel;
+    // Rows p and p + kPairs of the output are one product's; so are the rows that they come from, kApart from each
+    // other.
+    constexpr int kApart = kStride * kPairs, kNext = kProjects ? 1 : kStride;
+    constexpr int kSources = kNext * (kPairs - 1) + kKernel;
     static_assert(kTiles * kWorkers == kWarps && kRows % 2 == 0 && (kKernel == 1 || kKernel == 3));
 
     const int tile = warp % kTiles;
@@ -292,23 +292,20 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(Weigh
         for (int chunk = 0; chunk < Weights<kIn, kKernel * kKernel>::kChunks; ++chunk) {
 #pragma unroll
             for (int dx = 0; dx < kKernel; ++dx) {
-                // ldmatrix: lanes 0-7 and 8-15 give eight pixels of a row and of the next, the others their upper
-                // 8 channels.
-                unsigned rows[kSources][2];
+                // ldmatrix: lanes 0-7 and 8-15 give eight pixels of a row and of its partner, the others their upper
+                // 8 channels. What comes is a product's operand as it is, in registers side by side.
+                unsigned rows[kSources][4];
                 const int column = kStride * (column0 + lane % 8) + dx - kKernel / 2;
                 const bool column_inside = static_cast<unsigned>(column) < static_cast<unsigned>(planes.from_width);
-                const int begin = kStride * row0 - kKernel / 2, offset = lane / 8 % 2;
+                const int begin = kStride * row0 - kKernel / 2 + lane / 8 % 2 * kApart;
 #pragma unroll
-                for (int s = 0; s < kSources; s += 2) {
-                    const int row = begin + (s + offset) * kStep;
+                for (int s = 0; s < kSources; ++s) {
+                    const int row = begin + s * kStep;
                     const bool inside =
                         column_inside & (static_cast<unsigned>(row) < static_cast<unsigned>(planes.from_height));
                     const int byte = byte_of<kIn>(row, column, from_pitch, lane / 16) ^ chunk * 32;
-                    unsigned four[4];
                     // Outside of the plane zeros, of the same banks: eight pixels still come from all of them.
-                    ldmatrix_x4(shared + (inside ? from + byte : kZeros + (byte & (kLine - 16))), four);
-                    rows[s][0] = four[0], rows[s][1] = four[2];
-                    if (s + 1 < kSources) rows[s + 1][0] = four[1], rows[s + 1][1] = four[3];
+                    ldmatrix_x4(shared + (inside ? from + byte : kZeros + (byte & (kLine - 16))), rows[s]);
                 }
 #pragma unroll
                 for (int dy = 0; dy < kKernel; ++dy) {
@@ -317,12 +314,8 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(Weigh
                     const unsigned b[2][2] = {{weight.x, weight.y}, {weight.z, weight.w}};
 #pragma unroll
                     for (int p = 0; p < kPairs; ++p) {
-                        constexpr int kFirst = kProjects ? 1 : kStride;
-                        const unsigned (&upper)[2] = rows[kFirst * 2 * p + dy];
-                        const unsigned (&lower)[2] = rows[kFirst * (2 * p + 1) + dy];
-                        const unsigned a[4] = {upper[0], lower[0], upper[1], lower[1]};
-                        mma_m16n8k16<Element>(sum[p][0], a, b[0]);
-                        mma_m16n8k16<Element>(sum[p][1], a, b[1]);
+                        mma_m16n8k16<Element>(sum[p][0], rows[kNext * p + dy], b[0]);
+                        mma_m16n8k16<Element>(sum[p][1], rows[kNext * p + dy], b[1]);
                     }
                     weights.load(next, chunk, tap, refill);
                 }
@@ -377,11 +370,10 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::finish_region(
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
             if (!inside(row)) continue;
-            const float* products = sum[row / 2][n] + row % 2 * 2;
+            const float* products = sum[row % kPairs][n] + row / kPairs * 2;
             float low = products[0] + biases[n][0], high = products[1] + biases[n][1];
             if (kCloses) low += low_of<Element>(before[row][n]), high += high_of<Element>(before[row][n]);
-            if (!kProjects) low = relu(low), high = relu(high);
-            const unsigned rounded = pack<Element>(low, high);
+            const unsigned rounded = kProjects ? pack<Element>(low, high) : pack_relu<Element>(low, high);
             broadcast(both(row, n), rounded);
             if (kProjects || kCloses) {
                 totals[2 * n] += low_of<Element>(rounded);
