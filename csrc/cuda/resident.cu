@@ -188,8 +188,9 @@ struct ForwardPass {
     unsigned executing = 0;            // a bit for each of them: it runs the next block
     int index = 0;                     // of the gate that is next
     int blocks = 0;                    // of the network
-    float features[2] = {};            // warp i has image i's pooled activation, channels lane and lane + 32
-    float hidden = 0.0f, cell = 0.0f;  // and its LSTM state, a unit a lane
+    float features[2] = {};            // warp i has image i's pooled activation, channels lane and lane + 32; of 16
+                                       // channels two lanes have a part each
+    float hidden = 0.0f, cell = 0.0f;  // and its LSTM state, a unit a lane; three lanes have it where rnn_gate says so
 
     __device__ int blocks_of_image() const { return kClustered ? cluster_size() : 1; }
     // To all thread blocks that share the image.
