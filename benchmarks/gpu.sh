@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, on a machine without a network: builds, tests, measures; within nine minutes.
+# Everything that needs a GPU, on a machine without a network: builds, tests, measures; within LIMIT (520) seconds.
 #
+#   benchmarks/gpu.sh OUT build ceiling-1    dense engines first, each batch size in a call and a time of its own
 #   benchmarks/gpu.sh OUT [PART...]
 #
-# Parts: build tests tests-triton sanitize kernels compare-N slope-N crossover waves-N gates triton, where N is a batch size.
-# Without any: all of them, compare and slope at 1 and 128, compare-1024 and waves-1024, as far as the time reaches. Logs
-# and JSON go to OUT, a short table comes last. A part that runs out of time keeps what it has written.
+# Parts: build tests tests-triton sanitize kernels ceiling-N compare-N routing-N slope-N crossover waves-N gates triton,
+# where N is a batch size. Without any: all but the ceilings, which compile for minutes; compare and slope at 1 and 128,
+# routing at 1, compare-1024 and waves-1024, as far as the time reaches. Logs and JSON go to the folder OUT, and all of
+# them to the archive OUT.tar.gz; a short table comes last. compare-N goes by what ceiling-N has left in OUT; the table
+# says what is lacking there. A part that runs out of time keeps what it has written.
 #
 # Needs Python 3.11 or later with torch (CUDA), numpy, Pillow, pytest, pytest-benchmark, pybind11, setuptools, and nvcc; not
 # safetensors, typer or rich. With pytest-xdist the tests take a fraction of the time: most of it is compilation.
@@ -16,15 +19,15 @@ PATH=$PATH:/usr/local/cuda/bin
 out=$(mkdir -p "${1:?usage: benchmarks/gpu.sh OUT [PART...]}" && cd "$1" && pwd) || exit
 shift
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(build tests compare-1 compare-128 slope-1 slope-128 crossover gates waves-1 waves-1024 kernels
-                                  tests-triton sanitize compare-1024 triton)
-deadline=$((SECONDS + 520))
+[ ${#parts[@]} -gt 0 ] || parts=(build tests compare-1 compare-128 routing-1 slope-1 slope-128 crossover gates waves-1
+                                  waves-1024 kernels tests-triton sanitize compare-1024 triton)
+deadline=$((SECONDS + ${LIMIT:-520}))
 failed=()
 pytest=(python3 -P -m pytest -q -rs -p no:cacheprovider)  # -P: the installed package, not the source tree
 measure=(python3 benchmarks/gpu.py --dtype "${DTYPE:-float16}" --arch "${ARCH:-cifar10_rnn_gate_110}" --output "$out")
 
-# limited SECONDS LOG COMMAND...: with what is left of the nine minutes, at most so many seconds. A command that is
-# interrupted writes what it has.
+# limited SECONDS LOG COMMAND...: with what is left of the time, at most so many seconds. A command that is interrupted
+# writes what it has.
 limited() {
     local log=$out/$2.log left=$((deadline - SECONDS)) status=0
     local most=$(($1 < left ? $1 : left))
@@ -46,10 +49,18 @@ tests() {
     OMP_NUM_THREADS=2 limited 150 "$1" "${pytest[@]}" "${workers[@]}" --continue-on-collection-errors -k "$2" --junitxml="$out/$1.xml" $files
 }
 
-# compare PART: without torch.compile at least, where its compilation takes too long.
+# ceiling PART: with cudnn.benchmark and without, in processes of their own, each of which takes half of the time.
+ceiling() {
+    local command=("${measure[@]}" ceiling --batch "${1#*-}" --seconds 3) status=0
+    limited $(((deadline - SECONDS) / 2)) "$1-cudnn.benchmark" "${command[@]}" --cudnn-benchmark || status=1
+    echo "  with cudnn.benchmark: $(tail -n 1 "$out/$1-cudnn.benchmark.log")"
+    limited $((deadline - SECONDS)) "$1" "${command[@]}" || status=1
+    return $status
+}
+
+# compare PART: what takes long to compile is among the ceilings.
 compare() {
-    limited 150 "$1" "${measure[@]}" compare --batch "${1#*-}" --seconds 3 ||
-        { limited 60 "$1-again" "${measure[@]}" compare --batch "${1#*-}" --seconds 3 --without torch.compile; return 1; }
+    limited 120 "$1" "${measure[@]}" compare --batch "${1#*-}" --seconds 3 --without torch.compile
 }
 
 triton() {
@@ -71,6 +82,9 @@ sanitize() {
     return $status
 }
 
+# collect: one file to carry away, there at any time and whatever becomes of the parts that follow.
+collect() { tar -czf "$out.tar.gz.new" -C "$(dirname "$out")" "$(basename "$out")" && mv "$out.tar.gz.new" "$out.tar.gz"; }
+
 missing=$(python3 - <<'PYTHON'
 import importlib.util
 print(*(name for name in ("torch", "numpy", "PIL", "pytest", "pytest_benchmark", "pybind11", "setuptools")
@@ -86,15 +100,18 @@ for part in "${parts[@]}"; do
         build | triton | sanitize) "$part" ;;
         tests) tests tests "(cuda or gpu) and not eager-cuda and not triton" ;;
         tests-triton) tests tests-triton "triton and not tunes_ahead" ;;  # which compiles everything there is
+        ceiling-*) ceiling "$part" ;;
         compare-*) compare "$part" ;;
-        slope-* | waves-*) limited 60 "$part" "${measure[@]}" "${part%-*}" --batch "${part#*-}" --seconds 3 ;;
+        routing-* | slope-* | waves-*) limited 60 "$part" "${measure[@]}" "${part%-*}" --batch "${part#*-}" --seconds 3 ;;
         gates | kernels | crossover) limited 90 "$part" "${measure[@]}" "$part" --seconds 2 ;;
         *) echo "no such part" >"$out/$part.log" && false ;;
     esac && word=done || { word=FAILED; failed+=("$part"); }
     reason=$(tail -qn 1 "$out/$part.log" 2>/dev/null)
     echo "$part: $word, $((SECONDS - started)) s; ${reason:0:200}"
+    collect
     [ "$part $word" != "build FAILED" ] || break
 done
 
-python3 benchmarks/gpu.py table "$out"
+python3 benchmarks/gpu.py table "$out" | tee "$out/table.txt"
+collect
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}; see $out/*.log"; exit 1; }

@@ -44,7 +44,7 @@ def compiled(command: Sequence[str | Path], sources: Iterable[Path], folder: Pat
         if entry.exists():
             os.utime(entry)
             return entry
-        unfinished = entry.with_suffix(".unfinished")
+        unfinished = entry.with_suffix(f".{os.getpid()}")  # a process that was ended may have left its compiler running
         done = subprocess.run([*words, "-o", str(unfinished)], cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
             raise CompileError(f"{' '.join(words)}\n{done.stderr}")

@@ -1,6 +1,7 @@
 """Fixtures of several test files."""
 
 import os
+import signal
 from contextlib import nullcontext
 
 import pytest
@@ -9,6 +10,7 @@ from interpreted import fixed_products
 
 from skipnet_rt import _C
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in its background without it
 os.environ.pop("COLUMNS", None)  # tables are as wide as without a terminal, whatever the tests run in
 
 

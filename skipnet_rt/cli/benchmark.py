@@ -18,8 +18,7 @@ from skipnet_rt.cli.console import UNSTEADY, out, print_json, print_table, progr
 from skipnet_rt.cli.options import CommandError, Device, DTypeName, Json, prepare_plots, short_names
 from skipnet_rt.engines.registry import engines
 from skipnet_rt.measure.baselines import BASELINES, Baseline
-from skipnet_rt.measure.benchmark import BATCHES, FRACTIONS, BatchResult, Benchmark, benchmark
-from skipnet_rt.model.network import build
+from skipnet_rt.measure.benchmark import BATCHES, FRACTIONS, BatchResult, Benchmark, benchmark, random_network
 
 
 def benchmark_command(
@@ -52,7 +51,7 @@ def benchmark_command(
         torch.set_num_threads(threads)
     baselines = _baselines_without(without or [])
     torch.manual_seed(0)
-    model = load(model_path) if model_path else build(arch_name).eval()
+    model = load(model_path) if model_path else random_network(arch_name)
     with progress("compiling") as report:
         measured = benchmark(
             model, engines=engine or ["auto"], batches=batch or BATCHES, fractions=fraction or FRACTIONS,

@@ -11,8 +11,8 @@ from rich.text import Text
 
 from skipnet_rt.cli.console import err, out, print_json, progress
 from skipnet_rt.cli.options import DTypeName, Json
+from skipnet_rt.measure.benchmark import random_network
 from skipnet_rt.measure.doctor import Diagnosis, diagnose, warm
-from skipnet_rt.model.network import build
 
 
 def doctor_command(
@@ -35,7 +35,7 @@ def doctor_command(
 
 def _warm(name: str, dtype: torch.dtype) -> None:
     with progress(name) as report:
-        layers = warm(build(name), dtype, lambda what, share: report(f"{name}: {what}", share))
+        layers = warm(random_network(name), dtype, lambda what, share: report(f"{name}: {what}", share))
     err.print(f"{name}: {layers} kinds of convolution tuned and compiled in {dtype}", markup=False)
 
 

@@ -25,14 +25,33 @@ Forward = Callable[[Tensor, "Tensor | None", "Tensor | None", int], EnginePass]
 """From images ``[B, ...]``, forced bool ``[G, B]`` or None, present int32 ``[1]`` (None: B) and the gates to evaluate,
 to a result of B rows, of which those that are not present are undefined."""
 
-_MOST_PIXELS = 32 * 224 * 224
-"""Of a bucket's images. More keep a GPU busy for longer than the host needs for the launches: a graph would bring
+SMALL_PIXELS = 32 * 224 * 224
+"""Of a bucket's images. More keep a GPU busy for longer than the host needs for launches from C++: a graph would bring
 nothing, and would hold the memory of all activations."""
+
+LARGE_PIXELS = 256 * 224 * 224
+"""The same for launches from Python, each of which takes many times as long. Beyond :data:`SMALL_PIXELS` a bucket must
+leave others most of the device's memory."""
 
 # PyTorch's switch for debugging: memory that is allocated piece by piece cannot be had during a capture.
 _CAPTURES = "PYTORCH_NO_CUDA_MEMORY_CACHING" not in os.environ
 
 _CAPTURING = threading.Lock()  # PyTorch allows one capture at a time in a process
+
+
+def activation_bytes(architecture: SkipNetArch, batch: int, dtype: torch.dtype) -> int:
+    """What a forward pass holds at a time, roughly: a block's input, all in between and, if new, its output."""
+    def area(size: tuple[int, int]) -> int:
+        return size[0] * size[1]
+
+    first = architecture.blocks[0]
+    # What the stem's max pool takes is four times as large; what it gives, there is twice.
+    most = first.in_channels * area(first.in_size) * (6 if architecture.stem_pools else 1)
+    for plan in architecture.blocks:
+        inner = area(plan.out_size) + (area(plan.in_size) if plan.kind == "bottleneck" else 0)
+        out = plan.out_channels * area(plan.out_size) if plan.projects else 0  # else it is written in place
+        most = max(most, plan.in_channels * area(plan.in_size) + plan.planes * inner + out)
+    return batch * most * dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -57,12 +76,15 @@ class Graphs:
         device: a CUDA device.
         dtype: of images.
         loading: around a bucket's first pass, which compiles or loads what is new; shows that, for instance.
+        most_pixels: of a bucket's images; larger batches are launched directly.
     """
 
     def __init__(self, architecture: SkipNetArch, device: torch.device, dtype: torch.dtype,
-                 loading: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+                 loading: Callable[[], AbstractContextManager[None]] = nullcontext,
+                 most_pixels: int = SMALL_PIXELS) -> None:
         self._architecture, self._device, self._dtype, self._loading = architecture, device, dtype, loading
-        self._buckets: dict[tuple[int, int, bool], _Bucket] = {}
+        self._most_pixels = most_pixels
+        self._buckets: dict[tuple[int, int, bool], _Bucket | None] = {}  # None: there was not the memory for it
         self._pool = torch.cuda.graph_pool_handle()
         # Of this device (PyTorch's own choice is of the device that captured first), and one for all that share a pool.
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -73,9 +95,10 @@ class Graphs:
     def memory(self) -> int:
         """Bytes of the device's memory that the buckets hold, with what belongs to their pool."""
         with self._lock:
-            if not self._buckets:
+            buckets = [bucket for bucket in self._buckets.values() if bucket is not None]
+            if not buckets:
                 return 0
-            inputs = [tensor for bucket in self._buckets.values()
+            inputs = [tensor for bucket in buckets
                       for tensor in (bucket.images, bucket.forced, bucket.present) if tensor is not None]
             segments = torch.cuda.memory_snapshot(self._pool, include_traces=False)  # type: ignore[no-untyped-call]
         return sum(tensor.nbytes for tensor in inputs) + sum(segment["total_size"] for segment in segments)
@@ -83,13 +106,16 @@ class Graphs:
     def run(self, forward: Forward, images: Tensor, forced: Tensor | None, num_gates: int) -> EnginePass:
         """A batch on the current stream: its bucket replayed, which the first such batch captures, and waits for that.
 
-        Launched directly where a graph would bring nothing, where the caller captures one that shall hold it, and where
-        PyTorch's allocator does not cache.
+        Launched directly where a graph would bring nothing or take too much memory, where the caller captures one that
+        shall hold it, and where PyTorch's allocator does not cache.
         """
+        size = power_of_two(len(images))
         with torch.cuda.device(self._device):
-            if not self._fits(power_of_two(len(images))) or torch.cuda.is_current_stream_capturing():
-                return forward(images, forced, None, num_gates)
-            return self._replayed(forward, images, forced, num_gates)
+            if self._fits(size) and not torch.cuda.is_current_stream_capturing():
+                with self._lock:
+                    if bucket := self._bucket(forward, size, num_gates, forced is not None):
+                        return self._replayed(bucket, images, forced)
+            return forward(images, forced, None, num_gates)
 
     def capture(self, forward: Forward, batches: Iterable[int], num_gates: int, forces: bool) -> None:
         """Capture ahead, the largest first: the smaller ones then find room in its memory."""
@@ -98,26 +124,37 @@ class Graphs:
                 self._bucket(forward, size, num_gates, forces)
 
     def _fits(self, size: int) -> bool:
-        height, width = self._architecture.image_size
-        return _CAPTURES and size * height * width <= _MOST_PIXELS
+        return _CAPTURES and self._pixels(size) <= self._most_pixels
 
-    def _replayed(self, forward: Forward, images: Tensor, forced: Tensor | None, num_gates: int) -> EnginePass:
-        with self._lock:
-            bucket = self._bucket(forward, power_of_two(len(images)), num_gates, forced is not None)
-            stream = torch.cuda.current_stream()
-            stream.wait_event(self._done)
+    def _pixels(self, size: int) -> int:
+        height, width = self._architecture.image_size
+        return size * height * width
+
+    def _affordable(self, size: int) -> bool:
+        """A large bucket's activations, which its graph holds, fit four times into what is free."""
+        if self._pixels(size) <= SMALL_PIXELS:
+            return True
+        free, _ = torch.cuda.mem_get_info(self._device)
+        return 4 * activation_bytes(self._architecture, size, self._dtype) <= free
+
+    def _replayed(self, bucket: _Bucket, images: Tensor, forced: Tensor | None) -> EnginePass:
+        stream = torch.cuda.current_stream()
+        stream.wait_event(self._done)
+        try:
             bucket.images[:len(images)].copy_(images)
             bucket.present.fill_(len(images))
             if forced is not None:
                 assert bucket.forced is not None
                 bucket.forced[:, :len(images)].copy_(forced)
             bucket.graph.replay()
-            result = _copied(bucket.result, len(images))
+            return _copied(bucket.result, len(images))
+        finally:  # whatever has been enqueued, the next replay waits for it, also where there is no memory for results
             self._done.record(stream)
-        return result
 
-    def _bucket(self, forward: Forward, size: int, num_gates: int, forces: bool) -> _Bucket:
+    def _bucket(self, forward: Forward, size: int, num_gates: int, forces: bool) -> _Bucket | None:
         key = size, num_gates, forces
+        if key not in self._buckets and not self._affordable(size):
+            self._buckets[key] = None
         if key not in self._buckets:
             # In a thread of its own: what stays must not belong to what this call is made in, like inference mode, or
             # the warm-up of torch.compile's CUDA graphs, in which all that a thread allocates comes from their pool.

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from skipnet_rt import kernels
 from skipnet_rt.engines.base import Availability, BlockwiseEngine, Decisions, EnginePass, empty_decisions
-from skipnet_rt.engines.cuda_graphs import Graphs
+from skipnet_rt.engines.cuda_graphs import LARGE_PIXELS, Graphs
 from skipnet_rt.engines.tolerances import tf32_asked
 from skipnet_rt.kernels import GateStep, tuning
 from skipnet_rt.kernels.gathered_conv import DTYPES, Configuration, Layer, Workspace, configurations
@@ -152,8 +152,11 @@ class TritonEngine(BlockwiseEngine[Activation, Rows]):
         self._head = _Convolution(PackedConvolution(weight.view(*weight.shape, 1, 1), network.head_bias, 1, 0), (1, 1),
                                   measured)
         self._plans = {(one.layer, one.configuration) for one in self._convolutions}
-        self._graphs = None if INTERPRETED else Graphs(architecture, network.device, network.dtype, compilation_shown)
+        self._graphs = None if INTERPRETED else Graphs(architecture, network.device, network.dtype, compilation_shown,
+                                                       LARGE_PIXELS)
         self._interpreter = threading.Lock()  # it runs one program at a time
+        if not INTERPRETED:
+            torch.cuda.current_stream(network.device).synchronize()  # the weights are there for every stream's calls
 
     @classmethod
     def availability(cls) -> Availability:

@@ -20,15 +20,23 @@ INCLUDED = [ROOT / "csrc" / "cpu", ROOT / "tests" / "build" / "native", *(ROOT /
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")]
 
 
-def build(*flags, x86=True):
-    """The fuzz program with some compiler flags; without ``x86`` the portable code alone."""
-    compiler = ["g++", "-std=c++17", "-g", "-O1", "-fno-omit-frame-pointer", "-pthread", "-DSKIPNET_SOFTWARE_AMX",
-                *(f"-D{name}={value}" for name, value in variants.MACROS if x86), *flags]
-    commands = [[*compiler, "-c", source] for source in SOURCES]
-    commands += variants.commands(compiler, variants.VARIANTS if x86 else variants.VARIANTS[:1])
+def compiler(*flags, x86=True):
+    """With debug information for stacks, not for debuggers."""
+    return ["g++", "-std=c++17", "-g1", "-O1", "-fno-omit-frame-pointer", "-pthread", "-DSKIPNET_SOFTWARE_AMX",
+            *(f"-D{name}={value}" for name, value in variants.MACROS if x86), *flags]
+
+
+def objects(commands):
+    """Compiled files, as many at a time as there are cores."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda command: compiled(command, INCLUDED), commands))
-    return compiled([*compiler, *objects], objects)
+        return list(pool.map(lambda command: compiled(command, INCLUDED), commands))
+
+
+def program(compiler, instruction_sets):
+    """The fuzz, linked with the code for some instruction sets."""
+    common = [[*compiler, "-c", source] for source in SOURCES]
+    files = objects([*common, *variants.commands(compiler, instruction_sets)])
+    return compiled([*compiler, *files], files)
 
 
 def instruction_sets():
@@ -43,12 +51,21 @@ def fuzz(program, *arguments):
     return f"exit status {done.returncode}: {done.stderr[-4000:]}" if done.returncode else ""
 
 
-def test_fuzz_with_address_and_undefined_behaviour_sanitizers():
-    program = build("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    for instruction_set in instruction_sets():
-        assert fuzz(program, "7", "12", instruction_set) == ""
+ADDRESS = compiler("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+
+
+@pytest.mark.parametrize("variant", variants.VARIANTS, ids=lambda variant: variant[0])
+def test_code_for_each_instruction_set_compiles(variant):
+    """By itself: all of them take minutes, which no single test should."""
+    objects(variants.commands(ADDRESS, [variant]))
+
+
+@pytest.mark.parametrize("instruction_set", instruction_sets())
+def test_fuzz_with_address_and_undefined_behaviour_sanitizers(instruction_set):
+    assert fuzz(program(ADDRESS, variants.VARIANTS), "7", "12", instruction_set) == ""
 
 
 def test_fuzz_with_thread_sanitizer():
     """The portable code alone: what threads share is the same for all instruction sets."""
-    assert fuzz(build("-fsanitize=thread", x86=False), "7", "12", "portable") == ""
+    portable = program(compiler("-fsanitize=thread", x86=False), variants.VARIANTS[:1])
+    assert fuzz(portable, "7", "12", "portable") == ""

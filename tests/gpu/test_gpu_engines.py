@@ -1,6 +1,7 @@
 """What holds for every engine on a GPU beyond the conformance suite: graphs, streams, threads and memory."""
 
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 
 import pytest
 import torch
@@ -87,6 +88,30 @@ def test_two_streams_do_not_disturb_each_other(engine, name):
     torch.cuda.synchronize()
     for results, logits in zip(got, expected, strict=True):
         assert all(torch.equal(each, logits) for each in results)
+
+
+@pytest.mark.parametrize("batch", [900, 1024])
+def test_buckets_that_only_launches_from_python_are_worth(engine, batch):
+    """More pixels than 32 images of 224x224 have: the Triton engine captures them, others launch directly."""
+    runtime, images = compiled("bottleneck", engine, torch.float16), images_for("bottleneck", batch)
+    whole = [runtime.infer(images).logits for _ in range(2)]
+    assert torch.equal(whole[0], whole[1])
+    assert torch.equal(whole[0][:5], runtime.infer(images[:5]).logits)
+    assert torch.equal(whole[0][-3:], runtime.infer(images[-3:]).logits)
+
+
+def test_a_runtime_serves_other_streams_than_the_one_it_was_made_on(engine):
+    images = images_for("bottleneck", 3)
+    model = deepcopy(small_model("bottleneck")).cuda()  # or weights were copied from the host, which waits
+    expected = srt.compile(model, engine=engine, dtype=torch.float16).infer(images).logits
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(10**8)
+        runtime = srt.compile(model, engine=engine, dtype=torch.float16)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        logits = runtime.infer(images).logits
+    torch.cuda.synchronize()
+    assert torch.equal(logits, expected)
 
 
 def test_two_threads_with_streams_of_their_own(engine):

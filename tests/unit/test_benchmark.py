@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+import gc
+import importlib.util
 import json
 import re
 import subprocess
 import sys
+import tarfile
+import threading
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -20,6 +26,8 @@ from skipnet_rt.cli.console import out as console
 from skipnet_rt.measure import clock
 from skipnet_rt.measure.baselines import (
     BASELINES,
+    CUDA_GRAPH,
+    CUDA_GRAPH_BENCHMARK,
     MASKED,
     PYTORCH,
     PYTORCH_CHANNELS_LAST,
@@ -32,6 +40,8 @@ from skipnet_rt.measure.benchmark import (
     BenchmarkError,
     EngineResult,
     benchmark,
+    in_turn,
+    random_network,
     random_routing,
     supporting_engines,
 )
@@ -69,6 +79,63 @@ def test_routes_differ_between_images_and_repeat_with_the_seed():
     assert len(routing.unique(dim=0)) == 20
     assert torch.equal(routing, random_routing(architecture, 20, 0.5, seed=3))
     assert not torch.equal(routing, random_routing(architecture, 20, 0.5, seed=4))
+
+
+@pytest.mark.parametrize("name", ["cifar10_rnn_gate_110", "imagenet_rnn_gate_101"])
+def test_a_networks_activations_stay_in_the_range_of_float16(name):
+    """Also with every block executed, and of every layer: what overflows would be timed computing with NaN."""
+    torch.manual_seed(0)
+    model, largest = random_network(name), 0.0
+
+    def seen(_, __, output):
+        nonlocal largest
+        if isinstance(output, torch.Tensor):
+            largest = max(largest, output.abs().max().item())
+
+    for module in model.modules():
+        module.register_forward_hook(seen)
+    images = torch.randn(1, 3, *model.arch.image_size)
+    with torch.no_grad():
+        x = model.features(images)
+        for plan in model.arch.blocks:
+            x = torch.relu(model.block(plan).residual(x) + model.block(plan).shortcut(x))
+            largest = max(largest, x.max().item())
+        model(images)
+    assert 1 < x.max().item() <= largest < 100
+    fresh = srt.build(name).eval()
+    assert sum(value.numel() for value in fresh.parameters()) == sum(value.numel() for value in model.parameters())
+
+
+def test_a_random_networks_gates_differ_in_what_they_decide():
+    torch.manual_seed(0)
+    model = random_network("cifar10_rnn_gate_38")
+    executed = srt.compile(model, "eager").infer(torch.randn(8, 3, 32, 32)).executed.double().mean().item()
+    assert 0.05 < executed < 0.95
+
+
+def test_arguments_take_turns():
+    seen = []
+    call = in_turn(lambda *arguments: seen.append(arguments), [(1, 2), (3,), ()])
+    for _ in range(4):
+        call()
+    assert seen == [(1, 2), (3,), (), (1, 2)]
+
+
+def test_routes_vary_from_call_to_call(monkeypatch):
+    """All that there are are timed, though every other call is not; the share is the mean of all."""
+    model, routes = small_model("rnn"), []
+    infer = srt.SkipNetRuntime.infer
+    monkeypatch.setattr(srt.SkipNetRuntime, "infer",
+                        lambda self, images, routing: routes.append(routing) or infer(self, images, routing))
+    monkeypatch.setattr(clock, "MIN_ROUNDS", 7)
+    measured = benchmark(model, engines=["eager"], batches=[2], fractions=[0.5], baselines=None, seconds=0, routes=7)
+    expected = random_routing(model.arch, 14, 0.5).split(2)
+    assert len(routes) == 1 + 2 * 7
+    assert all(torch.equal(route, expected[call % 7]) for call, route in enumerate(routes))
+    assert {call % 7 for call in range(2, 15, 2)} == set(range(7))
+    counts = count_operations(model.arch)
+    assert measured.results[0].engines[0].multiply_adds_share == pytest.approx(
+        counts.per_image(torch.cat(expected))[0].double().mean().item() / counts.dense.multiply_adds)
 
 
 # The figure of merit -------------------------------------------------------------------------------------------------
@@ -117,6 +184,38 @@ def test_a_baseline_runs_the_dense_network(baseline, dtype):
     expected = dense_logits(model, images)
     assert relative_error(logits[0], expected) < ERROR[dtype]
     assert relative_error(logits[1], expected.flip(0)) < ERROR[dtype]
+
+
+@pytest.mark.parametrize(("baseline", "chosen"), [(CUDA_GRAPH, False), (CUDA_GRAPH_BENCHMARK, True)])
+@pytest.mark.parametrize("before", [False, True])
+def test_a_graph_is_captured_with_algorithms_of_its_own(monkeypatch, baseline, chosen, before):
+    """PyTorch keeps cuDNN's answers by thread: so it is another one, and there for as long as what it has loaded."""
+    seen = []
+
+    class Graph:
+        def replay(self):
+            seen.append("replay")
+
+    compute = DenseNetwork.forward
+    monkeypatch.setattr(DenseNetwork, "forward", lambda self, images: seen.append(
+        (threading.current_thread(), torch.backends.cudnn.benchmark)) or compute(self, images))
+    for name, value in {"CUDAGraph": Graph, "graph": lambda graph: nullcontext(), "set_device": lambda device: None,
+                        "synchronize": lambda device: None}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
+    images = small_images("rnn", 2)
+    call = baseline.build(small_model("rnn"), images, torch.float32)
+    assert torch.backends.cudnn.benchmark == before
+    assert {switch for _, switch in seen} == {chosen}
+    (thread,) = {thread for thread, _ in seen}
+    assert thread is not threading.current_thread()
+    assert relative_error(call(images), dense_logits(small_model("rnn"), images)) < ERROR[torch.float32]
+    assert seen[4:] == ["replay"]  # three calls to choose, one to capture
+    assert thread.is_alive()
+    del call
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("case", ["rnn", "bottleneck", "imagenet-reinforced", "feedforward2"])
@@ -279,6 +378,160 @@ def test_without_a_gpu_it_fails_with_one_line(tmp_path):
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(r"device 'cuda' cannot be used here: .*\n", done.stderr)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The script as a module, with the CPU as its device."""
+    spec = importlib.util.spec_from_file_location("gpu_script", GPU_SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "DEVICE", "cpu")
+    monkeypatch.setattr(module, "timed", lambda calls, seconds, per=1: time_interleaved(calls, seconds=0, per=per))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # which a ceiling sets, as it does the switch
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    return module
+
+
+def arguments_for(tmp_path, part, **options):
+    return argparse.Namespace(**{
+        "part": part, "arch": SMALL["rnn"], "dtype": "float32", "batch": 2, "seconds": 0.0, "without": [],
+        "output": tmp_path, "cudnn_benchmark": False, **options})
+
+
+def quick(monkeypatch, gpu, compiled):
+    """Baselines that run here, and something in place of torch.compile."""
+    monkeypatch.setattr(gpu, "CUDA_GRAPH", Baseline("graph", (), (torch.float32,), PYTORCH.build))
+    monkeypatch.setattr(gpu, "CUDA_GRAPH_BENCHMARK", Baseline("graph, cudnn.benchmark", (), (torch.float32,),
+                                                              PYTORCH.build))
+    monkeypatch.setattr(gpu, "TORCH_COMPILE", Baseline("torch.compile", (), (torch.float32,), compiled))
+
+
+@pytest.mark.parametrize(("chosen", "names"), [
+    (False, ["graph", "PyTorch channels-last", "PyTorch", "torch.compile"]),
+    (True, ["graph, cudnn.benchmark", "PyTorch channels-last, cudnn.benchmark", "PyTorch, cudnn.benchmark",
+            "torch.compile, cudnn.benchmark"])])
+def test_a_ceiling_has_every_dense_engine(gpu, monkeypatch, tmp_path, chosen, names):
+    switched = []
+
+    def compiled(*arguments):
+        switched.append(torch.backends.cudnn.benchmark)
+        return PYTORCH.build(*arguments)
+
+    quick(monkeypatch, gpu, compiled)
+    measured = gpu.ceiling(arguments_for(tmp_path, "ceiling", cudnn_benchmark=chosen))
+    assert list(measured["baselines"]) == names
+    assert measured["left_out"] == {}
+    assert switched == [chosen]
+
+
+@pytest.mark.parametrize(("error", "why"), [(KeyboardInterrupt(), "not finished"),
+                                            (RuntimeError("too deep\nto say"), "RuntimeError: too deep")])
+def test_a_ceiling_that_is_interrupted_keeps_what_it_has_and_says_what_it_lacks(gpu, monkeypatch, tmp_path, error, why):
+    """torch.compile takes minutes, and may fail: neither costs the other engines, nor goes unnoticed."""
+    def compiled(model, images, dtype):
+        raise error
+
+    quick(monkeypatch, gpu, compiled)
+    arguments = arguments_for(tmp_path, "ceiling")
+    monkeypatch.setattr(gpu, "usable_device", torch.device)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda self: arguments)
+    with pytest.raises((KeyboardInterrupt, SystemExit)) as stopped:
+        gpu.main()
+    assert stopped.type is KeyboardInterrupt or stopped.value.code == f"not measured: torch.compile ({why})"
+    times, lacking = gpu.kept_ceiling(arguments_for(tmp_path, "compare"))
+    assert list(times) == ["graph", "PyTorch channels-last", "PyTorch"]
+    assert lacking == {"torch.compile": why,
+                       "everything with cudnn.benchmark": "the part 'ceiling' has not run"}
+
+
+def test_a_comparison_goes_by_the_ceiling_that_was_kept(gpu, monkeypatch, tmp_path, capsys):
+    arguments = arguments_for(tmp_path, "compare", without=[
+        baseline.name for baseline in BASELINES if baseline not in QUICK])
+    kept = {"baselines": {"torch.compile": {"median": 1e-6, "p20": 1e-6, "p80": 1e-6}}, "left_out": {}}
+    gpu.path_of(arguments, "ceiling").write_text(json.dumps(kept | {"part": "ceiling"}))
+    measured = gpu.compare(arguments)
+    assert measured["ceiling"] == {"name": "torch.compile", "milliseconds": 1e-6, "lacking": {
+        "everything with cudnn.benchmark": "the part 'ceiling' has not run"}}
+    for each in measured["results"][0]["engines"]:
+        assert each["share_of_kept_ceiling"] == pytest.approx(
+            each["multiply_adds_share"] * 1e-6 / each["time"]["median"])
+    gpu.write(arguments, measured)
+    gpu.table(tmp_path)
+    shown = capsys.readouterr().out
+    assert "ceiling: torch.compile, 0.0 us" in shown
+    assert "NOT MEASURED: everything with cudnn.benchmark" in shown
+    assert "   0% of the ceiling" in shown
+    gpu.path_of(arguments, "ceiling").unlink()
+    measured = gpu.compare(arguments)
+    assert measured["ceiling"]["name"] == "PyTorch"  # never the masked one
+    assert len(measured["ceiling"]["lacking"]) == 2
+
+
+def test_free_routing_stands_beside_the_same_decisions_forced(gpu, monkeypatch, tmp_path):
+    routed = []
+    infer = srt.SkipNetRuntime.infer
+
+    def noted(self, images, routing=None):
+        result = infer(self, images, routing)
+        routed.append((self.engine.name, routing is None, images, result.executed))
+        return result
+
+    monkeypatch.setattr(srt.SkipNetRuntime, "infer", noted)
+    measured = gpu.routing(arguments_for(tmp_path, "routing"))
+    assert {"cpu", "eager"} <= set(measured["engines"])
+    assert all(each["executed"] > 0 and "microseconds_that_forcing_adds" in each
+               for each in measured["engines"].values())
+    for engine in measured["engines"]:
+        free, forced = ([(images, executed) for name, decides, images, executed in routed[7:]
+                         if (name, decides) == (engine, kind)][-4:] for kind in (True, False))
+        assert len({id(images) for images, _ in free}) == 4  # another batch with every call
+        for (images, executed), (again, told) in zip(free, forced, strict=True):
+            assert images is again
+            assert torch.equal(executed, told)
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Runs gpu.sh with a Python that notes what it is asked for, and fails where this says so."""
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python3"
+    python.write_text("""#!/bin/bash
+[ "$1" != benchmarks/gpu.py ] || echo "$*" >>"$NOTES"
+[ "$2" != table ] || ls "$3.tar.gz"
+case "$*" in $FAILS) echo "no such luck"; exit 3 ;; esac
+""")
+    python.chmod(0o755)
+
+    def run(*parts, fails="nothing at all"):
+        environment = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "NOTES": str(tmp_path / "notes"), "FAILS": fails}
+        done = subprocess.run(["bash", GPU_SCRIPT.with_suffix(".sh"), tmp_path / "out", *parts], capture_output=True,
+                              text=True, check=False, env=environment)
+        return done, [line.split()[1:] for line in (tmp_path / "notes").read_text().splitlines()]
+    return run
+
+
+def test_the_script_leaves_one_archive(script, tmp_path):
+    """Already when the first part is over, and whatever fails."""
+    done, _ = script("nothing")
+    assert done.returncode == 1
+    assert "nothing: FAILED" in done.stdout
+    assert (tmp_path / "out" / "table.txt").read_text() == f"{tmp_path}/out.tar.gz\n"
+    with tarfile.open(tmp_path / "out.tar.gz") as archive:
+        assert set(archive.getnames()) == {"out", *(f"out/{name}" for name in (
+            "nothing.log", "machine.log", "table.txt"))}
+
+
+@pytest.mark.parametrize("fails", ["", "*--cudnn-benchmark*", "*ceiling*--seconds?3"])
+def test_ceilings_are_two_processes_and_comparisons_leave_out_what_compiles_for_minutes(script, fails):
+    done, calls = script("ceiling-8", "compare-8", fails=fails)
+    asked = [call[call.index("--output") + 2:] for call in calls if call[0] != "table"]
+    assert asked == [["ceiling", "--batch", "8", "--seconds", "3", "--cudnn-benchmark"],
+                     ["ceiling", "--batch", "8", "--seconds", "3"],
+                     ["compare", "--batch", "8", "--seconds", "3", "--without", "torch.compile"]]
+    assert done.returncode == bool(fails)
+    assert ("ceiling-8: FAILED" in done.stdout) == ("no such luck" in done.stdout) == bool(fails)
+    assert "compare-8: done" in done.stdout
 
 
 def test_the_table_prints_whatever_there_is(tmp_path):
