@@ -16,15 +16,15 @@ namespace skipnet {
 
 SKIPNET_HD inline float sigmoid(float z) { return 1.0f / (1.0f + expf(-z)); }
 
-// Exactly 0.5 skips, and so does NaN.
-SKIPNET_HD inline bool executes(float probability) { return probability > 0.5f; }
-
 // Of two neighbouring floats the lower one: a logit has to be above it for `sigmoid`, rounded at every step, to come
 // out above 0.5. 1 + exp(-z) is below 2 from there on.
 constexpr float kSkippedLogit = 0x1.8p-24f;
 
 // executes(sigmoid(logit)), without the sigmoid.
 SKIPNET_HD inline bool executes_logit(float logit) { return logit > kSkippedLogit; }
+
+// Exactly 0.5 skips, and so does NaN.
+SKIPNET_HD inline bool executes(float probability) { return probability > 0.5f; }
 
 // sum_k weight[k] * x[k] + start, in ascending k: the order is part of an image's result.
 SKIPNET_HD inline float dot(const float* weight, const float* x, int size, float start) {

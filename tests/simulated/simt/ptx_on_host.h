@@ -57,15 +57,15 @@ unsigned pack(float low, float high) {
     return from_float<Element>(low).bits | static_cast<unsigned>(from_float<Element>(high).bits) << 16;
 }
 
+inline unsigned round_to_tf32(unsigned x) {
+    if (std::isnan(__uint_as_float(x))) return 0x7fffe000;
+    return (x + 0x1000) & ~0x1fffu;  // the fraction's carry moves into the exponent by itself; infinities stay
+}
+
 template <typename Element>
 unsigned pack_relu(float low, float high) {
     const auto relu = [](float x) { return x > 0.0f || std::isnan(x) ? x : 0.0f; };
     return pack<Element>(relu(low), relu(high));
-}
-
-inline unsigned round_to_tf32(unsigned x) {
-    if (std::isnan(__uint_as_float(x))) return 0x7fffe000;
-    return (x + 0x1000) & ~0x1fffu;  // the fraction's carry moves into the exponent by itself; infinities stay
 }
 
 // ---- functions in a few instructions
