@@ -16,6 +16,13 @@ namespace skipnet {
 
 SKIPNET_HD inline float sigmoid(float z) { return 1.0f / (1.0f + expf(-z)); }
 
+// Of two neighbouring floats the lower one: a logit has to be above it for `sigmoid`, rounded at every step, to come
+// out above 0.5. 1 + exp(-z) is below 2 from there on.
+constexpr float kSkippedLogit = 0x1.8p-24f;
+
+// executes(sigmoid(logit)), without the sigmoid.
+SKIPNET_HD inline bool executes_logit(float logit) { return logit > kSkippedLogit; }
+
 // Exactly 0.5 skips, and so does NaN.
 SKIPNET_HD inline bool executes(float probability) { return probability > 0.5f; }
 

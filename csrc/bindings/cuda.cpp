@@ -64,7 +64,7 @@ public:
               " bytes and ", needed.floats, " floats, got ", bytes, " and ", count);
         device_ = device;
         const cuda::CurrentDevice current(device_);
-        limits_ = cuda::resident_device(network_);
+        limits_ = cuda::place_resident(network_);
     }
 
     cuda::ResidentPlan plan(int batch) const { return cuda::plan_resident(network_, batch, limits_); }

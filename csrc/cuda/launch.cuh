@@ -18,6 +18,7 @@ struct Grid {
     dim3 blocks, threads;
     std::size_t shared = 0;  // bytes of dynamic shared memory
     int cluster = 1;         // thread blocks in a cluster, along x
+    bool allowed = false;    // allow_shared_memory has been called: the launch leaves the kernel's limit alone
 };
 
 inline void check_cuda(cudaError_t status, const char* what) {
@@ -27,7 +28,7 @@ inline void check_cuda(cudaError_t status, const char* what) {
 // kernel(arguments...) on the stream of the current device.
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, Stream stream, Arguments... arguments) {
-    if (grid.shared > 48 * 1024)
+    if (grid.shared > 48 * 1024 && !grid.allowed)
         check_cuda(
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared)),
             name);
@@ -57,6 +58,15 @@ inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessor
 // Bytes that a thread block can have.
 inline int shared_memory_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
+// Lets a kernel's launches take all the shared memory that the current device gives a thread block, and loads the
+// kernel. Once, outside of launches: a limit set by a launch would fall with a smaller one, below what another launch
+// in the same captured graph takes; and a kernel loaded by its first launch may be loaded inside a capture.
+template <typename... Parameters>
+void allow_shared_memory(void (*kernel)(Parameters...)) {
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_memory_limit()),
+               "cudaFuncSetAttribute");
+}
+
 // How many of a kernel's thread blocks a multiprocessor holds at a time.
 template <typename... Parameters>
 int resident_blocks(void (*kernel)(Parameters...), int threads, std::size_t shared) {
@@ -67,29 +77,6 @@ int resident_blocks(void (*kernel)(Parameters...), int threads, std::size_t shar
     check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared),
                "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
     return blocks;
-}
-
-// How many clusters of a kernel's thread blocks a device holds; none where it, or the code it runs, knows no clusters.
-template <typename... Parameters>
-int resident_clusters(void (*kernel)(Parameters...), int threads, std::size_t shared, int cluster) {
-    cudaFuncAttributes compiled;
-    check_cuda(cudaFuncGetAttributes(&compiled, kernel), "cudaFuncGetAttributes");
-    if (compiled.ptxVersion < 90 || !device_attribute(cudaDevAttrClusterLaunch)) return 0;
-    if (shared > 48 * 1024)
-        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
-                   "cudaFuncSetAttribute");
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-    cudaLaunchConfig_t config{};
-    config.gridDim = static_cast<unsigned>(cluster);
-    config.blockDim = static_cast<unsigned>(threads);
-    config.dynamicSmemBytes = shared;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    int clusters;
-    check_cuda(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "cudaOccupancyMaxActiveClusters");
-    return clusters;
 }
 
 }  // namespace skipnet::cuda

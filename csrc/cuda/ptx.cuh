@@ -52,6 +52,22 @@ __device__ inline unsigned pack<Bfloat16>(float low, float high) {
     return y;
 }
 
+// The same of max(0, low) and max(0, high), but NaN stays NaN; without an instruction of its own.
+template <typename Element>
+__device__ unsigned pack_relu(float low, float high);
+template <>
+__device__ inline unsigned pack_relu<Half>(float low, float high) {
+    unsigned y;
+    asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+template <>
+__device__ inline unsigned pack_relu<Bfloat16>(float low, float high) {
+    unsigned y;
+    asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+
 // Rounds to nearest even.
 template <typename Element>
 __device__ Element from_float(float x) {
@@ -92,6 +108,19 @@ __device__ inline unsigned greater<float>(unsigned a, unsigned b) {
 __device__ inline unsigned round_to_tf32(unsigned x) {
     unsigned y;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(__uint_as_float(x)));
+    return y;
+}
+
+// ---- functions that are a few instructions without a branch; their last two bits may be wrong
+
+__device__ inline float fast_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ inline float fast_reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 

@@ -8,8 +8,8 @@
 // weights stream from L2 without a stop, half a convolution or more ahead, past gates and barriers, without taking
 // shared memory; where a block turns out to be skipped, what came for it is dropped. Why so: docs/cuda-design.md.
 //
-// For a small batch a cluster of thread blocks takes an image (kClustered): each holds all of its planes and computes a
-// part of the regions, whose results it writes to all of them; gates are computed by each. Not a bit differs.
+// Or a cluster of thread blocks takes an image (kClustered): each holds all of its planes and computes a part of the
+// regions, whose results it writes to all of them; gates are computed by each. Not a bit differs. No plan chooses it.
 //
 // An output is the sum over channels (chunks of 16), columns and rows of the kernel, in this order, whatever the batch.
 //
@@ -17,6 +17,7 @@
 #include "resident.h"
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../check.h"
 #include "../gate.h"
@@ -28,11 +29,11 @@ namespace skipnet::cuda {
 namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kMaxImages = 4;  // of a thread block; the mask of those that execute has a bit for each
+constexpr int kMaxImages = 4;  // of a thread block; their decisions are a word
 constexpr int kStrip = 8;      // columns of a region
 constexpr int kChunk = 16;     // input channels that a tensor core sums over, and output channels of a warp
 constexpr int kLine = 128;     // bytes: planes begin at multiples
-constexpr int kZeros = 0;      // where in shared memory 16 bytes of zeros lie, for pixels outside of a plane
+constexpr int kZeros = 0;      // where in shared memory a line of zeros lies, for pixels outside of a plane
 constexpr unsigned kAllLanes = ~0u;
 
 template <typename Element>
@@ -66,6 +67,8 @@ struct SharedLayout {
     int sums;        // [images, regions, channels]: of each region's pixels
     int sums_of;     // bytes of an image's
     int pooled;      // [images, channels]
+    int decisions;   // [gates, kMaxImages]: whether an image executes the block after a gate
+    int logits;      // [gates, kMaxImages]
     int images;      // [images, image]: their planes
     int image;
     int total;
@@ -74,9 +77,8 @@ struct SharedLayout {
 
 // At the start of shared memory.
 struct Control {
-    uint4 zeros;
-    int first;                              // image that the thread block takes next
-    unsigned char executes[2][kMaxImages];  // of the images at hand; gates take turns
+    uint4 zeros[kLine / 16];
+    int first;  // image that the thread block takes next
 };
 
 SKIPNET_HD int lstm_floats(const ResidentNetwork& network) {
@@ -85,6 +87,12 @@ SKIPNET_HD int lstm_floats(const ResidentNetwork& network) {
 }
 SKIPNET_HD int embedding_floats(const ResidentNetwork& network, int stage) {
     return rounded_up(network.embed * stage_channels(stage) + network.embed, 4);
+}
+
+SKIPNET_HD int blocks_of(const ResidentNetwork& network) {
+    int blocks = 0;
+    for (int stage = 0; stage < network.stages; ++stage) blocks += network.stage[stage].blocks;
+    return blocks;
 }
 
 SharedLayout shared_layout(const ResidentNetwork& network, int images) {
@@ -109,6 +117,8 @@ SharedLayout shared_layout(const ResidentNetwork& network, int images) {
     layout.sums_of = rounded_up(most_sums * 4, kLine);
     layout.sums = place(images * layout.sums_of);
     layout.pooled = place(images * channels * 4);
+    layout.decisions = place(network.embed ? blocks_of(network) * kMaxImages : 0);
+    layout.logits = place(network.embed ? blocks_of(network) * kMaxImages * 4 : 0);
     // A stage's two planes never lie where the activation of the stage before lies. The second stage's x is last, so
     // that the third stage's planes, which are no larger, fit before it.
     const int second = planes[0] + 2 * planes[1], third = planes[1] + 2 * planes[2];
@@ -160,12 +170,10 @@ struct Planes {
 template <int kChannels>
 __device__ inline int byte_of(int row, int column, int pitch, int eighth) {
     constexpr int kPixelsOfLine = kLine / (2 * kChannels);
-    const int swizzled = eighth ^ (column / kPixelsOfLine & (kChannels / 8 - 1));
+    // Not / and then &: the columns left of a plane shall follow the same pattern.
+    const int swizzled = eighth ^ (column & (kChannels / 8 - 1) * kPixelsOfLine) / kPixelsOfLine;
     return (row * pitch + column) * 2 * kChannels + swizzled * 16;
 }
-
-// NaN stays NaN.
-__device__ inline float relu(float x) { return x < 0.0f ? 0.0f : x; }
 
 // A thread block on its way through the network.
 template <typename Element, bool kClustered>
@@ -180,8 +188,9 @@ struct ForwardPass {
     unsigned executing = 0;            // a bit for each of them: it runs the next block
     int index = 0;                     // of the gate that is next
     int blocks = 0;                    // of the network
-    float features[2] = {};            // warp i has image i's pooled activation, channels lane and lane + 32
-    float hidden = 0.0f, cell = 0.0f;  // and its LSTM state, a unit a lane
+    float features[2] = {};            // warp i has image i's pooled activation, channels lane and lane + 32; of 16
+                                       // channels two lanes have a part each
+    float hidden = 0.0f, cell = 0.0f;  // and its LSTM state, a unit a lane; three lanes have it where rnn_gate says so
 
     __device__ int blocks_of_image() const { return kClustered ? cluster_size() : 1; }
     // To all thread blocks that share the image.
@@ -200,6 +209,14 @@ struct ForwardPass {
     __device__ Control& control() const { return *reinterpret_cast<Control*>(shared + kZeros); }
     __device__ unsigned char* image(int i) const { return shared + layout.images + i * layout.image; }
     __device__ float* sums(int i) const { return reinterpret_cast<float*>(shared + layout.sums + i * layout.sums_of); }
+    __device__ bool* decisions(int gate) const {
+        return reinterpret_cast<bool*>(shared + layout.decisions) + gate * kMaxImages;
+    }
+    __device__ float* logits(int gate) const {
+        return reinterpret_cast<float*>(shared + layout.logits) + gate * kMaxImages;
+    }
+    // The last block's gate decides nothing that a caller could force.
+    __device__ bool is_forced(int gate) const { return call.forced && gate < blocks - 1; }
     __device__ float* embedding_place(int gate) const {
         return reinterpret_cast<float*>(shared + layout.embeddings + gate % 2 * layout.embedding);
     }
@@ -211,17 +228,23 @@ struct ForwardPass {
     template <int kStage>
     __device__ void enter_stage();
     template <int kStage>
-    __device__ void gate_step(bool enters);
-    template <int kStage>
+    __device__ void gate_step(int block);
+    template <int kStage, int kSize>
     __device__ float rnn_gate(int i, bool changed);
     __device__ unsigned compact(int gate) const;
+    __device__ void stage_forced_decisions();
+    __device__ void write_decisions() const;
     __device__ void head();
 
-    __device__ void fetch_embedding(int gate);
-    __device__ float pooled(int stage, int i, int channel) const;
+    template <int kStage>
+    __device__ void fetch_embedding(int gate, int block);
+    __device__ float pooled(int stage, int i, int channel, int begin = 0, int step = 1) const;
     template <int kIn, int kOut, int kStride, int kKernel>
     __device__ void convolve(Weights<kIn, kKernel * kKernel>& weights, const uint4* next, unsigned images,
                              const Planes& planes, const float* bias, bool closes);
+    template <int kOut, int kPairs, bool kProjects, bool kWhole, bool kCloses>
+    __device__ void finish_region(const float (&sum)[kPairs][2][4], const float (&biases)[2][2], int i, int row0,
+                                  int column0, int region, const Planes& planes);
 };
 
 // relu(convolution + bias) for the images of a mask. One that `closes` a block adds what stands in its output's plane;
@@ -236,18 +259,21 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(Weigh
     constexpr int kTiles = kOut / kChunk, kWorkers = kWarps / kTiles;  // warps that share 16 output channels
     constexpr int kRows = region_rows(kOut), kPairs = kRows / 2;
     constexpr int kStep = kProjects ? kStride : 1;  // between the input's rows that are read
-    constexpr int kSources = kProjects ? kRows : kStride * (kRows - 1) + kKernel;
+    // Rows p and p + kPairs of the output are one product's; so are the rows that they come from, kApart from each
+    // other.
+    constexpr int kApart = kStride * kPairs, kNext = kProjects ? 1 : kStride;
+    constexpr int kSources = kNext * (kPairs - 1) + kKernel;
     static_assert(kTiles * kWorkers == kWarps && kRows % 2 == 0 && (kKernel == 1 || kKernel == 3));
 
     const int tile = warp % kTiles;
     const int worker = warp / kTiles * blocks_of_image() + rank, workers = kWorkers * blocks_of_image();
     const int strips = quotient_up(planes.width, kStrip);
     const int regions = quotient_up(planes.height, kRows) * strips;
-    const int from_pitch = rounded_up(planes.from_width, kStrip), pitch = strips * kStrip;
-    const int pair = lane % 4 * 2;
+    const int from_pitch = rounded_up(planes.from_width, kStrip);
+    const bool whole = planes.height % kRows == 0 && planes.width % kStrip == 0;  // regions have no pixel outside
     float biases[2][2];
 #pragma unroll
-    for (int n = 0; n < 4; ++n) biases[n / 2][n % 2] = bias[tile * kChunk + n / 2 * 8 + pair + n % 2];
+    for (int n = 0; n < 4; ++n) biases[n / 2][n % 2] = bias[tile * kChunk + n / 2 * 8 + lane % 4 * 2 + n % 2];
 
     unsigned left = images;
     int region = worker;
@@ -267,22 +293,20 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(Weigh
         for (int chunk = 0; chunk < Weights<kIn, kKernel * kKernel>::kChunks; ++chunk) {
 #pragma unroll
             for (int dx = 0; dx < kKernel; ++dx) {
-                // ldmatrix: lanes 0-7 and 8-15 give eight pixels of a row and of the next, the others their upper
-                // 8 channels.
-                unsigned rows[kSources][2];
+                // ldmatrix: lanes 0-7 and 8-15 give eight pixels of a row and of its partner, the others their upper
+                // 8 channels. What comes is a product's operand as it is, in registers side by side.
+                unsigned rows[kSources][4];
                 const int column = kStride * (column0 + lane % 8) + dx - kKernel / 2;
                 const bool column_inside = static_cast<unsigned>(column) < static_cast<unsigned>(planes.from_width);
-                const int begin = kStride * row0 - kKernel / 2, offset = lane / 8 % 2;
+                const int begin = kStride * row0 - kKernel / 2 + lane / 8 % 2 * kApart;
 #pragma unroll
-                for (int s = 0; s < kSources; s += 2) {
-                    const int row = begin + (s + offset) * kStep;
+                for (int s = 0; s < kSources; ++s) {
+                    const int row = begin + s * kStep;
                     const bool inside =
                         column_inside & (static_cast<unsigned>(row) < static_cast<unsigned>(planes.from_height));
                     const int byte = byte_of<kIn>(row, column, from_pitch, lane / 16) ^ chunk * 32;
-                    unsigned four[4];
-                    ldmatrix_x4(shared + (inside ? from + byte : kZeros), four);
-                    rows[s][0] = four[0], rows[s][1] = four[2];
-                    if (s + 1 < kSources) rows[s + 1][0] = four[1], rows[s + 1][1] = four[3];
+                    // Outside of the plane zeros, of the same banks: eight pixels still come from all of them.
+                    ldmatrix_x4(shared + (inside ? from + byte : kZeros + (byte & (kLine - 16))), rows[s]);
                 }
 #pragma unroll
                 for (int dy = 0; dy < kKernel; ++dy) {
@@ -291,12 +315,8 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(Weigh
                     const unsigned b[2][2] = {{weight.x, weight.y}, {weight.z, weight.w}};
 #pragma unroll
                     for (int p = 0; p < kPairs; ++p) {
-                        constexpr int kFirst = kProjects ? 1 : kStride;
-                        const unsigned (&upper)[2] = rows[kFirst * 2 * p + dy];
-                        const unsigned (&lower)[2] = rows[kFirst * (2 * p + 1) + dy];
-                        const unsigned a[4] = {upper[0], lower[0], upper[1], lower[1]};
-                        mma_m16n8k16<Element>(sum[p][0], a, b[0]);
-                        mma_m16n8k16<Element>(sum[p][1], a, b[1]);
+                        mma_m16n8k16<Element>(sum[p][0], rows[kNext * p + dy], b[0]);
+                        mma_m16n8k16<Element>(sum[p][1], rows[kNext * p + dy], b[1]);
                     }
                     weights.load(next, chunk, tap, refill);
                 }
@@ -304,39 +324,68 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(Weigh
             __syncwarp();  // keeps these loads here, among the products
         }
 
-        unsigned char* to = image(i) + planes.to;
-        const int column = column0 + lane / 4;
-        float totals[2][2] = {};
-#pragma unroll
-        for (int n = 0; n < 2; ++n)
-#pragma unroll
-            for (int p = 0; p < kPairs; ++p)
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const int row = row0 + 2 * p + half;
-                    if (row >= planes.height || column >= planes.width) continue;
-                    auto* both = reinterpret_cast<unsigned*>(to + byte_of<kOut>(row, column, pitch, tile * 2 + n) +
-                                                             lane % 4 * 4);
-                    float low = sum[p][n][2 * half] + biases[n][0], high = sum[p][n][2 * half + 1] + biases[n][1];
-                    if (closes) low += low_of<Element>(*both), high += high_of<Element>(*both);
-                    if (!kProjects) low = relu(low), high = relu(high);
-                    const unsigned rounded = pack<Element>(low, high);
-                    broadcast(both, rounded);
-                    totals[n][0] += low_of<Element>(rounded);
-                    totals[n][1] += high_of<Element>(rounded);
-                }
-        if (kProjects || closes) {
-#pragma unroll
-            for (int n = 0; n < 2; ++n)
-#pragma unroll
-                for (int which = 0; which < 2; ++which) {
-                    float& total = totals[n][which];
-                    for (int lanes = 4; lanes < 32; lanes *= 2) total += __shfl_xor_sync(kAllLanes, total, lanes);
-                    if (lane < 4) broadcast(sums(i) + region * kOut + tile * kChunk + n * 8 + pair + which, total);
-                }
-        }
+        // Four codes for what follows the products, so that none has a branch of its own.
+        const auto finish = [&](auto whole_plane, auto closes_block) {
+            finish_region<kOut, kPairs, kProjects, whole_plane.value, closes_block.value>(sum, biases, i, row0, column0,
+                                                                                          region, planes);
+        };
+        using Yes = std::true_type;
+        using No = std::false_type;
+        if (kProjects || !closes)
+            whole ? finish(Yes(), No()) : finish(No(), No());
+        else
+            whole ? finish(Yes(), Yes()) : finish(No(), Yes());
         left = left_after;
         region = image_done ? worker : region_after;
+    }
+}
+
+// What follows a region's products: bias, what stands in the place if it closes a block, ReLU but for a projection, and
+// the region's sums where they are pooled. All that has to be loaded is loaded first.
+template <typename Element, bool kClustered>
+template <int kOut, int kPairs, bool kProjects, bool kWhole, bool kCloses>
+__device__ __forceinline__ void ForwardPass<Element, kClustered>::finish_region(const float (&sum)[kPairs][2][4],
+                                                                                const float (&biases)[2][2], int i,
+                                                                                int row0, int column0, int region,
+                                                                                const Planes& planes) {
+    constexpr int kRows = 2 * kPairs;
+    const int tile = warp % (kOut / kChunk), pitch = rounded_up(planes.width, kStrip), line = pitch * 2 * kOut;
+    const int column = column0 + lane / 4;
+    const auto inside = [&](int row) { return kWhole || (row0 + row < planes.height && column < planes.width); };
+    // Of 8 channels each.
+    unsigned char* places[2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+        places[n] = image(i) + planes.to + byte_of<kOut>(row0, column, pitch, tile * 2 + n) + lane % 4 * 4;
+    const auto both = [&](int row, int n) { return reinterpret_cast<unsigned*>(places[n] + row * line); };
+
+    unsigned before[kRows][2] = {};
+#pragma unroll
+    for (int row = 0; row < kRows; ++row)
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+            if (kCloses && inside(row)) before[row][n] = *both(row, n);
+    float totals[4] = {};
+#pragma unroll
+    for (int row = 0; row < kRows; ++row)
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+            if (!inside(row)) continue;
+            const float* products = sum[row % kPairs][n] + row / kPairs * 2;
+            float low = products[0] + biases[n][0], high = products[1] + biases[n][1];
+            if (kCloses) low += low_of<Element>(before[row][n]), high += high_of<Element>(before[row][n]);
+            const unsigned rounded = kProjects ? pack<Element>(low, high) : pack_relu<Element>(low, high);
+            broadcast(both(row, n), rounded);
+            if (kProjects || kCloses) {
+                totals[2 * n] += low_of<Element>(rounded);
+                totals[2 * n + 1] += high_of<Element>(rounded);
+            }
+        }
+    if (kProjects || kCloses) {
+        static_assert(holder<16, 4, 4>(1) == 8 && holder<16, 4, 4>(2) == 16);
+        const float total = spread_sums<16, 4>(totals, lane);
+        const int channel = tile * kChunk + lane / 16 * 8 + lane % 4 * 2 + lane / 8 % 2;
+        if (lane / 4 % 2 == 0) broadcast(sums(i) + region * kOut + channel, total);
     }
 }
 
@@ -427,113 +476,158 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::run_stage() {
         } else if (fragments(end)) {
             weights.load(fragments(end));
         }
-        gate_step<kStage>(kEntry && block == 0);
+        gate_step<kStage>(block);
     }
 }
 
-// Brings the next gate's embedding under way; every gate begins one copy, so that they can be counted.
+// Brings the embedding of the gate after a block under way; every gate begins one copy, so that they can be counted.
+// The block is counted from a stage's first one, and may lie in a later stage.
 template <typename Element, bool kClustered>
-__device__ __forceinline__ void ForwardPass<Element, kClustered>::fetch_embedding(int gate) {
-    int block = gate;
-    for (int stage = 0; stage < network.stages; ++stage) {
-        const int floats = embedding_floats(network, stage);
-        if (block < network.stage[stage].blocks) {
-            const float* from = network.stage[stage].embeddings + static_cast<std::size_t>(block) * floats;
-            for (int at = 4 * threadIdx.x; at < floats; at += 4 * kThreads)
-                cp_async16(embedding_place(gate) + at, from + at);
-            break;
-        }
-        block -= network.stage[stage].blocks;
+template <int kStage>
+__device__ __forceinline__ void ForwardPass<Element, kClustered>::fetch_embedding(int gate, int block) {
+    const ResidentStage& stage = network.stage[kStage];
+    if constexpr (kStage + 1 < kMaxStages)
+        if (block >= stage.blocks) return fetch_embedding<kStage + 1>(gate, block - stage.blocks);
+    if (kStage < network.stages && block < stage.blocks) {
+        const int floats = embedding_floats(network, kStage);
+        const float* from = stage.embeddings + static_cast<std::size_t>(block) * floats;
+#pragma unroll 1
+        for (int at = 4 * threadIdx.x; at < floats; at += 4 * kThreads)
+            cp_async16(embedding_place(gate) + at, from + at);
     }
     cp_async_commit();
 }
 
-// Average over an image's pixels.
+// Average over an image's pixels; or the share that some regions have in it.
 template <typename Element, bool kClustered>
-__device__ __forceinline__ float ForwardPass<Element, kClustered>::pooled(int stage, int i, int channel) const {
+__device__ __forceinline__ float ForwardPass<Element, kClustered>::pooled(int stage, int i, int channel, int begin,
+                                                                          int step) const {
     const ResidentStage& at = network.stage[stage];
     const int channels = stage_channels(stage), regions = regions_of(channels, at.height, at.width);
-    const float share = 1.0f / static_cast<float>(at.height * at.width);
+    constexpr int kTogether = 4;  // loads, before anything waits for one
     float total = 0.0f;
-#pragma unroll 8
-    for (int region = 0; region < regions; ++region) total += sums(i)[region * channels + channel];
-    return total * share;
+#pragma unroll 1
+    for (int region = begin; region < regions; region += kTogether * step) {
+        float parts[kTogether];
+#pragma unroll
+        for (int k = 0; k < kTogether; ++k)
+            parts[k] = region + k * step < regions ? sums(i)[(region + k * step) * channels + channel] : 0.0f;
+#pragma unroll
+        for (int k = 0; k < kTogether; ++k) total += parts[k];
+    }
+    return total * at.share;
 }
 
+// The LSTM's functions without a branch. Their absolute error is that of a float32 near 1: no more than the state's
+// own.
+__device__ inline float fast_sigmoid(float x) { return fast_reciprocal(1.0f + fast_exp2(-1.44269504f * x)); }
+__device__ inline float fast_tanh(float x) { return 1.0f - 2.0f * fast_reciprocal(1.0f + fast_exp2(2.88539008f * x)); }
+
 // Pool-finish, embed, LSTM step: the execute logit of a warp's image. Its pooled activation is as it was unless the
-// block has changed it.
+// block has changed it. `kSize` is embed and hidden where they are equal and known; 0 takes any.
 template <typename Element, bool kClustered>
-template <int kStage>
+template <int kStage, int kSize>
 __device__ __forceinline__ float ForwardPass<Element, kClustered>::rnn_gate(int i, bool changed) {
     constexpr int kChannels = stage_channels(kStage), kParts = (kChannels + 31) / 32;
-    const int embed = network.embed, units = network.hidden;
+    constexpr int kLanes = kChannels < 32 ? kChannels : 32;  // that have a channel of their own; others share them
+    const int embed = kSize ? kSize : network.embed, units = kSize ? kSize : network.hidden;
     const float* weight = embedding_place(index);
-    if (changed) {
+    const auto weight_of = [&](int e, int part) { return weight[e * kChannels + part * 32 + lane % kLanes]; };
+    const auto pool = [&] {
 #pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-            const int channel = part * 32 + lane;
-            features[part] = channel < kChannels ? pooled(kStage, i, channel) : 0.0f;
-        }
-    }
-    float embedded = 0.0f;  // a lane has one
-#pragma unroll 10
-    for (int e = 0; e < embed; ++e) {
-        float part_sum = 0.0f;
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-            const int channel = part * 32 + lane;
-            if (channel < kChannels) part_sum += weight[e * kChannels + channel] * features[part];
-        }
-        const float whole = warp_sum(part_sum) + weight[embed * kChannels + e];
-        if (lane == e) embedded = whole;
-    }
-
+        for (int part = 0; changed && part < kParts; ++part)
+            features[part] = pooled(kStage, i, part * 32 + lane % kLanes, lane / kLanes, 32 / kLanes);
+    };
     const auto* lstm =
         reinterpret_cast<const float4*>(shared + layout.lstm);  // [embed + hidden + 1, hidden] of i, f, g, o
-    const int unit = lane < units ? lane : 0;
-    float4 gates = lstm[(embed + units) * units + unit];
-#pragma unroll 10
-    for (int k = 0; k < embed + units; ++k) {
-        const float x = k < embed ? __shfl_sync(kAllLanes, embedded, k) : __shfl_sync(kAllLanes, hidden, k - embed);
-        const float4 from = lstm[k * units + unit];
+    const auto* projection = reinterpret_cast<const float*>(lstm + (embed + units + 1) * units);
+    float4 gates{0.0f, 0.0f, 0.0f, 0.0f};
+    const auto add = [&](const float4& from, float x) {
         gates.x += from.x * x;
         gates.y += from.y * x;
         gates.z += from.z * x;
         gates.w += from.w * x;
+    };
+    int unit;
+    if constexpr (kSize > 0) {
+        // The inputs, a lane each: the embedding, the hidden state, and 1 for the bias. Three lanes share a unit, each
+        // taking a third of the inputs, and each has its state.
+        constexpr int kInputs = 2 * kSize + 1, kThird = kInputs / 3;
+        static_assert(kInputs == 3 * kThird && 3 * kSize <= 32);
+        const int third = lane < 3 * kSize ? lane / kSize : 0;
+        unit = lane % kSize;
+        // All that has to be loaded is on its way before the pool is taken.
+        float4 from[kThird];
+#pragma unroll
+        for (int k = 0; k < kThird; ++k) from[k] = lstm[(third * kThird + k) * units + unit];
+        float weights[kSize][kParts];
+#pragma unroll
+        for (int e = 0; e < kSize; ++e)
+#pragma unroll
+            for (int part = 0; part < kParts; ++part) weights[e][part] = weight_of(e, part);
+        const float bias = weight[embed * kChannels + unit];
+        pool();
+        float products[kSize] = {};
+#pragma unroll
+        for (int e = 0; e < kSize; ++e)
+#pragma unroll
+            for (int part = 0; part < kParts; ++part) products[e] += weights[e][part] * features[part];
+        const float embedded =
+            __shfl_sync(kAllLanes, spread_sums<16, 1>(products, lane), holder<16, 1, kSize>(unit)) + bias;
+        const float input = lane < kSize ? embedded : lane < 2 * kSize ? hidden : 1.0f;
+#pragma unroll
+        for (int k = 0; k < kThird; ++k) add(from[k], __shfl_sync(kAllLanes, input, third * kThird + k));
+        const auto sum_of_thirds = [&](float x) {
+            const float first = __shfl_sync(kAllLanes, x, unit), second = __shfl_sync(kAllLanes, x, unit + kSize);
+            return first + second + __shfl_sync(kAllLanes, x, unit + 2 * kSize);
+        };
+        gates = {sum_of_thirds(gates.x), sum_of_thirds(gates.y), sum_of_thirds(gates.z), sum_of_thirds(gates.w)};
+    } else {
+        pool();
+        float embedded = 0.0f;  // a lane has one
+#pragma unroll 1
+        for (int e = 0; e < embed; ++e) {
+            float product = 0.0f;
+#pragma unroll
+            for (int part = 0; part < kParts; ++part) product += weight_of(e, part) * features[part];
+            const float whole = warp_sum(product) + weight[embed * kChannels + e];
+            if (lane == e) embedded = whole;
+        }
+        unit = lane < units ? lane : 0;
+#pragma unroll 4
+        for (int k = 0; k < embed; ++k) add(lstm[k * units + unit], __shfl_sync(kAllLanes, embedded, k));
+#pragma unroll 4
+        for (int k = 0; k < units; ++k) add(lstm[(embed + k) * units + unit], __shfl_sync(kAllLanes, hidden, k));
+        add(lstm[(embed + units) * units + unit], 1.0f);
     }
-    lstm_unit(gates.x, gates.y, gates.z, gates.w, hidden, cell);
-    const auto* projection = reinterpret_cast<const float*>(lstm + (embed + units + 1) * units);
-    return warp_sum(lane < units ? projection[lane] * hidden : 0.0f) + projection[units];
+    cell = fast_sigmoid(gates.y) * cell + fast_sigmoid(gates.x) * fast_tanh(gates.z);
+    hidden = fast_sigmoid(gates.w) * fast_tanh(cell);
+    const float addends[] = {lane < units ? projection[unit] * hidden : 0.0f};
+    constexpr int kWidest = kSize > 0 ? 8 : 16;  // the units lie in 16 lanes, or in all; lane 0 gets the whole sum
+    return spread_sums<kWidest, 1>(addends, lane) + projection[units];
 }
 
-// The gate after a block, and who runs the next one. Warp i decides for image i. A block that `enters` a stage changes
-// all images.
+// The gate after a stage's block, and who runs the next one. Warp i decides for image i. A block that `enters` a stage
+// changes all images.
 template <typename Element, bool kClustered>
 template <int kStage>
-__device__ __forceinline__ void ForwardPass<Element, kClustered>::gate_step(bool enters) {
+__device__ __forceinline__ void ForwardPass<Element, kClustered>::gate_step(int block) {
+    const bool enters = kStage > 0 && block == 0;
     cp_async_wait<1>();
     barrier();  // for the block's output and sums, and the embedding
     if (index < call.num_gates) {
         if (warp < count) {
-            const float logit = rnn_gate<kStage>(warp, enters || (executing >> warp & 1));
+            const bool changed = enters || (executing >> warp & 1);
+            const bool published = network.embed == 10 && network.hidden == 10;
+            const float logit = published ? rnn_gate<kStage, 10>(warp, changed) : rnn_gate<kStage, 0>(warp, changed);
             if (lane == 0) {
-                const std::size_t at = static_cast<std::size_t>(index) * call.batch + first + warp;
-                const float probability = sigmoid(logit);
-                const bool is_forced = call.forced && index < blocks - 1;
-                const bool next = is_forced ? call.forced[static_cast<std::size_t>(first + warp) * call.forced_image +
-                                                          index * call.forced_gate]
-                                            : executes(probability);
-                if (rank == 0) {
-                    call.gate_logits[at] = logit;
-                    call.probabilities[at] = probability;
-                    call.executed[at] = next;
-                }
-                control().executes[index % 2][warp] = next;
+                logits(index)[warp] = logit;
+                if (!is_forced(index)) decisions(index)[warp] = executes_logit(logit);
             }
         }
         __syncthreads();
         executing = compact(index);
-        fetch_embedding(index + 2);
+        fetch_embedding<kStage>(index + 2, block + 2);
     }
     ++index;
 }
@@ -541,9 +635,35 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::gate_step(bool
 // The images that a gate lets execute, as a mask.
 template <typename Element, bool kClustered>
 __device__ __forceinline__ unsigned ForwardPass<Element, kClustered>::compact(int gate) const {
-    unsigned mask = 0;
-    for (int i = 0; i < count; ++i) mask |= static_cast<unsigned>(control().executes[gate % 2][i]) << i;
-    return mask;
+    const unsigned all = *reinterpret_cast<const unsigned*>(decisions(gate)) & 0x01010101;  // a byte each
+    return (all | all >> 7 | all >> 14 | all >> 21) & all_images();
+}
+
+// Where decisions are forced, a gate finds them made.
+template <typename Element, bool kClustered>
+__device__ __forceinline__ void ForwardPass<Element, kClustered>::stage_forced_decisions() {
+    if (!call.forced) return;
+    for (int at = threadIdx.x; at < min(call.num_gates, blocks - 1) * count; at += kThreads) {
+        const int gate = at / count, i = at % count;
+        decisions(gate)[i] =
+            call.forced[static_cast<std::size_t>(first + i) * call.forced_image + gate * call.forced_gate];
+    }
+}
+
+// What the gates have found, all at once. A probability is on its decision's side of 0.5, whatever the last bit of an
+// exponential function.
+template <typename Element, bool kClustered>
+__device__ __forceinline__ void ForwardPass<Element, kClustered>::write_decisions() const {
+    for (int at = threadIdx.x; at < call.num_gates * count; at += kThreads) {
+        const int gate = at / count, i = at % count;
+        const std::size_t to = static_cast<std::size_t>(gate) * call.batch + first + i;
+        const float logit = logits(gate)[i], probability = sigmoid(logit);
+        call.gate_logits[to] = logit;
+        call.probabilities[to] = executes_logit(logit) == executes(probability) ? probability
+                                 : executes(probability)                        ? 0.5f
+                                                                                : 0.5f + 0x1p-24f;
+        call.executed[to] = decisions(gate)[i];
+    }
 }
 
 // Global average pool and classifier.
@@ -555,6 +675,7 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::head() {
         features[at] = pooled(last, at / channels, at % channels);
     __syncthreads();
     if (rank > 0) return;
+    write_decisions();
     for (int at = threadIdx.x; at < count * classes; at += kThreads) {
         const int i = at / classes, number = at % classes;
         float logit = network.head[channels * classes + number];
@@ -570,10 +691,10 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::head() {
 
 template <typename Element, bool kClustered>
 __device__ __forceinline__ void ForwardPass<Element, kClustered>::run(int images) {
-    if (threadIdx.x == 0) control().zeros = make_uint4(0, 0, 0, 0);
+    if (threadIdx.x < kLine / 16) control().zeros[threadIdx.x] = make_uint4(0, 0, 0, 0);
     for (int at = threadIdx.x; at < lstm_floats(network); at += kThreads)
         reinterpret_cast<float*>(shared + layout.lstm)[at] = network.lstm[at];
-    for (int stage = 0; stage < network.stages; ++stage) blocks += network.stage[stage].blocks;
+    blocks = blocks_of(network);
     const int in_flight = static_cast<int>(gridDim.x) / blocks_of_image() * images;
     first = static_cast<int>(blockIdx.x) / blocks_of_image() * images;
     while (first < call.batch) {
@@ -581,8 +702,9 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::run(int images
         executing = all_images();
         index = 0;
         hidden = cell = 0.0f;
-        fetch_embedding(0);
-        fetch_embedding(1);
+        fetch_embedding<0>(0, 0);
+        fetch_embedding<0>(1, 1);
+        stage_forced_decisions();
         stem();
         run_stage<0>();
         if (network.stages > 1) run_stage<1>();
@@ -638,6 +760,7 @@ ResidentWeights lay_out(ResidentNetwork& network, const void* fragments, const f
             stage.entry_bias = parameters(2 * channels);
         }
         stage.height = height, stage.width = width;
+        stage.share = 1.0f / static_cast<float>(height * width);
         stage.inner = convolutions(static_cast<std::size_t>(inner) * 9 * fragment_bytes(channels, channels));
         stage.inner_bias = parameters(static_cast<std::size_t>(inner) * channels);
         if (network.embed)
@@ -650,11 +773,9 @@ ResidentWeights lay_out(ResidentNetwork& network, const void* fragments, const f
 
 int resident_shared_memory(const ResidentNetwork& network, int images) { return shared_layout(network, images).total; }
 
-ResidentDevice resident_device(const ResidentNetwork& network) {
-    const auto clusters = [&](int size) {
-        return resident_clusters(kernel_of(network, true), kThreads, resident_shared_memory(network, 1), size);
-    };
-    return {multiprocessors(), shared_memory_limit(), clusters(2), clusters(4)};
+ResidentDevice place_resident(const ResidentNetwork& network) {
+    for (const bool clustered : {false, true}) allow_shared_memory(kernel_of(network, clustered));
+    return {multiprocessors(), shared_memory_limit()};
 }
 
 ResidentPlan plan_resident(const ResidentNetwork& network, int batch, const ResidentDevice& device) {
@@ -662,8 +783,6 @@ ResidentPlan plan_resident(const ResidentNetwork& network, int batch, const Resi
     while (most > 0 && resident_shared_memory(network, most) > device.shared_memory) --most;
     check(most > 0, "image: ", network.height, " x ", network.width, " needs ", resident_shared_memory(network, 1),
           " bytes of shared memory, the device has ", device.shared_memory);
-    if (batch <= device.clusters_of_4) return {1, 4 * batch, false, 4};
-    if (batch <= device.clusters_of_2) return {1, 2 * batch, false, 2};
     // As few rounds as can be, then as few images at a time.
     const int rounds = quotient_up(batch, device.multiprocessors * most);
     const int images = quotient_up(batch, device.multiprocessors * (rounds > 0 ? rounds : 1));
@@ -679,7 +798,7 @@ void run_resident(const ResidentNetwork& network, const ResidentCall& call, cons
     check(network.element != ElementType::float32, "element: expected 16 bits");
     if (call.batch == 0) return;
     const SharedLayout layout = shared_layout(network, plan.images);
-    const Grid grid{dim3(plan.blocks), dim3(kThreads), static_cast<std::size_t>(layout.total), plan.cluster};
+    const Grid grid{dim3(plan.blocks), dim3(kThreads), static_cast<std::size_t>(layout.total), plan.cluster, true};
     launch("resident", kernel_of(network, plan.cluster > 1), grid, stream, network, call, layout, plan.images);
 }
 

@@ -19,6 +19,7 @@ constexpr SKIPNET_HD int stage_channels(int stage) { return 16 << stage; }
 struct ResidentStage {
     int blocks;
     int height, width;        // of its activations; set by lay_out
+    float share;              // of a pixel in an average; set by lay_out
     const void* entry;        // where a stage begins anew: its first block's first convolution, then the projection
     const float* entry_bias;  // [2, channels], of both
     const void* inner;        // all other 3x3 convolutions in order: 2 * blocks, or one less after an entry
@@ -79,13 +80,13 @@ int resident_shared_memory(const ResidentNetwork& network, int images);
 // What a plan depends on.
 struct ResidentDevice {
     int multiprocessors;
-    int shared_memory;                 // bytes that a thread block can have
-    int clusters_of_2, clusters_of_4;  // of so many thread blocks, that run at a time
+    int shared_memory;  // bytes that a thread block can have
 };
 
-// The current device.
-ResidentDevice resident_device(const ResidentNetwork& network);
+// Loads a network's kernels onto the current device, once before its first run there.
+ResidentDevice place_resident(const ResidentNetwork& network);
 
+// Never with clusters: a caller may ask for them (why: docs/cuda-design.md).
 ResidentPlan plan_resident(const ResidentNetwork& network, int batch, const ResidentDevice& device);
 
 // Launches on the current device.

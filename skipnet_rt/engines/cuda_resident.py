@@ -96,7 +96,8 @@ class ResidentStrategy:
     Args:
         network: one that :meth:`unsupported_reason` has nothing against.
         images: that a thread block takes at a time, where the batch does not decide it.
-        cluster: or thread blocks that share an image, 2 or 4. For tests and measurements: results are the same.
+        cluster: or thread blocks that share an image, 2 or 4; no plan asks for them by itself. Both are for tests and
+            measurements: results are the same.
     """
 
     def __init__(self, network: PackedNetwork, images: int | None = None, cluster: int | None = None) -> None:

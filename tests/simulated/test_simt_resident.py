@@ -27,6 +27,8 @@ NETWORKS = {
     "two groups": SkipNetArch("cifar", "basic", (2, 2), (8, 16), "rnn", "reinforced", image_size=(8, 12),
                               in_channels=1, embed_dim=6, hidden_dim=9),
     "odd": SkipNetArch("cifar", "basic", (1, 2, 2), (16, 32, 64), "rnn", image_size=(19, 13), num_classes=300),
+    "wide gate": SkipNetArch("cifar", "basic", (1, 1, 1), (16, 32, 64), "rnn", image_size=(8, 8), embed_dim=32,
+                             hidden_dim=32),
     "one group": SkipNetArch("cifar", "basic", (3,), (16,), "rnn", image_size=(8, 8)),
     "dense": SkipNetArch("cifar", "basic", (1, 2, 1), (16, 32, 64), "none", image_size=(16, 16)),
 }
@@ -225,6 +227,46 @@ def test_fits_the_shared_memory_of_every_architecture():
         assert bytes_of[0] <= kilobytes * 1024 < bytes_of[1]
 
 
+@pytest.mark.parametrize("name", ["one group", "narrow", pytest.param("odd", marks=pytest.mark.slow)])
+def test_eight_pixels_in_a_row_lie_in_different_banks(name):
+    """At a plane's borders, too. Where a group begins every second pixel is read, which meets banks twice."""
+    arch, resident = NETWORKS[name], library("resident")
+
+    def counted():
+        counts = np.zeros(2, np.int32)
+        resident("bank_conflicts", counts[:1], counts[1:])
+        return counts
+
+    counts = {}
+    for route in ("none", "inner"):
+        inner = [route == "inner" and block.stride == 1 for block in arch.blocks[1:]]  # the first block has no gate
+        counted()  # what others have left
+        simulate(model(name), images_of(name, 1), torch.float16, routing=torch.tensor([inner]))
+        counts[route] = counted()
+    reads, conflicts = counts["inner"] - counts["none"]
+    assert reads > 0
+    assert conflicts == 0
+
+
+def test_a_logit_decides_as_its_probability_does():
+    """Every float32 near the threshold, others from the smallest to the largest, zeros, infinities and NaN."""
+    threshold = int(np.float32(1.5 * 2.0 ** -24).view(np.uint32))
+    near = np.arange(threshold - 100_000, threshold + 100_000, dtype=np.uint32)
+    positive = np.concatenate((near, np.arange(0, 0x7f800001, 9973, dtype=np.uint32), [0x7f800000, 0x7fc00000]))
+    bits = np.concatenate((positive, positive | 0x80000000)).astype(np.uint32)
+    resident = library("resident")
+    resident.configure(0)
+    executed, probabilities = resident.empty(len(bits), np.uint8), resident.empty(len(bits))
+    resident("decide_by_logit", resident.array(bits.view(np.float32)), len(bits), executed, probabilities)
+    assert np.array_equal(executed.astype(bool), probabilities > 0.5)
+
+
+def test_a_launch_leaves_the_kernels_limits_alone():
+    """They are set once, when a network is placed: a smaller launch would take them below a larger one's needs."""
+    with pytest.raises(SimtError, match="resident: more shared memory than the kernel has been allowed"):
+        library("resident")("run_unplaced", RESNET_110)
+
+
 RESNET_110 = np.array([0, 3, 32, 32, 10, 10, 10, 3, 18, 18, 18], np.int32)
 
 
@@ -236,16 +278,12 @@ def resident_bytes(resident, images):
 
 
 @pytest.mark.parametrize(("device", "batch", "plan"), [
-    ((132, 227, 66, 32), 1, (1, 4, 0, 4)), ((132, 227, 66, 32), 32, (1, 128, 0, 4)),
-    ((132, 227, 66, 32), 33, (1, 66, 0, 2)), ((132, 227, 66, 32), 67, (1, 67, 0, 1)),
-    ((132, 227, 66, 32), 132, (1, 132, 0, 1)), ((132, 227, 66, 32), 133, (2, 67, 0, 1)),
-    ((132, 227, 66, 32), 396, (3, 132, 0, 1)), ((132, 227, 66, 32), 397, (2, 132, 1, 1)),
-    ((132, 227, 66, 32), 4096, (3, 132, 1, 1)), ((108, 163, 0, 0), 1, (1, 1, 0, 1)),
-    ((108, 163, 0, 0), 216, (2, 108, 0, 1)), ((128, 99, 0, 0), 300, (1, 128, 1, 1))])
+    ((132, 227), 1, (1, 1, 0, 1)), ((132, 227), 132, (1, 132, 0, 1)), ((132, 227), 133, (2, 67, 0, 1)),
+    ((132, 227), 396, (3, 132, 0, 1)), ((132, 227), 397, (2, 132, 1, 1)), ((132, 227), 4096, (3, 132, 1, 1)),
+    ((108, 163), 1, (1, 1, 0, 1)), ((108, 163), 216, (2, 108, 0, 1)), ((128, 99), 300, (1, 128, 1, 1))])
 def test_plans(device, batch, plan):
-    """Images at a time, thread blocks, whether the plan is dynamic, and thread blocks that share an image."""
+    """Images at a time, thread blocks, whether the plan is dynamic; and never a cluster."""
     resident = library("resident")
     planned = resident.empty(4, np.int32)
-    there = np.array([device[0], 1024 * device[1], *device[2:]], np.int32)
-    resident("plan_of", RESNET_110, there, batch, planned)
+    resident("plan_of", RESNET_110, np.array([device[0], 1024 * device[1]], np.int32), batch, planned)
     assert tuple(planned) == plan

@@ -76,6 +76,17 @@ inline unsigned round_to_tf32(unsigned x) {
     return (x + 0x1000) & ~0x1fffu;  // the fraction's carry moves into the exponent by itself; infinities stay
 }
 
+template <typename Element>
+unsigned pack_relu(float low, float high) {
+    const auto relu = [](float x) { return x > 0.0f || std::isnan(x) ? x : 0.0f; };
+    return pack<Element>(relu(low), relu(high));
+}
+
+// ---- functions in a few instructions
+
+inline float fast_exp2(float x) { return std::exp2(x); }
+inline float fast_reciprocal(float x) { return 1.0f / x; }
+
 // ---- global memory
 
 inline void load_global(uint4& value, const uint4* address, bool loads = true) {

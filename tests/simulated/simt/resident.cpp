@@ -1,4 +1,6 @@
 // Entries for tests/simulated/test_simt_resident.py.
+#include <utility>
+
 #include "simt.h"
 
 #include "cuda/resident.cu"
@@ -28,11 +30,41 @@ extern "C" const char* shared_memory_of(const int* numbers, int images, int* byt
     });
 }
 
-extern "C" const char* plan_of(const int* numbers, const int* device /* [4] */, int batch, int* plan /* [4] */) {
+// Phases of ldmatrix since the last call, and how many of them met a bank twice.
+extern "C" const char* bank_conflicts(int* phases, int* conflicts) {
+    return simt::report([=] {
+        *phases = std::exchange(simt::ldmatrix_phases, 0);
+        *conflicts = std::exchange(simt::ldmatrix_conflicts, 0);
+    });
+}
+
+// What a logit decides, and its probability.
+extern "C" const char* decide_by_logit(const float* logits, int count, bool* executed, float* probabilities) {
+    return simt::report([=] {
+        for (int i = 0; i < count; ++i) {
+            executed[i] = skipnet::executes_logit(logits[i]);
+            probabilities[i] = skipnet::sigmoid(logits[i]);
+        }
+    });
+}
+
+// Launches without placing the network first, as no caller may.
+extern "C" const char* run_unplaced(const int* numbers) {
     return simt::report([=] {
         ResidentNetwork network = network_of(numbers);
         lay_out(network, nullptr, nullptr);
-        const ResidentPlan planned = plan_resident(network, batch, {device[0], device[1], device[2], device[3]});
+        allowed_shared_memory.clear();
+        ResidentCall call{};
+        call.batch = 1;
+        run_resident(network, call, {1, 1, false, 1}, nullptr);
+    });
+}
+
+extern "C" const char* plan_of(const int* numbers, const int* device /* [2] */, int batch, int* plan /* [4] */) {
+    return simt::report([=] {
+        ResidentNetwork network = network_of(numbers);
+        lay_out(network, nullptr, nullptr);
+        const ResidentPlan planned = plan_resident(network, batch, {device[0], device[1]});
         plan[0] = planned.images, plan[1] = planned.blocks, plan[2] = planned.dynamic, plan[3] = planned.cluster;
     });
 }
@@ -50,7 +82,9 @@ extern "C" const char* run(const int* numbers, const void* fragments, const floa
         skipnet::check(static_cast<int>(needed.fragments) == sizes[0] && static_cast<int>(needed.floats) == sizes[1],
                        "weights: expected ", needed.fragments, " bytes and ", needed.floats, " floats, got ", sizes[0],
                        " and ", sizes[1]);
-        ResidentPlan plan = plan_resident(network, batch, {multiprocessors(), shared_memory, 0, 0});
+        ResidentDevice device = place_resident(network);
+        device.shared_memory = shared_memory;
+        ResidentPlan plan = plan_resident(network, batch, device);
         if (images_at_a_time) {
             plan.images = images_at_a_time;
             plan.blocks = min(multiprocessors(), (batch + plan.images - 1) / plan.images);

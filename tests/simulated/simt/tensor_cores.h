@@ -9,6 +9,19 @@
 
 namespace simt {
 
+// Of ldmatrix: how often the eight rows of a matrix came, and how often two different ones from the same four banks.
+inline int ldmatrix_phases = 0, ldmatrix_conflicts = 0;
+
+// Whether eight rows of 16 bytes lie in different banks, but for rows that are one.
+inline bool conflict(void* const* rows) {
+    for (int i = 0; i < 8; ++i)
+        for (int j = 0; j < i; ++j) {
+            const auto a = reinterpret_cast<std::uintptr_t>(rows[i]), b = reinterpret_cast<std::uintptr_t>(rows[j]);
+            if (a != b && a / 16 % 8 == b / 16 % 8) return true;
+        }
+    return false;
+}
+
 // ldmatrix.x4: four 8x8 matrices of 16-bit values; lane 8 j + r holds the address of row r of matrix j.
 inline void ldmatrix_x4(const void* row, unsigned* result, Site site) {
     struct Slot {
@@ -17,12 +30,18 @@ inline void ldmatrix_x4(const void* row, unsigned* result, Site site) {
     } slot{row, result};
     check_shared(row, 16, "ldmatrix", site);
     collective(~0u, "ldmatrix", &slot, site, [](void* const* slots) {
-        for (int matrix = 0; matrix < 4; ++matrix)
+        for (int matrix = 0; matrix < 4; ++matrix) {
+            void* rows[8];
+            for (int row = 0; row < 8; ++row)
+                rows[row] = const_cast<void*>(static_cast<const Slot*>(slots[8 * matrix + row])->row);
+            ++ldmatrix_phases;
+            ldmatrix_conflicts += conflict(rows);
             for (int lane = 0; lane < warpSize; ++lane) {
                 const Slot& holder = *static_cast<Slot*>(slots[8 * matrix + lane / 4]);
                 std::memcpy(static_cast<Slot*>(slots[lane])->result + matrix,
                             static_cast<const unsigned char*>(holder.row) + lane % 4 * 4, 4);
             }
+        }
     });
 }
 
