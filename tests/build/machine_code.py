@@ -36,13 +36,13 @@ def kernels(source: str) -> dict[str, list[str]]:
     cubin = compiled([nvcc, *FLAGS, "-gencode=arch=compute_90a,code=sm_90a", "-cubin", f"csrc/cuda/{source}"],
                      [*(ROOT / "csrc").glob("*.h"), ROOT / "csrc" / "cuda"])
     text = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
-    found: dict[str, list[str]] = {}
+    listing: dict[str, list[str]] = {}
     for line in text.splitlines():
         if kernel := _KERNEL.match(line):
-            found[readable(kernel["name"])] = instructions = []
+            listing[readable(kernel["name"])] = instructions = []
         elif instruction := _INSTRUCTION.match(line):
             instructions.append(instruction["text"])
-    return found
+    return listing
 
 
 def count(instructions: list[str], pattern: str) -> int:

@@ -12,14 +12,14 @@ pytestmark = pytest.mark.skipif(find_nvdisasm() is None, reason="no nvcc or no n
 def test_a_gate_does_not_wait_for_one_load_after_the_other(gate, loads):
     """Issued before the first is waited for, where a thread takes one channel at a time, two, or four."""
     most = sorted(loads_under_way(kernels("gate_step.cu")[f"gate_step_kernel<{gate}>"]))[-3:]
-    assert all(found >= wanted for found, wanted in zip(most, loads, strict=True)), most
+    assert all(issued >= wanted for issued, wanted in zip(most, loads, strict=True)), most
 
 
 @pytest.mark.parametrize("gate", ["Rnn", "Feedforward"])
 def test_fences_are_the_one_threads_around_its_arrival(gate):
     """No fence after the barrier, where every thread would have it."""
     instructions = kernels("gate_step.cu")[f"gate_step_kernel<{gate}>"]
-    order = " ".join(found[0] for found in map(re.compile("MEMBAR|ATOM|BAR").match, instructions) if found)
+    order = " ".join(match[0] for match in map(re.compile("MEMBAR|ATOM|BAR").match, instructions) if match)
     assert re.search(r"MEMBAR ATOM MEMBAR BAR( BAR)*$", order), order
 
 
