@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -23,8 +23,13 @@ from skipnet_rt.training.config import TrainError
 
 Result = TypeVar("Result")
 
-_BUFFERS_EACH_STEP = next(name for name in ("forward_sync_buffers", "broadcast_buffers")  # the latter before PyTorch 2.13
-                          if name in inspect.signature(DistributedDataParallel).parameters)
+# PyTorch 2.13 renamed it.
+_BUFFERS = ("forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+            else "broadcast_buffers")
+
+
+class RankError(TrainError):
+    """Another rank failed, or is gone; what happened there is for that one to say."""
 
 
 class _Traced(nn.Module):
@@ -105,8 +110,10 @@ class Ranks:
         traced = _Traced(model)
         if self.count == 1:
             return traced
-        return DistributedDataParallel(traced, device_ids=[self.device] if self.device.type == "cuda" else None,
-                                       **{_BUFFERS_EACH_STEP: False})  # but each epoch, see average_statistics
+        options: dict[str, Any] = {_BUFFERS: False}  # not at each step: see average_statistics
+        if self.device.type == "cuda":
+            options["device_ids"] = [self.device]
+        return DistributedDataParallel(traced, **options)
 
     def holding(self, wrapped: nn.Module, held: bool) -> AbstractContextManager[None]:
         """While it lasts, gradients are only added up on their rank, if held: more of the batch follows."""
@@ -165,7 +172,7 @@ def _raise_together(own: Exception | None, failures: Sequence[str | None]) -> No
         raise own
     for rank, failure in enumerate(failures):
         if failure is not None:
-            raise TrainError(f"rank {rank} failed: {failure}")
+            raise RankError(f"rank {rank} failed: {failure}")
 
 
 @contextmanager
@@ -195,8 +202,8 @@ def lost_contact(error: RuntimeError) -> bool:
 
 
 def tell_launcher(error: Exception) -> None:
-    """Let torchrun's last words be of the rank that failed first, and of how: call it where the error is handled."""
-    if place().count > 1:
+    """Let torchrun's last words be of the rank whose failure it was: to be called where the error is handled."""
+    if place().count > 1 and not isinstance(error, RankError):
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)

@@ -41,7 +41,7 @@ from skipnet_rt.training.config import (
     TrainConfig,
     TrainError,
 )
-from skipnet_rt.training.distributed import ALONE, Ranks, joined, lost_contact, random_seed
+from skipnet_rt.training.distributed import ALONE, RankError, Ranks, joined, lost_contact, random_seed
 from skipnet_rt.training.gate_init import freeze_idle_gates, open_gates, sharpen_gates, standardise_gates
 from skipnet_rt.training.policy_gradient import objective_loss
 from skipnet_rt.util.atomic import replacing
@@ -410,7 +410,7 @@ def train(config: TrainConfig, *, on_progress: Callable[[str, float], None] | No
 
     Raises:
         TrainError: the configuration doesn't fit the data, the network, the ranks or the state to resume; a diverged
-            loss; or another rank was lost.
+            loss; or another rank failed.
         skipnet_rt.data.DataError: the data set is not to be had.
         KeyboardInterrupt: on Ctrl-C. The finished epochs are kept, and the message says how to go on.
     """
@@ -434,5 +434,5 @@ def train(config: TrainConfig, *, on_progress: Callable[[str, float], None] | No
         except RuntimeError as error:
             if not lost_contact(error):
                 raise
-            raise TrainError(f"another rank died or fell silent; {run.kept()}") from error
+            raise RankError(f"another rank died or fell silent; {run.kept()}") from error
     return TrainResult(run.model.eval(), card, run.history, config.output / "model.safetensors")
