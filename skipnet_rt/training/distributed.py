@@ -152,18 +152,16 @@ def place() -> Ranks:
     return ALONE
 
 
-def own_device(name: str) -> torch.device:
-    """The device that this process computes on: of several on a machine, each has a GPU of its own.
+def own_device(name: str) -> str:
+    """The device of this process, where all are told the same name: of several on a machine each has its own GPU.
 
     Raises:
         TrainError: one GPU is named for several processes.
     """
-    device, here = torch.device(name), place()
-    if device.type != "cuda" or here.count == 1:
-        return device
-    if device.index is not None:
+    here = place()
+    if here.count > 1 and name.startswith("cuda:"):
         raise TrainError(f"device must be 'cuda' for {here.count} ranks, which take a GPU each, got {name!r}")
-    return torch.device("cuda", here.local)
+    return f"cuda:{here.local}" if here.count > 1 and name == "cuda" else name
 
 
 def _raise_together(own: Exception | None, failures: Sequence[str | None]) -> None:
@@ -184,7 +182,7 @@ def joined(device: str) -> Iterator[Ranks]:
     Args:
         device: as in :class:`TrainConfig`; see :func:`own_device`.
     """
-    here, own = place(), own_device(device)
+    here, own = place(), torch.device(own_device(device))
     begins = here.count > 1 and not distributed.is_initialized()
     if begins:
         if own.type == "cuda":

@@ -120,3 +120,12 @@ def test_an_image_folder_is_cropped_and_labelled(tmp_path):
     (tmp_path / "val" / "dog").rename(tmp_path / "val" / "cow")
     with pytest.raises(DataError, match="different classes: cow, dog"):
         load_dataset("imagenet", tmp_path)
+
+
+def test_normalising_is_plain_float32_arithmetic_for_every_level():
+    levels = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
+    mean, deviation = (np.array(values, dtype=np.float32) for values in (IMAGENET.mean, IMAGENET.std))
+    expected = ((levels.astype(np.float32) / 255 - mean) / deviation).transpose(2, 0, 1)
+    got = IMAGENET.normalise(Image.fromarray(levels))
+    assert torch.equal(got, torch.from_numpy(expected))
+    assert got.is_contiguous()
