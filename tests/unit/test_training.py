@@ -380,22 +380,3 @@ def test_networks_and_data_must_fit(few_digits, tmp_path):
 def test_a_diverging_loss_is_told(few_digits, tmp_path):
     with pytest.raises(TrainError, match=r"the loss became .* in epoch"):
         train(TrainConfig(**{**QUICK, "supervised_lr": 1e18, "supervised_epochs": 5}, output=tmp_path))
-
-
-@pytest.mark.slow
-def test_compiled_blocks_train_the_same_network(few_digits, tmp_path, monkeypatch):
-    """What torch.compile hands on, run as it is: bitwise the same weights, and a plain model afterwards."""
-    real, graphs = torch.compile, []
-
-    def as_it_is(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    plain = train(TrainConfig(**QUICK, batch_size=48, output=tmp_path / "plain"))
-    monkeypatch.setattr(torch, "compile", lambda function: real(function, backend=as_it_is))
-    compiled = train(TrainConfig(**QUICK, batch_size=48, compile_blocks=True, output=tmp_path / "compiled"))
-    assert 3 <= len(graphs) <= 2 * TINY.num_blocks
-    for key, value in plain.model.state_dict().items():
-        assert torch.equal(compiled.model.state_dict()[key], value), key
-    assert not any("residual" in vars(module) for module in compiled.model.modules())
-    assert compiled.card.training["command"].endswith("--compile-blocks")
