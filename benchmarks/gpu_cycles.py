@@ -22,9 +22,7 @@ from machine_code import Instruction, count, kernels, way  # noqa: E402
 
 CYCLES = ROOT / "benchmarks" / "results" / "predicted" / "cycles.json"
 IMAGES = (1, 2, 3)  # that a resident thread block takes; three fit the largest shared memory
-# Of a region, in the order in which the convolutions lie in memory: the stem's, a stage's inner ones; a new stage's
-# entry and projection come before its inner ones.
-PRODUCTS = (72, 72, 72, 8, 144, 72, 8, 144)
+PRODUCTS = (72, 144, 144)  # of a region, by stage
 _ENDS = ("BRA", "BSSY", "BSYNC", "BAR", "CALL", "RET", "EXIT", "WARPSYNC", "UCGABAR")
 
 
@@ -56,7 +54,7 @@ class Code:
 
     def count(self, block: Block, name: str) -> int:
         """Instructions of a kind in a block."""
-        return count(self.instructions[block.start:block.end], name)
+        return count(self.instructions[block.start:block.end], rf"{name}\b")
 
     def having(self, **at_least: int) -> list[Block]:
         """The blocks with so many instructions of each kind; 0 means none."""
@@ -81,20 +79,20 @@ class Code:
 
 def resident(code: Code, units: Units) -> dict[str, object]:
     """The resident kernel's pieces, two warps to a scheduler: for one, two and three executing images."""
+    # In memory the stem comes first, then each stage: its entry and projection, then the others. What follows a region's
+    # products in whole planes is straight code, and comes right behind them.
     finishes = code.having(F2FP=8, LDS=0, SHFL=0)
-    closings, gates = code.having(F2FP=8, LDS=8), code.having(SHFL=30)
-    blocks = iter(code.having(HMMA=1))
-    runs: list[list[Block]] = []
-    for products in PRODUCTS:
-        runs.append([])
-        while sum(code.count(block, "HMMA") for block in runs[-1]) < products:
-            runs[-1].append(next(blocks))
-    projections = code.having(F2FP=8, LDS=0, SHFL=4)
-    stem, inner_0, entry_1, projection_1, inner_1, entry_2, projection_2, inner_2 = runs
-    inner, entry, projection = [inner_0, inner_1, inner_2], [entry_1, entry_2], [projection_1, projection_2]
-    # In memory the stem's finish comes first, then each stage's, a new stage's entry before its own.
-    finish_stem, finish_0, finish_entry_1, finish_1, finish_entry_2, finish_2 = finishes
-    finish, finish_entry = [finish_0, finish_1, finish_2], [finish_entry_1, finish_entry_2]
+    stem, inner, entry = finishes[0], finishes[1::2], finishes[2::2]
+    projection, closing = code.having(F2FP=8, LDS=0, SHFL=4), code.having(F2FP=8, LDS=8, SHFL=0)
+    gates = code.having(SHFL=30)
+
+    def region(finish: Block, products: int) -> list[Block]:
+        """The blocks that multiply, and the one that finishes."""
+        blocks: list[Block] = []
+        for block in reversed(code.blocks[:code.blocks.index(finish) + 1]):
+            if code.count(block, "HMMA") and sum(code.count(other, "HMMA") for other in blocks) < products:
+                blocks.insert(0, block)
+        return blocks if finish in blocks else [*blocks, finish]
 
     def cycles(instructions: list[Instruction], warps: int = 2) -> int:
         return round(replay(instructions, units, warps).cycles)
@@ -106,26 +104,26 @@ def resident(code: Code, units: Units) -> dict[str, object]:
 
     _, loaded = code.way(0, code.barrier)
     stages = []
-    decided = 0
+    decided = loaded
     for stage in range(3):
-        regions = 2 if stage == 0 else 1
-        _, middle = code.way(finish[stage].end - 1, code.barrier)
-        _, closed = code.way(middle, *inner[stage], closings[stage], code.barrier)
+        products, regions = PRODUCTS[stage], 2 if stage == 0 else 1
+        first, last = region(inner[stage], products), region(closing[stage], products)
+        _, middle = code.way(inner[stage].end - 1, code.barrier)
+        _, closed = code.way(middle, *last, code.barrier)
         after_gate, next_decided = code.way(closed, gates[stage], code.barrier)
-        entered = {}
+        pieces: dict[str, object] = {}
         if stage:
-            entered = {"entry": [cycles(code.way(decided, *[*entry[stage - 1], finish_entry[stage - 1]] * images,
-                                                 *[*projection[stage - 1], projections[stage - 1]] * images,
-                                                 code.barrier)[0]) for images in IMAGES]}
+            entered, projected = region(entry[stage - 1], 72), region(projection[stage - 1], 8)
+            pieces["entry"] = [cycles(code.way(decided, *entered * images, *projected * images, code.barrier)[0])
+                               for images in IMAGES]
         decided = next_decided
-        stages.append(entered | {
-            "inner": [through(decided, [*inner[stage], finish[stage]], regions * images) for images in IMAGES],
-            "closing": [through(middle, [*inner[stage], closings[stage]], regions * images) for images in IMAGES],
+        stages.append(pieces | {
+            "inner": [through(decided, first, regions * images) for images in IMAGES],
+            "closing": [through(middle, last, regions * images) for images in IMAGES],
             "gate": cycles(after_gate, 1),
             "skip": cycles(code.way(decided, code.barrier)[0]),
         })
-    start = [cycles(code.way(0, code.barrier)[0]) + through(loaded, [*stem, finish_stem], 2 * images)
-             for images in IMAGES]
+    start = [cycles(code.way(0, code.barrier)[0]) + through(loaded, region(stem, 72), 2 * images) for images in IMAGES]
     return {"start": start, "stages": stages, "head": cycles(code.way(decided, code.barrier, code.ends)[0])}
 
 
