@@ -79,7 +79,7 @@ class Code:
 
 def resident(code: Code, units: Units) -> dict[str, object]:
     """The resident kernel's pieces, two warps to a scheduler: for one, two and three executing images."""
-    # In memory the stem comes first, then each stage: its entry and projection, then the others. What follows a region's
+    # In memory the stem comes first, then each stage: its entry and projection, then the others. What follows the
     # products in whole planes is straight code, and comes right behind them.
     finishes = code.having(F2FP=8, LDS=0, SHFL=0)
     stem, inner, entry = finishes[0], finishes[1::2], finishes[2::2]
