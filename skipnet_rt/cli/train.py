@@ -7,7 +7,7 @@ import inspect
 import sys
 from collections.abc import Mapping
 from enum import Enum
-from typing import Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -15,6 +15,7 @@ from skipnet_rt.cli.console import err, out, print_json, progress, say
 from skipnet_rt.cli.options import Json, field_options
 from skipnet_rt.runtime import usable_device
 from skipnet_rt.training import RECIPES, TrainConfig, train
+from skipnet_rt.training.config import Recipe
 
 
 def _config(options: Mapping[str, Any]) -> TrainConfig:
@@ -24,10 +25,16 @@ def _config(options: Mapping[str, Any]) -> TrainConfig:
     return TrainConfig.for_data(given.pop("data", TrainConfig.data), **given)
 
 
+_RecipeOption = Annotated[Enum("Choice", {name: name for name in get_args(Recipe)}) | None, typer.Option(  # type: ignore[misc]
+    "--recipe", help="scratch trains from random weights, finetune the trained ResNet of --init.",
+    show_default="scratch")]
+
+
 def train_command(as_json: bool, **options: Any) -> None:
     """Train a SkipNet or a dense base network.
 
-    Defaults are those of the digits; other data sets have the published recipes. Stop with Ctrl-C, go on with --resume.
+    Defaults are those of the digits; other data sets have the published recipes. With --recipe finetune training begins
+    with a trained ResNet, --init. Stop with Ctrl-C, go on with --resume.
     """
     config = _config(options)
     usable_device(config.device)
@@ -52,6 +59,7 @@ def _print_epoch(words: str) -> None:
 
 
 train_command.__signature__ = inspect.Signature([  # type: ignore[attr-defined]
+    inspect.Parameter("recipe", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_RecipeOption),
     *field_options(TrainConfig, {"data": f"name of the data set: {', '.join(RECIPES)}."}),
     inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)])
 train_command.__annotations__ = {
