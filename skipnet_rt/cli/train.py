@@ -7,12 +7,12 @@ import inspect
 import sys
 from collections.abc import Mapping
 from enum import Enum
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 
 from skipnet_rt.cli.console import err, out, print_json, progress, say
-from skipnet_rt.cli.options import Json, field_options
+from skipnet_rt.cli.options import Json, field_options, option_type
 from skipnet_rt.runtime import usable_device
 from skipnet_rt.training import RECIPES, TrainConfig, train
 from skipnet_rt.training.config import Recipe
@@ -23,11 +23,6 @@ def _config(options: Mapping[str, Any]) -> TrainConfig:
     given = {name: value.value if isinstance(value, Enum) else value for name, value in options.items()
              if value is not None}
     return TrainConfig.for_data(given.pop("data", TrainConfig.data), **given)
-
-
-_RecipeOption = Annotated[Enum("Choice", {name: name for name in get_args(Recipe)}) | None, typer.Option(  # type: ignore[misc]
-    "--recipe", help="scratch trains from random weights, finetune the trained ResNet of --init.",
-    show_default="scratch")]
 
 
 def train_command(as_json: bool, **options: Any) -> None:
@@ -59,7 +54,9 @@ def _print_epoch(words: str) -> None:
 
 
 train_command.__signature__ = inspect.Signature([  # type: ignore[attr-defined]
-    inspect.Parameter("recipe", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_RecipeOption),
+    inspect.Parameter("recipe", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[
+        option_type(Recipe) | None, typer.Option("--recipe", show_default="scratch", help=(
+            "scratch trains from random weights, finetune from the trained ResNet of --init."))]),
     *field_options(TrainConfig, {"data": f"name of the data set: {', '.join(RECIPES)}."}),
     inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)])
 train_command.__annotations__ = {

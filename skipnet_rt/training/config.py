@@ -179,7 +179,8 @@ class TrainConfig:
 
     def command(self) -> str:
         """The command line that repeats this training (an architecture without a name cannot be written there)."""
-        return shlex.join(min((self._words(recipe) for recipe in get_args(Recipe)), key=len))
+        scratch, finetune = (self._words(recipe) for recipe in get_args(Recipe))
+        return shlex.join(finetune if len(finetune) < len(scratch) else scratch)
 
     def _words(self, recipe: Recipe) -> list[str]:
         """The command line as what differs from a recipe."""
