@@ -48,6 +48,26 @@ def run_everything(model: SkipNet, bias: float) -> None:
 
 
 @torch.no_grad()
+def open_to(model: SkipNet, images: Tensor, computation: float) -> None:
+    """Add to every execute logit as much as lets sampled gates execute so much of these images; their order stays.
+
+    Args:
+        model: a network with gates; it is left in evaluation mode.
+        images: ``[N, C, H, W]``.
+        computation: the expected share of the gated blocks, above 0 and below 1.
+    """
+    low, high = -30.0, 30.0
+    added = 0.0
+    model.eval()
+    for _ in range(12):  # by halves, to 0.02
+        middle = (low + high) / 2
+        open_gates(model, middle - added)
+        added = middle
+        expected = torch.sigmoid(model.trace(images).gate_logits[:, :model.arch.num_gates]).mean()
+        low, high = (middle, high) if expected < computation else (low, middle)
+
+
+@torch.no_grad()
 def fix_route(model: SkipNet, executed: Sequence[bool]) -> None:
     """Send every image along one route: block ``k + 1`` runs if ``executed[k]``, whatever the image.
 

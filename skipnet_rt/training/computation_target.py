@@ -13,8 +13,8 @@ from dataclasses import dataclass
 TOLERANCE = 2.0
 """Percentage points within which a target counts as reached."""
 
-_PROPORTIONAL = 5.0  # 10 points too much raise alpha by 0.5
-_INTEGRAL = 30.0  # and by 3 over a whole training
+_PROPORTIONAL = 10.0  # 10 points too much raise alpha by 1
+_INTEGRAL = 60.0  # and by 6 over a whole training
 
 
 @dataclass
@@ -34,7 +34,8 @@ class ComputationTarget:
 
         Args:
             computation: what the last batch executed, in percent.
-            share: of the whole training that a step is, so that trainings of any length are controlled alike.
+            share: of the whole training that a step is, so that trainings of any length are controlled alike; 0 keeps
+                the integral part, for a stage in which the target is out of reach.
         """
         excess = (computation - self.target) / 100
         self.integral += _INTEGRAL * share * excess

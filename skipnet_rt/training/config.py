@@ -78,7 +78,8 @@ class TrainConfig:
         distill_temperature: what divides both networks' logits for that.
         gate_start: the gates when the first reinforced stage begins: ``"kept"`` as they are, or ``"standardised"`` over
             256 training images (RNNGate only), see :func:`~skipnet_rt.model.gate_init.standardise_gates`; again before
-            each of the next epochs as long as the policy gradient has not set in.
+            each of the next epochs as long as the policy gradient has not set in. Gates trained alone keep their
+            order then, and are opened as far as the target (half of the blocks without one).
         policy_warmup_epochs: first epochs of the hybrid stage without policy gradient: blocks get used to sampled
             routes first. A network that has never skipped would teach its gates to run everything.
         gate_bias: added to the gates' last biases before training from scratch, and after they are standardised for
@@ -106,7 +107,7 @@ class TrainConfig:
     reinforce_epochs: int = 44
     batch_size: int = 64
     supervised_lr: float = 0.05
-    gates_lr: float = 0.1
+    gates_lr: float = 0.005
     reinforce_lr: float = 0.03
     supervised_schedule: Schedule = "cosine"
     reinforce_schedule: Schedule = "cosine"
@@ -121,7 +122,7 @@ class TrainConfig:
     final_temperature: float = 0.1
     route_diversity: float = 0.0
     distill_weight: float = 0.0
-    distill_temperature: float = 4.0
+    distill_temperature: float = 2.0
     gate_start: Literal["kept", "standardised"] = "standardised"
     policy_warmup_epochs: int = 4
     gate_bias: float = 1.0
@@ -227,12 +228,12 @@ RECIPES: dict[str, dict[str, Any]] = {
 """Per data set, what differs from :class:`TrainConfig`'s defaults, which are those of digits."""
 
 _FINETUNE: dict[str, Any] = dict(
-    arch="init", stages="gates+hybrid", supervised_epochs=0, gates_epochs=4, reinforce_epochs=20, gates_lr=0.1,
+    arch="init", stages="gates+hybrid", supervised_epochs=0, gates_epochs=2, reinforce_epochs=24, gates_lr=0.005,
     reinforce_lr=0.01, reinforce_schedule="cosine", alpha=0.0, target_computation=50.0, rl_weight=0.3,
-    temperature=1.0, final_temperature=0.1, distill_weight=0.5, policy_warmup_epochs=0, gate_start="standardised",
-    gate_bias=2.0)
+    temperature=1.0, final_temperature=0.1, distill_weight=0.5, distill_temperature=2.0, policy_warmup_epochs=4,
+    gate_start="standardised", gate_bias=2.0)
 
 FINETUNE: dict[str, dict[str, Any]] = dict.fromkeys(RECIPES, _FINETUNE)
-FINETUNE["digits"] = dict(_FINETUNE, target_computation=43.0)
+FINETUNE["digits"] = dict(_FINETUNE, reinforce_lr=0.03, target_computation=43.0)
 """Per data set, what differs from its recipe in :data:`RECIPES` where training begins with a trained ResNet. Those of
 the data sets other than digits have not been trained to the end by us."""

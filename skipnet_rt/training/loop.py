@@ -27,7 +27,7 @@ from skipnet_rt import checkpoint
 from skipnet_rt.data import Data, Split, load_dataset
 from skipnet_rt.model.arch import SkipNetArch
 from skipnet_rt.model.card import ModelCard
-from skipnet_rt.model.gate_init import open_gates, sharpen_gates, standardise_gates
+from skipnet_rt.model.gate_init import open_gates, open_to, sharpen_gates, standardise_gates
 from skipnet_rt.model.network import SkipNet, Trace
 from skipnet_rt.model.routing import computation_of
 from skipnet_rt.training.computation_target import ComputationTarget
@@ -213,16 +213,25 @@ class _Run:
             return 0.0
         config = self.config
         warmup = config.policy_warmup_epochs if stage.objective == "hybrid" else 0
-        fresh = stage == next(each for each in self.stages if each.objective != "supervised")
-        if (fresh and stage.objective != "pure" and done <= warmup and config.gate_start == "standardised"
-                and self.model.arch.gate == "rnn"):
-            standardise_gates(self.model, self._some_images(256))
-            if stage.objective == "gates":
-                open_gates(self.model, config.gate_bias)
+        if config.gate_start == "standardised" and self.model.arch.gate == "rnn":
+            self._set_gates(stage, done, warmup)
         if stage.objective == "gates":
             return config.rl_weight
         sharpen_gates(self.model, self._temperature(stage, done) / (self._temperature(stage, done - 1) if done else 1))
         return config.rl_weight if done >= warmup else 0.0
+
+    def _set_gates(self, stage: _Stage, done: int, warmup: int) -> None:
+        """Give RNNGates of the first reinforced stage, and of its warm-up, logits that leave room to learn."""
+        trained_alone = self.stages[0].objective == "gates"
+        if stage.objective == "gates" and done == 0:
+            standardise_gates(self.model, self._some_images(256))
+            open_gates(self.model, self.config.gate_bias)
+        elif stage.objective == "hybrid" and done <= warmup:
+            if not trained_alone:
+                standardise_gates(self.model, self._some_images(256))
+            elif warmup:
+                target = 50.0 if self.target is None else self.target.target
+                open_to(self.model, self._some_images(256), target / 100)
 
     def _temperature(self, stage: _Stage, done: int) -> float:
         first, last = self.config.temperature, self.config.final_temperature
@@ -247,9 +256,10 @@ class _Run:
         self.scaler.update()
         meter.add(value, trace, labels)
         if self.target and rl_weight:
-            steps = self.steps * sum(stage.epochs for stage in self.stages if stage.objective != "supervised")
             executed = computation_of(float(trace.masks.detach().sum(1).mean()), self.model.arch.num_gates)
-            self.alpha = self.target.alpha(100 * executed, 1 / steps)
+            # Gates alone cannot reach it: blocks that never missed another do badly without.
+            share = 0.0 if objective == "gates" else 1 / (self.config.reinforce_epochs * self.steps)
+            self.alpha = self.target.alpha(100 * executed, share)
 
     def _losses(self, trace: Trace, images: Tensor, labels: Tensor) -> Tensor:
         """Each image's prediction loss, float32 ``[N]``."""
