@@ -162,6 +162,8 @@ def run(plan: Plan, name: str, root: Path, folder: Path, on_progress: Callable[[
     """
     data, experiments = load_dataset(name, root), plan.experiments()
     wanted = [(experiment, seed) for seed in range(plan.seeds) for experiment in experiments if seed < experiment.seeds]
+    # The first seed of everything, then all seeds of what matters most: whatever is done by then can be reported.
+    wanted.sort(key=lambda each: (each[1] > 0, each[0].seeds < plan.seeds, each[1]))
     for number, (experiment, seed) in enumerate(wanted):
         place = folder / experiment.name / str(seed)
         if (place / "result.json").exists():

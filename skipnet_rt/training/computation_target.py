@@ -13,8 +13,8 @@ from dataclasses import dataclass
 TOLERANCE = 2.0
 """Percentage points within which a target counts as reached."""
 
-_PROPORTIONAL = 10.0  # 10 points too much raise alpha by 1
-_INTEGRAL = 60.0  # and by 6 over a whole training
+_PROPORTIONAL = 20.0  # 10 points too much raise alpha by 2
+_INTEGRAL = 30.0  # and by 3 over a whole training
 
 
 @dataclass

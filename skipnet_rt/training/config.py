@@ -228,9 +228,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 """Per data set, what differs from :class:`TrainConfig`'s defaults, which are those of digits."""
 
 _FINETUNE: dict[str, Any] = dict(
-    arch="init", stages="gates+hybrid", supervised_epochs=0, gates_epochs=2, reinforce_epochs=24, gates_lr=0.005,
+    arch="init", stages="gates+hybrid", supervised_epochs=0, gates_epochs=2, reinforce_epochs=18, gates_lr=0.005,
     reinforce_lr=0.01, reinforce_schedule="cosine", alpha=0.0, target_computation=50.0, rl_weight=0.3,
-    temperature=1.0, final_temperature=0.1, distill_weight=0.5, distill_temperature=2.0, policy_warmup_epochs=4,
+    temperature=1.0, final_temperature=0.1, distill_weight=0.5, distill_temperature=2.0, policy_warmup_epochs=3,
     gate_start="standardised", gate_bias=2.0)
 
 FINETUNE: dict[str, dict[str, Any]] = dict.fromkeys(RECIPES, _FINETUNE)

@@ -30,6 +30,6 @@ def decision_information(gate_logits: Tensor) -> Tensor:
     probability = torch.sigmoid(gate_logits)
     # H(sigmoid(z)) = softplus(z) - z sigmoid(z), finite for any z
     each = F.softplus(gate_logits) - gate_logits * probability
-    mean = probability.mean(0)
+    mean = probability.mean(0).clamp(1e-6, 1 - 1e-6)  # xlogy has no gradient at 0
     together = -torch.xlogy(mean, mean) - torch.xlogy(1 - mean, 1 - mean)
     return (together - each.mean(0)).mean()
