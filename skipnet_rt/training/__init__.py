@@ -1,6 +1,7 @@
 """The paper's Algorithm 1: supervised training, then hybrid reinforcement learning.
 
-What a training is (config), what it minimises (policy_gradient), how gates begin (gate_init), how it runs (loop). Data
+What a training is (config), what it begins with (start), what it minimises (policy_gradient, distillation,
+route_diversity), what moves alpha (computation_target), the gates' own stage (gates_alone), how it runs (loop). Data
 sets, and evaluation of what was trained, are elsewhere.
 """
 

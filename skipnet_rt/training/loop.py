@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -24,10 +25,12 @@ from torch.utils.data import DataLoader
 
 from skipnet_rt import checkpoint
 from skipnet_rt.data import Data, Split, load_dataset
-from skipnet_rt.model.arch import SkipNetArch, arch
+from skipnet_rt.model.arch import SkipNetArch
 from skipnet_rt.model.card import ModelCard
-from skipnet_rt.model.network import SkipNet, Trace, build
+from skipnet_rt.model.gate_init import open_gates, open_to, sharpen_gates, standardise_gates
+from skipnet_rt.model.network import SkipNet, Trace
 from skipnet_rt.model.routing import computation_of
+from skipnet_rt.training.computation_target import ComputationTarget
 from skipnet_rt.training.config import (
     OBJECTIVES,
     PRECISIONS,
@@ -37,8 +40,11 @@ from skipnet_rt.training.config import (
     TrainConfig,
     TrainError,
 )
-from skipnet_rt.training.gate_init import open_gates, sharpen_gates, standardise_gates
+from skipnet_rt.training.distillation import distilled_losses, teacher_logits
+from skipnet_rt.training.gates_alone import freeze_backbone, train_gates_alone
 from skipnet_rt.training.policy_gradient import objective_loss
+from skipnet_rt.training.route_diversity import decision_information
+from skipnet_rt.training.start import starting_network
 from skipnet_rt.util.atomic import replacing
 
 
@@ -50,7 +56,7 @@ class TrainResult:
         model: in evaluation mode, on the training device, its card filled in.
         card: ``model.card``.
         history: one entry per epoch, the lines of ``log.jsonl``: epoch, stage, lr, loss, train_accuracy,
-            train_computation, accuracy, computation (percent; the last two held out, with hard gates), seconds.
+            train_computation, accuracy, computation (percent; the last two held out, with hard gates), alpha, seconds.
         path: the saved ``model.safetensors``.
     """
 
@@ -87,6 +93,8 @@ def _stages(config: TrainConfig) -> list[_Stage]:
         if objective == "supervised":
             stage = _Stage(objective, first, config.supervised_epochs, config.supervised_lr,
                            config.supervised_schedule, config.warmup_steps)
+        elif objective == "gates":
+            stage = _Stage(objective, first, config.gates_epochs, config.gates_lr, "constant", 0)
         else:
             stage = _Stage(objective, first, config.reinforce_epochs, config.reinforce_lr,
                            config.reinforce_schedule, 0)
@@ -152,14 +160,20 @@ class _Run:
         self.steps = math.ceil(len(cast(Any, data.train)) / config.batch_size)  # of an epoch
         self.history: list[dict[str, Any]] = []
         torch.manual_seed(config.seed)
-        self.model = _model(config, data).to(self.device)
+        self.model, self.teacher = starting_network(config, data)
         self.memory_format = memory_format(self.model.arch)
-        self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]  # torch's stub lacks it
+        for network in filter(None, (self.model, self.teacher)):
+            network.to(self.device).to(memory_format=self.memory_format)  # type: ignore[call-overload]  # stub lacks it
+        self.alpha = config.alpha
+        self.target = None if config.target_computation is None else \
+            ComputationTarget(config.target_computation, config.alpha)
 
     def begin(self, stage: _Stage) -> None:
         """What a stage starts with: its gates' mode, a fresh optimizer and loss scaler."""
         self.model.set_gate_mode(self.config.gate_mode if stage.objective == "supervised" else "sample")
-        self.optimizer = torch.optim.SGD(self.model.parameters(), stage.base_lr, momentum=self.config.momentum,
+        freeze_backbone(self.model, stage.objective == "gates")
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.SGD(trained, stage.base_lr, momentum=self.config.momentum,
                                          weight_decay=self.config.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "float16")
 
@@ -175,7 +189,10 @@ class _Run:
         if epoch == stage.first:
             self.begin(stage)
         rl_weight = self._prepare_gates(stage, epoch - stage.first)
-        self.model.train()
+        if stage.objective == "gates":
+            train_gates_alone(self.model)
+        else:
+            self.model.train()
         meter = _Meter(self.model.arch.num_gates)
         for step, (images, labels) in enumerate(self._batches(self.data.train, shuffle=True)):
             lr = stage.lr((epoch - stage.first) * self.steps + step, stage.epochs * self.steps)
@@ -186,7 +203,7 @@ class _Run:
         self.history.append({
             "epoch": epoch + 1, "stage": stage.objective, "lr": lr, "loss": meter.loss,
             "train_accuracy": meter.accuracy, "train_computation": meter.computation,
-            "accuracy": held_out.accuracy, "computation": held_out.computation,
+            "accuracy": held_out.accuracy, "computation": held_out.computation, "alpha": round(self.alpha, 4),
             "seconds": round(time.perf_counter() - started, 2)})
         return f"epoch {epoch + 1}/{self.epochs} ({stage.objective}): {meter}; held out: {held_out}"
 
@@ -196,11 +213,25 @@ class _Run:
             return 0.0
         config = self.config
         warmup = config.policy_warmup_epochs if stage.objective == "hybrid" else 0
-        if (stage.objective == "hybrid" and done <= warmup and config.gate_start == "standardised"
-                and self.model.arch.gate == "rnn"):
-            standardise_gates(self.model, self._some_images(256))
+        if config.gate_start == "standardised" and self.model.arch.gate == "rnn":
+            self._set_gates(stage, done, warmup)
+        if stage.objective == "gates":
+            return config.rl_weight
         sharpen_gates(self.model, self._temperature(stage, done) / (self._temperature(stage, done - 1) if done else 1))
         return config.rl_weight if done >= warmup else 0.0
+
+    def _set_gates(self, stage: _Stage, done: int, warmup: int) -> None:
+        """Give RNNGates of the first reinforced stage, and of its warm-up, logits that leave room to learn."""
+        trained_alone = self.stages[0].objective == "gates"
+        if stage.objective == "gates" and done == 0:
+            standardise_gates(self.model, self._some_images(256))
+            open_gates(self.model, self.config.gate_bias)
+        elif stage.objective == "hybrid" and done <= warmup:
+            if not trained_alone:
+                standardise_gates(self.model, self._some_images(256))
+            elif warmup:
+                target = 50.0 if self.target is None else self.target.target
+                open_to(self.model, self._some_images(256), target / 100)
 
     def _temperature(self, stage: _Stage, done: int) -> float:
         first, last = self.config.temperature, self.config.final_temperature
@@ -212,8 +243,11 @@ class _Run:
             group["lr"] = lr
         with self._autocast():
             trace = self.model.trace(images)
-        loss = objective_loss(objective, trace, labels, alpha=self.config.alpha, gamma=self.config.gamma,
-                              rl_weight=rl_weight)
+        loss = objective_loss(objective, trace, labels, alpha=self.alpha, gamma=self.config.gamma,
+                              rl_weight=rl_weight, losses=self._losses(trace, images, labels))
+        if self.config.route_diversity and rl_weight:
+            gate_logits = trace.gate_logits[:, :trace.masks.shape[1]].float()
+            loss = loss - self.config.route_diversity * decision_information(gate_logits)
         if not math.isfinite(value := float(loss.detach())):
             raise TrainError(f"the loss became {value} in epoch {len(self.history) + 1}; try a lower learning rate")
         self.optimizer.zero_grad()
@@ -221,6 +255,21 @@ class _Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         meter.add(value, trace, labels)
+        if self.target and rl_weight:
+            executed = computation_of(float(trace.masks.detach().sum(1).mean()), self.model.arch.num_gates)
+            # Gates alone cannot reach it: blocks that never missed another do badly without.
+            share = 0.0 if objective == "gates" else 1 / (self.config.reinforce_epochs * self.steps)
+            self.alpha = self.target.alpha(100 * executed, share)
+
+    def _losses(self, trace: Trace, images: Tensor, labels: Tensor) -> Tensor:
+        """Each image's prediction loss, float32 ``[N]``."""
+        logits = trace.logits.float()
+        if self.teacher is None:
+            return F.cross_entropy(logits, labels, reduction="none")
+        with self._autocast():
+            expected = teacher_logits(self.teacher, images)
+        return distilled_losses(logits, labels, expected, weight=self.config.distill_weight,
+                                temperature=self.config.distill_temperature)
 
     @torch.no_grad()
     def _measure(self) -> _Meter:
@@ -256,7 +305,8 @@ class _Run:
             path.write_text(log, encoding="utf-8")
         state = {"config": json.dumps(self.config.to_dict()), "history": json.dumps(self.history),
                  "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                 "scaler": self.scaler.state_dict()}
+                 "scaler": self.scaler.state_dict(), "alpha": self.alpha,
+                 "alpha_integral": self.target.integral if self.target else None}
         with replacing(self.config.output / "state.pt") as path:
             torch.save(state, path)
 
@@ -267,7 +317,8 @@ class _Run:
             TrainError: the state is of another configuration.
         """
         state = torch.load(path, map_location=self.device, weights_only=True)
-        before, now = json.loads(state["config"]), json.loads(json.dumps(self.config.to_dict()))
+        now = json.loads(json.dumps(self.config.to_dict()))
+        before = TrainConfig().to_dict() | json.loads(state["config"])  # of an older version, without the newest fields
         changed = [f"{key} (was {before.get(key)!r}, is {now[key]!r})" for key in now
                    if key not in ("root", "output", "device", "resume") and before.get(key) != now[key]]
         if changed:
@@ -277,6 +328,9 @@ class _Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        self.alpha = state.get("alpha", self.alpha)
+        if self.target:
+            self.target.integral = state["alpha_integral"]
 
     def publish(self, name: str) -> ModelCard:
         """Save the model as ``output/name.safetensors`` with a card that says how it came about."""
@@ -294,27 +348,6 @@ class _Run:
 def _epoch_seed(seed: int, epoch: int) -> int:
     """Independent random numbers for every epoch, so that nothing of the generators' states has to be kept."""
     return int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0]) >> 1
-
-
-def _model(config: TrainConfig, data: Data) -> SkipNet:
-    classes, size = len(data.labels), data.preprocessing.image_size
-    if isinstance(config.arch, str):
-        architecture = arch(config.arch)
-        if architecture.num_classes != classes:
-            architecture = architecture.replace(num_classes=classes)
-    else:
-        architecture = config.arch
-    if (architecture.num_classes, architecture.image_size) != (classes, size):
-        raise TrainError(f"{config.data} has {classes} classes and images of {size[0]}x{size[1]}; "
-                         f"{architecture} has {architecture.num_classes} and {architecture.image_size}")
-    if config.stages == "pure" and not architecture.gated:
-        raise TrainError(f"pure reinforcement learning trains gates, and {architecture} has none")
-    model = build(architecture)
-    if config.init is None:
-        open_gates(model, config.gate_bias)
-    else:
-        model.load_state_dict(checkpoint.load(config.init).state_dict())
-    return model
 
 
 def train(config: TrainConfig, *, on_progress: Callable[[str, float], None] | None = None,
@@ -354,4 +387,6 @@ def train(config: TrainConfig, *, on_progress: Callable[[str, float], None] | No
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"stopped; {len(run.history)} of {run.epochs} epochs are kept in "
                                     f"{config.output}, resume goes on from there") from None
+    if run.target and (complaint := run.target.verdict(run.history[-1]["computation"])):
+        warnings.warn(complaint, stacklevel=2)
     return TrainResult(run.model.eval(), card, run.history, config.output / "model.safetensors")
