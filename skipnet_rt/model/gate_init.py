@@ -23,6 +23,16 @@ def _last_layers(model: SkipNet) -> Iterator[nn.Linear | nn.Conv2d]:
             yield module.linear_layer
 
 
+def freeze_idle_gates(model: SkipNet) -> None:
+    """Take from the optimizer what no decision depends on and no gradient reaches: the gate after the last block."""
+    if model.arch.gated:
+        idle = [model.gate(model.arch.blocks[-1])]
+        if model.arch.gate == "rnn" and not model.arch.num_gates:
+            idle.append(model.control)
+        for module in idle:
+            module.requires_grad_(False)
+
+
 @torch.no_grad()
 def open_gates(model: SkipNet, bias: float) -> None:
     """Add to every gate's execute logit."""

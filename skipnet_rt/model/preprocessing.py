@@ -50,8 +50,8 @@ class Preprocessing:
 
     def normalise(self, picture: Image.Image) -> Tensor:
         """An RGB picture to a float32 tensor ``[3, H, W]`` with the channels' mean and deviation taken out."""
-        pixels = torch.from_numpy(np.array(picture, dtype=np.float32) / 255).permute(2, 0, 1)
-        return ((pixels - torch.tensor(self.mean).view(3, 1, 1)) / torch.tensor(self.std).view(3, 1, 1)).contiguous()
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float()
+        return pixels.div_(255).sub_(torch.tensor(self.mean).view(3, 1, 1)).div_(torch.tensor(self.std).view(3, 1, 1))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for metadata."""

@@ -56,7 +56,10 @@ class TrainConfig:
         gate_mode: ``"hard"`` gates with a straight-through gradient in supervised training, or ``"soft"`` ones
             (the paper's Table 3). The reinforced stage samples in either case.
         supervised_epochs, gates_epochs, reinforce_epochs: passes over the training split.
-        batch_size: images per step.
+        batch_size: images per step, all ranks' together.
+        accumulate: pieces into which a rank cuts its share of a batch, one after the other, where memory does not
+            reach for all of it at once; the gradients are added up. Batch normalisation, and the baseline of the
+            rewards, then see a piece at a time.
         supervised_lr, gates_lr, reinforce_lr: SGD's learning rates.
         supervised_schedule, reinforce_schedule: how the learning rate falls within a stage, see :data:`SCHEDULES`.
         warmup_steps: first steps of the supervised stage, at a tenth of the learning rate.
@@ -86,7 +89,7 @@ class TrainConfig:
             training alone. Above 0 the blocks begin open;
             at 0 the gates may all close before the blocks have learned anything worth running.
         seed: of the weights, the data order, the augmentation and the sampled actions.
-        device: a torch device.
+        device: a torch device; ``"cuda"`` gives each of several ranks a GPU of its own.
         precision: ``"bfloat16"`` or ``"float16"`` (with loss scaling) trains under :func:`torch.autocast`.
         workers: processes that load data; 0 loads in this one. Their number changes the augmentation's random numbers.
         resume: go on from ``output/state.pt`` if it is there.
@@ -106,6 +109,7 @@ class TrainConfig:
     gates_epochs: int = 0
     reinforce_epochs: int = 44
     batch_size: int = 64
+    accumulate: int = 1
     supervised_lr: float = 0.05
     gates_lr: float = 0.005
     reinforce_lr: float = 0.03
@@ -158,14 +162,15 @@ class TrainConfig:
                 raise TrainError(f"{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
         for field, low, high in (("supervised_epochs", 0, math.inf), ("gates_epochs", 0, math.inf),
                                  ("reinforce_epochs", 0, math.inf), ("gates_lr", 0, math.inf),
-                                 ("batch_size", 1, math.inf), ("supervised_lr", 0, math.inf),
-                                 ("reinforce_lr", 0, math.inf), ("warmup_steps", 0, math.inf), ("momentum", 0, 1),
-                                 ("weight_decay", 0, math.inf), ("alpha", -math.inf, math.inf), ("gamma", 0, 1),
-                                 ("rl_weight", 0, math.inf), ("temperature", 1e-6, math.inf),
-                                 ("final_temperature", 1e-6, math.inf), ("policy_warmup_epochs", 0, math.inf),
-                                 ("target_computation", 0, 100), ("route_diversity", 0, math.inf),
-                                 ("distill_weight", 0, 1), ("distill_temperature", 1e-6, math.inf),
-                                 ("seed", 0, math.inf), ("workers", 0, math.inf)):
+                                 ("batch_size", 1, math.inf), ("accumulate", 1, math.inf),
+                                 ("supervised_lr", 0, math.inf), ("reinforce_lr", 0, math.inf),
+                                 ("warmup_steps", 0, math.inf), ("momentum", 0, 1), ("weight_decay", 0, math.inf),
+                                 ("alpha", -math.inf, math.inf), ("gamma", 0, 1), ("rl_weight", 0, math.inf),
+                                 ("temperature", 1e-6, math.inf), ("final_temperature", 1e-6, math.inf),
+                                 ("policy_warmup_epochs", 0, math.inf), ("target_computation", 0, 100),
+                                 ("route_diversity", 0, math.inf), ("distill_weight", 0, 1),
+                                 ("distill_temperature", 1e-6, math.inf), ("seed", 0, math.inf),
+                                 ("workers", 0, math.inf)):
             value = getattr(self, field)
             if value is not None and not low <= value <= high:
                 raise TrainError(f"{field} must be from {low:g} to {high:g}, got {value!r}")

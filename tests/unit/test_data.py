@@ -141,3 +141,12 @@ def test_an_image_folder_that_cannot_be_trained_on_is_refused(tmp_path):
         (tmp_path / split / "dog" / "2.png").write_bytes((tmp_path / split / "cat" / "1.png").read_bytes()[:200])
     with pytest.raises(DataError, match=r"2\.png is no picture that can be read"):
         load_dataset("imagenet", tmp_path).test[1]
+
+
+def test_normalising_is_plain_float32_arithmetic_for_every_level():
+    levels = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
+    mean, deviation = (np.array(values, dtype=np.float32) for values in (IMAGENET.mean, IMAGENET.std))
+    expected = ((levels.astype(np.float32) / 255 - mean) / deviation).transpose(2, 0, 1)
+    got = IMAGENET.normalise(Image.fromarray(levels))
+    assert torch.equal(got, torch.from_numpy(expected))
+    assert got.is_contiguous()
