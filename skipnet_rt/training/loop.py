@@ -8,7 +8,6 @@ each rank's number (all but the order).
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import math
@@ -27,13 +26,15 @@ from torch.nn import functional as F
 
 from skipnet_rt import checkpoint
 from skipnet_rt.data import Data, Split, load_dataset
-from skipnet_rt.model.arch import SkipNetArch, arch
+from skipnet_rt.model.arch import SkipNetArch
 from skipnet_rt.model.card import ModelCard
-from skipnet_rt.model.network import SkipNet, build
+from skipnet_rt.model.gate_init import freeze_idle_gates, open_gates, open_to, sharpen_gates, standardise_gates
+from skipnet_rt.model.network import SkipNet, Trace
 from skipnet_rt.model.routing import computation_of
 from skipnet_rt.runtime import compile
 from skipnet_rt.training.batches import batch_sizes, loader
 from skipnet_rt.training.compiled_blocks import compiled_blocks
+from skipnet_rt.training.computation_target import ComputationTarget
 from skipnet_rt.training.config import (
     OBJECTIVES,
     PRECISIONS,
@@ -43,9 +44,12 @@ from skipnet_rt.training.config import (
     TrainConfig,
     TrainError,
 )
+from skipnet_rt.training.distillation import distilled_losses, teacher_logits
 from skipnet_rt.training.distributed import ALONE, RankError, Ranks, joined, lost_contact, random_seed
-from skipnet_rt.training.gate_init import freeze_idle_gates, open_gates, sharpen_gates, standardise_gates
+from skipnet_rt.training.gates_alone import freeze_backbone, train_gates_alone
 from skipnet_rt.training.policy_gradient import objective_loss
+from skipnet_rt.training.route_diversity import decision_information
+from skipnet_rt.training.start import starting_network
 from skipnet_rt.util.atomic import replacing
 
 
@@ -57,7 +61,7 @@ class TrainResult:
         model: in evaluation mode, on the training device, its card filled in.
         card: ``model.card``.
         history: one entry per epoch, the lines of ``log.jsonl``: epoch, stage, lr, loss, train_accuracy,
-            train_computation, accuracy, computation (percent; the last two held out, with hard gates), seconds.
+            train_computation, accuracy, computation (percent; the last two held out, with hard gates), alpha, seconds.
         path: the saved ``model.safetensors``.
     """
 
@@ -94,6 +98,8 @@ def _stages(config: TrainConfig) -> list[_Stage]:
         if objective == "supervised":
             stage = _Stage(objective, first, config.supervised_epochs, config.supervised_lr,
                            config.supervised_schedule, config.warmup_steps)
+        elif objective == "gates":
+            stage = _Stage(objective, first, config.gates_epochs, config.gates_lr, "constant", 0)
         else:
             stage = _Stage(objective, first, config.reinforce_epochs, config.reinforce_lr,
                            config.reinforce_schedule, 0)
@@ -174,15 +180,22 @@ class _Run:
         self.steps = len(self.sizes)  # of an epoch
         self.history: list[dict[str, Any]] = []
         torch.manual_seed(config.seed)
-        self.model = ranks.synchronised(_model(config, data).to(self.device))
+        model, self.teacher = starting_network(config, data)
+        self.model = ranks.synchronised(model.to(self.device))
         self.memory_format = memory_format(self.model.arch)
-        self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]  # torch's stub lacks it
+        for network in filter(None, (self.model, self.teacher)):
+            network.to(self.device).to(memory_format=self.memory_format)  # type: ignore[call-overload]  # stub lacks it
+        self.alpha = config.alpha
+        self.target = None if config.target_computation is None else \
+            ComputationTarget(config.target_computation, config.alpha)
 
     def begin(self, stage: _Stage) -> None:
         """What a stage starts with: its gates' mode, a fresh optimizer and loss scaler."""
         self.model.set_gate_mode(self.config.gate_mode if stage.objective == "supervised" else "sample")
+        freeze_backbone(self.model, stage.objective == "gates")
         freeze_idle_gates(self.model)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), stage.base_lr, momentum=self.config.momentum,
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.SGD(trained, stage.base_lr, momentum=self.config.momentum,
                                          weight_decay=self.config.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "float16")
 
@@ -200,7 +213,10 @@ class _Run:
         rl_weight = self._prepare_gates(stage, epoch - stage.first)
         order = self._part_ways(epoch)
         self.traced = self.ranks.wrapped(self.model)
-        self.model.train()
+        if stage.objective == "gates":
+            train_gates_alone(self.model)
+        else:
+            self.model.train()
         meter = _Meter(self.model.arch.num_gates)
         batches = self._batches(self.data.train, shuffle=True, order=order)
         with compiled_blocks(self.model) if self.config.compile_blocks else nullcontext():
@@ -214,7 +230,7 @@ class _Run:
         self.history.append({
             "epoch": epoch + 1, "stage": stage.objective, "lr": lr, "loss": meter.loss,
             "train_accuracy": meter.accuracy, "train_computation": meter.computation,
-            "accuracy": held_out.accuracy, "computation": held_out.computation,
+            "accuracy": held_out.accuracy, "computation": held_out.computation, "alpha": round(self.alpha, 4),
             "seconds": round(time.perf_counter() - started, 2)})
         return f"epoch {epoch + 1}/{self.epochs} ({stage.objective}): {meter}; held out: {held_out}"
 
@@ -224,11 +240,25 @@ class _Run:
             return 0.0
         config = self.config
         warmup = config.policy_warmup_epochs if stage.objective == "hybrid" else 0
-        if (stage.objective == "hybrid" and done <= warmup and config.gate_start == "standardised"
-                and self.model.arch.gate == "rnn" and self.ranks.rank == 0):  # the others get rank 0's, see wrapped
-            standardise_gates(self.model, self._some_images(256))
+        if config.gate_start == "standardised" and self.model.arch.gate == "rnn" and self.ranks.rank == 0:
+            self._set_gates(stage, done, warmup)  # the other ranks get rank 0's, see wrapped
+        if stage.objective == "gates":
+            return config.rl_weight
         sharpen_gates(self.model, self._temperature(stage, done) / (self._temperature(stage, done - 1) if done else 1))
         return config.rl_weight if done >= warmup else 0.0
+
+    def _set_gates(self, stage: _Stage, done: int, warmup: int) -> None:
+        """Give RNNGates of the first reinforced stage, and of its warm-up, logits that leave room to learn."""
+        trained_alone = self.stages[0].objective == "gates"
+        if stage.objective == "gates" and done == 0:
+            standardise_gates(self.model, self._some_images(256))
+            open_gates(self.model, self.config.gate_bias)
+        elif stage.objective == "hybrid" and done <= warmup:
+            if not trained_alone:
+                standardise_gates(self.model, self._some_images(256))
+            elif warmup:
+                target = 50.0 if self.target is None else self.target.target
+                open_to(self.model, self._some_images(256), target / 100)
 
     def _temperature(self, stage: _Stage, done: int) -> float:
         first, last = self.config.temperature, self.config.final_temperature
@@ -247,28 +277,56 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad()
-        self._add_gradients(objective, rl_weight, images, labels, size, meter)
+        executed = self._add_gradients(objective, rl_weight, images, labels, size, meter)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.target and rl_weight:
+            # Gates alone cannot reach it: blocks that never missed another do badly without.
+            share = 0.0 if objective == "gates" else 1 / (self.config.reinforce_epochs * self.steps)
+            self.alpha = self.target.alpha(100 * executed, share)
 
     def _add_gradients(self, objective: Objective, rl_weight: float, images: Tensor, labels: Tensor, size: int,
-                       meter: _Meter) -> None:
-        """The gradients of a batch's mean loss: piece by piece, each the mean of all ranks'."""
+                       meter: _Meter) -> float:
+        """The gradients of a batch's mean loss: piece by piece, each the mean of all ranks'.
+
+        Returns:
+            The batch's computation, of all ranks, from 0 to 1.
+        """
         pieces = min(self.config.accumulate, size // self.ranks.count)  # no more than images in the smallest share
+        batch = _Meter(meter.gates)
         for piece in range(pieces):
             part, targets = images.tensor_split(pieces)[piece], labels.tensor_split(pieces)[piece]
             with self.ranks.holding(self.traced, piece + 1 < pieces):
                 with self._autocast():
                     trace = self.traced(part)
-                loss = objective_loss(objective, trace, targets, alpha=self.config.alpha, gamma=self.config.gamma,
-                                      rl_weight=rl_weight, ranks=self.ranks)
+                loss = self._loss(objective, rl_weight, trace, part, targets)
                 sums = self.ranks.sum(_sums(loss.detach(), trace.logits, trace.masks > 0.5, targets)).tolist()
                 if not math.isfinite(value := sums[1] / sums[0]):  # on every rank: each sees the sum
                     raise TrainError(f"the loss became {value} in epoch {len(self.history) + 1}; "
                                      "try a lower learning rate")
                 share = len(targets) * self.ranks.count / size
                 self.scaler.scale(loss * share).backward()  # type: ignore[no-untyped-call]
-            meter.add(*sums)
+            for sums_so_far in (batch, meter):
+                sums_so_far.add(*sums)
+        return batch.computation / 100
+
+    def _loss(self, objective: Objective, rl_weight: float, trace: Trace, images: Tensor, labels: Tensor) -> Tensor:
+        """What these images' gradients are taken of."""
+        loss = objective_loss(objective, trace, labels, alpha=self.alpha, gamma=self.config.gamma, rl_weight=rl_weight,
+                              losses=self._distilled_losses(trace, images, labels), ranks=self.ranks)
+        if self.config.route_diversity and rl_weight:
+            gate_logits = trace.gate_logits[:, :trace.masks.shape[1]].float()
+            loss = loss - self.config.route_diversity * decision_information(gate_logits)
+        return loss
+
+    def _distilled_losses(self, trace: Trace, images: Tensor, labels: Tensor) -> Tensor | None:
+        """Each image's prediction loss where a dense network teaches, float32 ``[N]``."""
+        if self.teacher is None:
+            return None
+        with self._autocast():
+            expected = teacher_logits(self.teacher, images)
+        return distilled_losses(trace.logits.float(), labels, expected, weight=self.config.distill_weight,
+                                temperature=self.config.distill_temperature)
 
     @torch.no_grad()
     def _measure(self) -> _Meter:
@@ -307,7 +365,8 @@ class _Run:
             path.write_text(log, encoding="utf-8")
         state = {"config": json.dumps(self.config.to_dict()), "history": json.dumps(self.history),
                  "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                 "scaler": self.scaler.state_dict(), "ranks": self.ranks.count}
+                 "scaler": self.scaler.state_dict(), "ranks": self.ranks.count, "alpha": self.alpha,
+                 "alpha_integral": self.target.integral if self.target else None}
         with replacing(self.config.output / "state.pt") as path:
             torch.save(state, path)
 
@@ -319,7 +378,7 @@ class _Run:
         """
         state = torch.load(io.BytesIO(saved), map_location=self.device, weights_only=True)
         # A state from before an option existed did without it.
-        before = {field.name: field.default for field in dataclasses.fields(TrainConfig)} | json.loads(state["config"])
+        before = TrainConfig().to_dict() | json.loads(state["config"])
         now = json.loads(json.dumps(self.config.to_dict()))
         changed = [f"{key} (was {before[key]!r}, is {now[key]!r})" for key in now
                    if key not in ("root", "output", "device", "resume") and before[key] != now[key]]
@@ -334,8 +393,14 @@ class _Run:
         self.history = json.loads(state["history"])
         self.begin(next(stage for stage in self.stages if len(self.history) <= stage.end))
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:  # that trained other parameters in this stage
+            raise TrainError(f"{self.config.output / 'state.pt'} is of another version: {error}") from None
         self.scaler.load_state_dict(state["scaler"])
+        self.alpha = state.get("alpha", self.alpha)
+        if self.target:
+            self.target.integral = state["alpha_integral"]
 
     def publish(self, name: str) -> ModelCard:
         """Save the model as ``output/name.safetensors`` with a card that says how it came about."""
@@ -378,27 +443,6 @@ def _saved(config: TrainConfig) -> bytes | None:
     return state.read_bytes()
 
 
-def _model(config: TrainConfig, data: Data) -> SkipNet:
-    classes, size = len(data.labels), data.preprocessing.image_size
-    if isinstance(config.arch, str):
-        architecture = arch(config.arch)
-        if architecture.num_classes != classes:
-            architecture = architecture.replace(num_classes=classes)
-    else:
-        architecture = config.arch
-    if (architecture.num_classes, architecture.image_size) != (classes, size):
-        raise TrainError(f"{config.data} has {classes} classes and images of {size[0]}x{size[1]}; "
-                         f"{architecture} has {architecture.num_classes} and {architecture.image_size}")
-    if config.stages == "pure" and not architecture.gated:
-        raise TrainError(f"pure reinforcement learning trains gates, and {architecture} has none")
-    model = build(architecture)
-    if config.init is None:
-        open_gates(model, config.gate_bias)
-    else:
-        model.load_state_dict(checkpoint.load(config.init).state_dict())
-    return model
-
-
 def train(config: TrainConfig, *, on_progress: Callable[[str, float], None] | None = None,
           on_epoch: Callable[[str], None] | None = None) -> TrainResult:
     """Train a network and save it, see :class:`TrainConfig`. The state of torch's generators is left as it was.
@@ -438,4 +482,7 @@ def train(config: TrainConfig, *, on_progress: Callable[[str, float], None] | No
             if not lost_contact(error):
                 raise
             raise RankError(f"another rank died or fell silent; {run.kept()}") from error
+        complaint = run.target.verdict(run.history[-1]["computation"]) if run.target else None
+        if complaint and ranks.rank == 0:
+            warnings.warn(complaint, stacklevel=2)
     return TrainResult(run.model.eval(), card, run.history, config.output / "model.safetensors")

@@ -80,7 +80,7 @@ def _unrounded(tensor: Tensor) -> Tensor:
 
 
 def objective_loss(objective: Objective, trace: Trace, labels: Tensor, *, alpha: float, gamma: float,
-                   rl_weight: float, ranks: Ranks = ALONE) -> Tensor:
+                   rl_weight: float, losses: Tensor | None = None, ranks: Ranks = ALONE) -> Tensor:
     """The scalar to minimise for one batch, or one rank's share of it: a mean over these images.
 
     Args:
@@ -88,15 +88,16 @@ def objective_loss(objective: Objective, trace: Trace, labels: Tensor, *, alpha:
         trace: a pass in training mode, ``trace.masks`` sampled in the reinforced stages.
         labels: ``[N]``, class numbers.
         alpha, gamma, rl_weight: as in :class:`TrainConfig`.
+        losses: ``[N]``, each image's prediction loss, differentiable; the cross-entropy where not given.
         ranks: who shares the batch, for the baseline.
     """
     logits, gates = _unrounded(trace.logits), trace.masks.shape[1]
+    losses = F.cross_entropy(logits, labels, reduction="none") if losses is None else losses
     if objective == "supervised":
-        return F.cross_entropy(logits, labels)
+        return losses.mean()
     actions, gate_logits = _unrounded(trace.masks), _unrounded(trace.gate_logits[:, :gates])
     log_probabilities = -F.binary_cross_entropy_with_logits(gate_logits, actions, reduction="none")
-    if objective == "hybrid":
-        losses = F.cross_entropy(logits, labels, reduction="none")
+    if objective in ("gates", "hybrid"):
         rewards = cumulative_rewards(actions, losses, alpha, gamma)
         return losses.mean() + rl_weight * policy_loss(log_probabilities, leave_one_out(rewards, ranks))
     predicted = torch.multinomial(logits.detach().softmax(1), 1)

@@ -20,12 +20,12 @@ from two_ranks import FOUR_EPOCHS, TINY, few_digits
 
 from skipnet_rt import checkpoint
 from skipnet_rt.data import DATASETS
+from skipnet_rt.model.gate_init import freeze_idle_gates
 from skipnet_rt.model.network import build
 from skipnet_rt.model.packing import pack
 from skipnet_rt.training import TrainConfig, TrainError, train
 from skipnet_rt.training.batches import batch_sizes, loader
 from skipnet_rt.training.distributed import ALONE, Ranks, own_device, place
-from skipnet_rt.training.gate_init import freeze_idle_gates
 from skipnet_rt.training.loop import _Run
 
 SCRIPT = Path(__file__).with_name("two_ranks.py")
@@ -120,13 +120,17 @@ def test_two_ranks_have_the_gradients_of_one_process(two_ranks):
 
 
 @pytest.mark.slow
-def test_both_ranks_end_with_the_same_weights_and_the_same_history(two_ranks):
-    first, second = (outcome["whole"] for outcome in two_ranks.ranks)
+@pytest.mark.parametrize(("training", "stages"), [
+    ("whole", ["supervised"] * 2 + ["hybrid"] * 2), ("finetuned", ["gates", "hybrid", "hybrid"])])
+def test_both_ranks_end_with_the_same_weights_and_the_same_history(two_ranks, training, stages):
+    first, second = (outcome[training] for outcome in two_ranks.ranks)
     for key, value in first["weights"].items():
         assert torch.equal(second["weights"][key], value), key
         assert value.isfinite().all(), key
     assert first["history"] == second["history"]
-    assert [line["stage"] for line in first["history"]] == ["supervised"] * 2 + ["hybrid"] * 2
+    assert [line["stage"] for line in first["history"]] == stages
+    moved = len({line["alpha"] for line in first["history"]}) > 1
+    assert moved == (training == "finetuned"), "alpha, by the computation of both ranks"
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import distributed, nn
 
+from skipnet_rt.checkpoint import save
 from skipnet_rt.cli.app import main
 from skipnet_rt.data import DATASETS, DIGITS, Data, DataError, Pictures, augment_digit, digits_pictures
 from skipnet_rt.model import network
@@ -121,6 +122,14 @@ def absent_on(rank: int) -> Data:
     return few_digits(8)
 
 
+def finetuned(folder: Path) -> dict:
+    """All that a training of new gates has: a teacher, a stage of the gates alone, a target, a bonus for diversity."""
+    dense = folder / "dense.safetensors"
+    place().on_first(lambda: save(network.build(TINY.replace(gate="none")), dense))
+    return trained(folder / "finetuned", few_digits(40), init=dense, stages="gates+hybrid", gates_epochs=1,
+                   target_computation=50.0, distill_weight=0.5, route_diversity=0.1)
+
+
 def everything(folder: Path, run: Path) -> None:
     ranks = place()
     outcome = {"gradients": {
@@ -129,6 +138,7 @@ def everything(folder: Path, run: Path) -> None:
         for accumulate, size in ((1, 8), (1, 5), (2, 9), (3, 5), (2, 2))}}
     outcome["whole"] = trained(folder / "whole", few_digits(67))
     outcome["resumed"] = trained(run, few_digits(67), resume=True)
+    outcome["finetuned"] = finetuned(folder)
     outcome["nan"] = failure(lambda: trained(folder / "nan", few_digits(67, not_a_number(rank=1))))
     outcome["one image"] = failure(lambda: trained(folder / "few", few_digits(1)))
     outcome["small batch"] = failure(lambda: trained(folder / "small", few_digits(67), batch_size=3, accumulate=2))
@@ -149,10 +159,10 @@ def everything(folder: Path, run: Path) -> None:
 
 def dies(folder: Path, run: Path, rank: int) -> None:
     distributed.init_process_group("gloo", init_method=(folder / "meeting").as_uri(), rank=rank, world_size=2)
-    save, saved = _Run.save, []
+    save_epoch, saved = _Run.save, []
 
     def save_and_die(self) -> None:
-        save(self)
+        save_epoch(self)
         saved.append(1)
         if rank == 1 and len(saved) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
