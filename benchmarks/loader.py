@@ -23,7 +23,7 @@ from skipnet_rt.training.batches import loader
 
 PICTURES = 256  # made up; they are read again and again
 SIZE = (500, 375)  # pixels; the size that most of ImageNet's pictures have
-QUALITY = 90  # with that much noise about 110 KB per picture, ImageNet's mean
+QUALITY = 90  # with that much noise 82 KB per picture; ImageNet's mean is about 110 KB
 
 
 def make_pictures(root: Path) -> None:
