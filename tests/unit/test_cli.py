@@ -20,6 +20,7 @@ from torch.utils.data import Subset
 
 import skipnet_rt as srt
 from skipnet_rt import _C, data
+from skipnet_rt.checkpoint import bundled
 from skipnet_rt.cli import app as cli
 from skipnet_rt.cli import train as train_command
 from skipnet_rt.cli.demo import draw
@@ -480,7 +481,7 @@ def test_doctor_says_all_that_gpus_would_take(run, monkeypatch):
 
 
 def test_doctor_finds_a_missing_network(run, monkeypatch):
-    monkeypatch.setattr(demo, "BUNDLED", "nowhere.safetensors")
+    monkeypatch.setattr(bundled, "BUNDLED", "nowhere.safetensors")
     ran = run("doctor", "--json")
     assert ran.status == 1
     assert json.loads(ran.out)["bundled_model"]["present"] is False
