@@ -16,3 +16,15 @@ DIGITS: dict[str, list[list[Point]]] = {
            (.66, .22)]],
     "9": [[(.66, .28), (.52, .12), (.36, .2), (.34, .4), (.5, .5), (.64, .4), (.68, .26), (.66, .56), (.6, .76), (.46, .9)]],
 }
+
+
+def smooth(stroke: list[Point], between: int = 3) -> list[Point]:
+    """A stroke with so many more points on a curve between every two (Catmull and Rom's)."""
+    ends = [stroke[0], *stroke, stroke[-1]]
+    curve = [stroke[0]]
+    for before, start, end, after in zip(ends, ends[1:], ends[2:], ends[3:], strict=False):
+        for t in ((step + 1) / (between + 1) for step in range(between + 1)):
+            weights = (-t + 2 * t**2 - t**3, 2 - 5 * t**2 + 3 * t**3, t + 4 * t**2 - 3 * t**3, t**3 - t**2)
+            curve.append((sum(w * p[0] for w, p in zip(weights, (before, start, end, after), strict=True)) / 2,
+                          sum(w * p[1] for w, p in zip(weights, (before, start, end, after), strict=True)) / 2))
+    return curve
