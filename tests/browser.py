@@ -64,14 +64,18 @@ class Browser:
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Call a method of the protocol and return its result; events that come meanwhile are noted."""
+        number = self._post(method, parameters)
+        while (answer := self._receive()).get("id") != number:
+            pass
+        assert "error" not in answer, (method, answer)
+        return answer["result"]
+
+    def _post(self, method: str, parameters: dict[str, Any]) -> int:
+        """Call a method and go on; the number that its answer will have."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters, **self._session}
         os.write(self._commands, json.dumps(message).encode() + b"\0")
-        while True:
-            answer = self._receive()
-            if answer.get("id") == self._number:
-                assert "error" not in answer, (method, answer)
-                return answer["result"]
+        return self._number
 
     def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
@@ -124,13 +128,14 @@ class Browser:
 
     def drag(self, points: Sequence[tuple[float, float]]) -> None:
         """Press the mouse at the first point, move it through the others, let it go."""
-        self._mouse("mousePressed", points[0])
-        for point in points[1:]:
-            self._mouse("mouseMoved", point)
-        self._mouse("mouseReleased", points[-1])
+        events = [("mousePressed", points[0]), *(("mouseMoved", point) for point in points[1:])]
+        for kind, (x, y) in events:  # a page takes them as they come; only the end is waited for
+            self._post("Input.dispatchMouseEvent", self._mouse(kind, x, y))
+        self.send("Input.dispatchMouseEvent", **self._mouse("mouseReleased", *points[-1]))
 
-    def _mouse(self, kind: str, point: tuple[float, float]) -> None:
-        self.send("Input.dispatchMouseEvent", type=kind, x=point[0], y=point[1], button="left", buttons=1, clickCount=1)
+    @staticmethod
+    def _mouse(kind: str, x: float, y: float) -> dict[str, Any]:
+        return {"type": kind, "x": x, "y": y, "button": "left", "buttons": 1, "clickCount": 1}
 
     def click(self, selector: str) -> None:
         """Click the middle of an element."""

@@ -18,7 +18,7 @@ DIGITS: dict[str, list[list[Point]]] = {
 }
 
 
-def smooth(stroke: list[Point], between: int = 3) -> list[Point]:
+def smooth(stroke: list[Point], between: int = 2) -> list[Point]:
     """A stroke with so many more points on a curve between every two (Catmull and Rom's)."""
     ends = [stroke[0], *stroke, stroke[-1]]
     curve = [stroke[0]]
