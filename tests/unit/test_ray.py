@@ -1,0 +1,225 @@
+"""Ray: batch jobs and Ray Serve on a cluster of two cores, with processes killed in the middle of their work."""
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from skipnet_rt.cli import app as cli
+from skipnet_rt.data import digits_pictures
+from skipnet_rt.serving import Predictor
+
+ray = pytest.importorskip("ray", reason="needs the extra 'ray'")
+parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra 'ray'")
+
+import pyarrow  # noqa: E402
+
+from skipnet_rt.serving import batch_job  # noqa: E402
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+
+PATIENCE = 120.0  # seconds
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Of this test session's own, whatever else runs on the machine."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    return Predictor(threads=1)
+
+
+def workers(name: str) -> set[int]:
+    """Processes of our cluster's that call themselves so."""
+    found, parents = set(), {}
+    for process in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            parents[int(process)] = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+            if Path(f"/proc/{process}/cmdline").read_bytes().startswith(name.encode()):
+                found.add(int(process))
+        except FileNotFoundError:  # it has just ended
+            pass
+    return {process for process in found if parents.get(parents[process]) == os.getpid()}  # test, raylet, worker
+
+
+def until(condition, what: str):
+    """Waits for a true value and returns it."""
+    deadline = time.monotonic() + PATIENCE
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(.005)
+    return value
+
+
+# Batch jobs -----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Digits as files, two of them no good."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number, digit in enumerate(digits_pictures(held_out=True)[0][:240]):
+        (folder / f"{number // 100}").mkdir(exist_ok=True)
+        digit.save(folder / f"{number // 100}" / f"{number:03}.png")
+    (folder / "0" / "017.png").write_bytes(b"not at all")
+    (folder / "1" / "120.png").write_bytes((folder / "1" / "121.png").read_bytes()[:50])
+    return folder
+
+
+def row_of(predictor: Predictor, name: str, data: bytes) -> dict:
+    """What the job's results must say of a picture, to the bit."""
+    (prediction,) = predictor.predict([data])
+    answer = predictor.to_dict(prediction, 1)
+    return {"image": name, "class": answer["class"], "label": answer["label"], "probability": answer["probability"],
+            "probabilities": list(prediction.probabilities), "route": answer["route"],
+            "blocks_run": answer["blocks_run"], "computation": answer["computation"], "error": None}
+
+
+def test_a_job_that_is_interrupted_and_loses_an_actor_writes_every_row_once(cluster, pictures, predictor, tmp_path,
+                                                                          monkeypatch, capsys):
+    monkeypatch.setattr(batch_job, "PART", 4)
+    output = tmp_path / "digits.parquet"
+
+    def interrupt(what: str, share: float) -> None:
+        if what == "classifying":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        batch_job.run_job([pictures], output, cpus=1, report=interrupt)
+    before = len(list(output.glob("part-*")))
+    assert 1 <= before < 60
+
+    killed = []
+
+    def kill() -> None:
+        until(lambda: len(list(output.glob("part-*"))) > before, "a part of the second run")
+        killed.append(min(until(lambda: workers("ray::MapWorker"), "an actor")))
+        os.kill(killed[0], signal.SIGKILL)
+        killed.append(len(list(output.glob("part-*"))))
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["predict", "--ray", str(pictures), "--output", str(output), "--cpus", "1", "--json"])
+    killer.join()
+    said = capsys.readouterr()
+    assert not stopped.value.code, said.err
+    summary = json.loads(said.out)
+    assert before <= summary["parts_before"] < killed[1] < summary["parts"] == 60, "killed in the middle"
+    assert summary["actors"] == 2
+    rows = parquet.read_table(output).to_pylist()
+    files = sorted(file for file in pictures.rglob("*") if file.is_file())
+    assert [row["image"] for row in rows] == [str(file) for file in files], "each once, in order"
+    bad = [row for row in rows if row["error"] is not None]
+    assert [Path(row["image"]).name for row in bad] == ["017.png", "120.png"]
+    assert all("not a picture" in row["error"] and row["class"] is None for row in bad)
+    good = [row for row in rows if row["error"] is None]
+    assert good == [row_of(predictor, row["image"], Path(row["image"]).read_bytes()) for row in good]
+    assert list(output.glob(".*")) == []
+
+
+@pytest.fixture
+def worker(tmp_path):
+    """What an actor does with a part, without Ray."""
+    def work(part: batch_job.Part, name: str) -> list[Path]:
+        output = tmp_path / name
+        output.mkdir()
+        batch_job._Worker({"path": None, "threads": 1}, output)({"part": json.dumps(batch_job.asdict(part))})
+        return sorted(output.iterdir())
+    return work
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["binary", "huggingface"])
+def test_parquet_in_and_json_lines_out(predictor, worker, tmp_path, nested):
+    from test_page import png
+    files = [png(picture) for picture in digits_pictures(held_out=True)[0][:5]]
+    files[3:3] = [None, b"nothing"]
+    column = [{"bytes": file, "path": None} for file in files] if nested else files
+    source = tmp_path / "digits.parquet"
+    parquet.write_table(pyarrow.table({"image": column, "split": ["test"] * 7}), source, row_group_size=5)
+    first, second = batch_job.divided([source], tmp_path / "out.jsonl")
+    assert (second.number, second.row_group) == (1, 1)
+    (file,) = worker(second, "out.jsonl")
+    assert file.name == "part-00001.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert rows == [row_of(predictor, f"{source}#{number}", files[number]) for number in (5, 6)]
+    (file,) = worker(first, "first.jsonl")
+    errors = [json.loads(line)["error"] for line in file.read_text().splitlines()]
+    assert errors[:3] == [None] * 3
+    assert errors[3] == "no picture"
+    assert "not a picture" in errors[4]
+
+
+def test_a_picture_that_is_gone_is_an_error_of_its_row(worker, tmp_path):
+    (file,) = worker(batch_job.Part(0, [str(tmp_path / "gone.png")]), "out.parquet")
+    (row,) = parquet.read_table(file).to_pylist()
+    assert row["error"] == "No such file or directory"
+
+
+@pytest.mark.parametrize(("sources", "output", "why"), [
+    (["nowhere"], "out.parquet", "nowhere: there is no such file"),
+    (["empty"], "out.parquet", "there is nothing to predict"),
+    (["."], "out.csv", "out.csv: results are written to NAME.parquet or NAME.jsonl"),
+    (["."], "out.parquet", "the results would lie among the pictures"),
+    (["table.parquet"], "out.parquet", "needs a column 'image' of bytes, this one has image (string)"),
+    (["broken.parquet"], "out.parquet", "broken.parquet: not a Parquet file that can be read"),
+    (["one.png"], "other.parquet", "results of another job, with other pictures; choose another output"),
+    (["one.png"], "taken.parquet", "the folder holds other files"),
+])
+def test_what_cannot_be_done_is_said_before_ray_starts(tmp_path, monkeypatch, sources, output, why):
+    monkeypatch.setattr(batch_job, "_start_ray", lambda: pytest.fail("Ray was started"))
+    monkeypatch.chdir(tmp_path)
+    for folder in ("empty", "other.parquet", "taken.parquet"):
+        Path(folder).mkdir()
+    Path("one.png").touch()
+    Path("taken.parquet", "mine.txt").touch()
+    Path("broken.parquet").write_bytes(b"PAR1")
+    parquet.write_table(pyarrow.table({"image": ["a.png"]}), "table.parquet")
+    batch_job._begin(Path("other.parquet"), batch_job.divided([Path("taken.parquet")], Path("x.parquet")), None, None)
+    with pytest.raises(batch_job.JobError) as raised:
+        batch_job.run_job([Path(source) for source in sources], Path(output))
+    assert why in str(raised.value)
+
+
+# Ray Serve ------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def address(cluster, tmp_path):
+    """Ray Serve as the shipped file asks for it, on a port of its own."""
+    serve = pytest.importorskip("ray.serve", reason="needs the extra 'ray'")
+    from click.testing import CliRunner
+    from ray.serve.scripts import cli as serve_command
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shipped = (resources.files("skipnet_rt.serving") / "ray.yaml").read_text()
+    assert "port: 8000" in shipped
+    file = tmp_path / "ray.yaml"
+    file.write_text(shipped.replace("port: 8000", f"port: {port}"))
+    ran = CliRunner().invoke(serve_command, ["run", "--non-blocking", str(file)])
+    assert ran.exit_code == 0, ran.output
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+
+
+def ask(address: str, data: bytes) -> tuple[int, dict]:
+    """Status and answer of a request with one picture in it."""
+    body = json.dumps({"files": [batch_job_base64(data)], "top": 10}).encode()
+    request = urllib.request.Request(f"{address}/v1/predict", body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, {}
