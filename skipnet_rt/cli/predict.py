@@ -75,9 +75,9 @@ def _predict_on_ray(sources: list[Path], output: Path, model_path: Path | None,
     if as_json:
         print_json({"output": str(output), **asdict(summary)})
         return
-    out.print(f"{summary.pictures} rows ({summary.errors} of them errors) written to {output} in {summary.seconds:.1f} s "
-              f"by {summary.actors} actors; {summary.parts_before} of {summary.parts} parts were there before.",
-              markup=False, soft_wrap=True)
+    out.print(f"{summary.pictures} rows ({summary.errors} of them errors) written to {output} in "
+              f"{summary.seconds:.1f} s by {summary.actors} actors; {summary.parts_before} of {summary.parts} parts "
+              "were there before.", markup=False, soft_wrap=True)
 
 
 def _image(predictor: Predictor, path: Path) -> Tensor:

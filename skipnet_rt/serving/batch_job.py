@@ -109,7 +109,7 @@ def run_job(sources: Sequence[Path], output: Path, model: Path | None = None, *,
     """
     if output.suffix not in FORMATS:
         raise JobError(f"{output}: results are written to NAME{' or NAME'.join(FORMATS)}")
-    predictor = {"path": model, "preprocessing": preprocessing}
+    predictor: dict[str, Any] = {"path": model and model.absolute(), "preprocessing": preprocessing}
     Predictor(**predictor)  # says here, not in the middle of a cluster, what is wrong with the checkpoint
     parts = divided(sources, output)
     _begin(output, parts, model, preprocessing)
@@ -154,7 +154,8 @@ def divided(sources: Iterable[Path], output: Path) -> list[Part]:
     for file in _files(sources, output.absolute()):
         if file.suffix == ".parquet":
             close()
-            parts += (Part(len(parts) + group, [str(file)], group) for group in range(_row_groups(file)))
+            for group in range(_row_groups(file)):
+                parts.append(Part(len(parts), [str(file)], group))
         else:
             pictures.append(str(file))
             if len(pictures) == PART:

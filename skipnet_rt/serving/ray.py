@@ -54,11 +54,13 @@ def app(arguments: dict[str, Any]) -> serve.Application:
         own = ray.get_runtime_context().get_assigned_resources()
         predictor = Predictor(model, threads=max(1, int(own.get("CPU", 1))), device="cuda" if own.get("GPU") else "cpu")
 
-        @serve.batch(max_batch_size=settings.max_batch, batch_wait_timeout_s=settings.max_wait_ms / 1e3)
-        async def batched(requests: list[Request]) -> list[Prediction]:
+        async def compute(requests: list[Request]) -> list[Prediction]:
             predictions = await asyncio.to_thread(computed, predictor, requests)
             application.state.on_batch(predictions)
             return predictions
+
+        batched = serve.batch(max_batch_size=settings.max_batch,
+                              batch_wait_timeout_s=settings.max_wait_ms / 1e3)(compute)
 
         async def infer(images: Sequence[Tensor], dense: bool) -> list[Prediction]:
             return list(await asyncio.gather(*(batched((image, dense)) for image in images)))

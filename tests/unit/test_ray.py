@@ -1,5 +1,7 @@
 """Ray: batch jobs and Ray Serve on a cluster of two cores, with processes killed in the middle of their work."""
 
+import base64
+import io
 import json
 import os
 import signal
@@ -12,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from skipnet_rt.cli import app as cli
 from skipnet_rt.data import digits_pictures
@@ -79,6 +82,12 @@ def pictures(tmp_path_factory):
     return folder
 
 
+def png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "png")
+    return buffer.getvalue()
+
+
 def row_of(predictor: Predictor, name: str, data: bytes) -> dict:
     """What the job's results must say of a picture, to the bit."""
     (prediction,) = predictor.predict([data])
@@ -144,7 +153,6 @@ def worker(tmp_path):
 
 @pytest.mark.parametrize("nested", [False, True], ids=["binary", "huggingface"])
 def test_parquet_in_and_json_lines_out(predictor, worker, tmp_path, nested):
-    from test_page import png
     files = [png(picture) for picture in digits_pictures(held_out=True)[0][:5]]
     files[3:3] = [None, b"nothing"]
     column = [{"bytes": file, "path": None} for file in files] if nested else files
@@ -216,10 +224,86 @@ def address(cluster, tmp_path):
 
 def ask(address: str, data: bytes) -> tuple[int, dict]:
     """Status and answer of a request with one picture in it."""
-    body = json.dumps({"files": [batch_job_base64(data)], "top": 10}).encode()
+    body = json.dumps({"files": [base64.b64encode(data).decode()], "top": 10}).encode()
     request = urllib.request.Request(f"{address}/v1/predict", body, {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as error:
         return error.code, {}
+
+
+def test_replicas_answer_like_the_runtime_grow_with_the_load_and_may_be_killed(address, predictor):
+    """All in one go: a cluster takes longer to start than to be asked."""
+    from ray import serve
+    status = lambda: serve.status().applications["skipnet-rt"].deployments.get("SkipNet")  # noqa: E731
+    until(lambda: status() and status().replica_states.get("RUNNING") == 1, "a replica")
+    with urllib.request.urlopen(f"{address}/", timeout=PATIENCE) as page:
+        assert b"skipnet-rt" in page.read()
+    digits = [png(digit) for digit in digits_pictures(held_out=True)[0][:48]]
+    expected = [predictor.to_dict(prediction) for prediction in predictor.predict(digits)]
+
+    finished = threading.Event()
+    statuses: list[int] = []
+
+    def client(own: int) -> None:
+        number = own
+        while not finished.is_set():
+            code, answer = ask(address, digits[number % len(digits)])
+            statuses.append(code)
+            if code == 200:
+                (result,) = answer["results"]
+                assert same(result, expected[number % len(digits)])
+            number += 1
+
+    with ThreadPoolExecutor(48) as clients:
+        asking = [clients.submit(client, own) for own in range(48)]
+        try:
+            until(lambda: status().replica_states.get("RUNNING") == 2, "a second replica, for the load")
+            loaded = len(statuses)
+            until(lambda: len(statuses) > loaded + 100, "answers of both")
+            assert set(statuses) == {200}
+            os.kill(min(workers("ray::ServeReplica:skipnet-rt:SkipNet")), signal.SIGKILL)
+            killed = len(statuses)
+            until(lambda: len(statuses) > killed + 200, "answers after one was killed")
+        finally:
+            finished.set()
+    for each in asking:
+        each.result()  # every request had an answer, or a status that says why not
+    assert set(statuses) <= {200, 500, 503}
+    assert statuses[killed:].count(200) > 100
+    until(lambda: status().replica_states.get("RUNNING") == 2, "another one in its place")
+
+
+def same(result: dict, expected: dict) -> bool:
+    """Bit for bit, but for what the batch and the clock make of it."""
+    varying = ("milliseconds", "batch", "dense_milliseconds")
+    return all(result[name] == value for name, value in expected.items() if name not in varying)
+
+
+def test_arguments_of_the_application_are_checked(tmp_path):
+    serve_app = pytest.importorskip("skipnet_rt.serving.ray", reason="needs the extra 'ray'")
+    deployment = serve_app.app({"max_batch": "8", "max_queue": "50"})._bound_deployment
+    assert deployment.max_ongoing_requests == 16, "twice a batch, or batches never fill"
+    assert deployment.max_queued_requests == 50
+    for arguments, why in (({"max_bach": 8}, "unknown argument 'max_bach'; known: model, token_file, max_batch"),
+                           ({"token": "secret"}, "unknown argument 'token'"), ({"max_batch": "many"}, "valid integer"),
+                           ({"max_batch": 0}, "max_batch must be at least 1")):
+        with pytest.raises(ValueError, match=why):
+            serve_app.app(arguments)
+
+
+def test_batches_of_both_kinds_keep_their_order(predictor):
+    serve_app = pytest.importorskip("skipnet_rt.serving.ray", reason="needs the extra 'ray'")
+    images = [predictor.image(digit) for digit in digits_pictures(held_out=True)[0][:5]]
+    kinds = [False, True, False, True, False]
+    predictions = serve_app.computed(predictor, list(zip(images, kinds, strict=True)))
+    assert [prediction.dense_milliseconds is not None for prediction in predictions] == kinds
+    assert [prediction.route for prediction in predictions] == [each.route for each in predictor.infer(images)]
+
+
+def test_the_shipped_configuration_lets_batches_fill():
+    yaml = pytest.importorskip("yaml", reason="needs the extra 'ray'")
+    (application,) = yaml.safe_load((resources.files("skipnet_rt.serving") / "ray.yaml").read_text())["applications"]
+    (deployment,) = application["deployments"]
+    assert deployment["max_ongoing_requests"] >= 2 * application["args"]["max_batch"]
