@@ -8,7 +8,7 @@ what is too much for all of them, and has replicas started and stopped as the lo
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,7 @@ def app(arguments: dict[str, Any]) -> serve.Application:
         predictor = Predictor(model, threads=max(1, int(own.get("CPU", 1))), device="cuda" if own.get("GPU") else "cpu")
 
         async def compute(requests: list[Request]) -> list[Prediction]:
-            predictions = await asyncio.to_thread(computed, predictor, requests)
-            application.state.on_batch(predictions)
-            return predictions
+            return await computed(requests, predictor, application.state.on_batch)
 
         batched = serve.batch(max_batch_size=settings.max_batch,
                               batch_wait_timeout_s=settings.max_wait_ms / 1e3)(compute)
@@ -74,7 +72,20 @@ def app(arguments: dict[str, Any]) -> serve.Application:
     return replica.bind()
 
 
-def computed(predictor: Predictor, requests: Sequence[Request]) -> list[Prediction]:
-    """The predictions of a batch: in one call of the engine, but one by one where they are timed densely, too."""
-    together = iter(predictor.infer([image for image, dense in requests if not dense]))
-    return [predictor.infer([image], dense=True)[0] if dense else next(together) for image, dense in requests]
+async def computed(requests: Sequence[Request], predictor: Predictor,
+                   on_batch: Callable[[list[Prediction]], None]) -> list[Prediction]:
+    """The predictions of a batch: all in one call of the engine, but those that are timed densely, too, alone.
+
+    Args:
+        requests, predictor: what to compute, and what computes it, in threads.
+        on_batch: told the predictions of every call.
+    """
+    plain = [place for place, (_, dense) in enumerate(requests) if not dense]
+    calls = [plain] * bool(plain) + [[place] for place, (_, dense) in enumerate(requests) if dense]
+    predictions: dict[int, Prediction] = {}
+    for places in calls:
+        images, dense = [requests[place][0] for place in places], requests[places[0]][1]
+        done = await asyncio.to_thread(predictor.infer, images, dense)
+        on_batch(done)
+        predictions.update(zip(places, done, strict=True))
+    return [predictions[place] for place in range(len(requests))]

@@ -1,5 +1,6 @@
 """Ray: batch jobs and Ray Serve on a cluster of two cores, with processes killed in the middle of their work."""
 
+import asyncio
 import base64
 import io
 import json
@@ -297,7 +298,9 @@ def test_batches_of_both_kinds_keep_their_order(predictor):
     serve_app = pytest.importorskip("skipnet_rt.serving.ray", reason="needs the extra 'ray'")
     images = [predictor.image(digit) for digit in digits_pictures(held_out=True)[0][:5]]
     kinds = [False, True, False, True, False]
-    predictions = serve_app.computed(predictor, list(zip(images, kinds, strict=True)))
+    calls = []
+    predictions = asyncio.run(serve_app.computed(list(zip(images, kinds, strict=True)), predictor, calls.append))
+    assert [len(call) for call in calls] == [3, 1, 1]
     assert [prediction.dense_milliseconds is not None for prediction in predictions] == kinds
     assert [prediction.route for prediction in predictions] == [each.route for each in predictor.infer(images)]
 
