@@ -293,8 +293,8 @@ def _full(address: str) -> bool:
     return False
 
 
-def test_a_server_with_a_token_is_given_it(browser, predictor):
-    with serving(create_app(predictor, Settings(token="sesame"))) as address:
+def test_a_server_with_a_token_is_given_it_and_its_limit_kept(browser, predictor):
+    with serving(create_app(predictor, Settings(token="sesame", max_body=5000))) as address:
         browser.open(address)
         for given in ("guess", "sesame"):
             browser.until("!document.querySelector('#access').hidden")
@@ -307,6 +307,8 @@ def test_a_server_with_a_token_is_given_it(browser, predictor):
         browser.until(met_after)
         draw(browser, "5")
         assert browser.text("#label") == "5"
+        drop(browser, "large.png", bytes(5000))
+        browser.until("document.querySelector('#trouble').innerText.includes('takes up to 5000 bytes')")
         browser.open(address)  # within a session it is asked for once
         browser.until(met_after)
         assert browser.evaluate("document.querySelector('#access').hidden")
