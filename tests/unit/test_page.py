@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 from browser import CHROMIUM, PATIENCE, Browser
 from handwriting import DIGITS, smooth
+from networks import with_seeded_weights
 from PIL import Image
 
+import skipnet_rt as srt
 from skipnet_rt.data import digits_pictures
+from skipnet_rt.model.preprocessing import CIFAR
 from skipnet_rt.serving import Predictor, Settings
 
 pytest.importorskip("fastapi", reason="needs the extra 'serve'")
@@ -336,6 +339,24 @@ def test_dark_light_and_narrow(page):
             darker, lighter = sorted((ground, luminance(page, selector, colour)))
             assert (lighter + .05) / (darker + .05) >= least, (selector, dark)
         assert page.evaluate("document.documentElement.scrollWidth") == 320
+
+
+def test_a_network_of_many_blocks_and_other_classes(browser, tmp_path):
+    """There is no paper where no digits are known, and a long route is folded on a narrow screen."""
+    model = with_seeded_weights(srt.build("cifar10_rnn_gate_110"), seed=3, gate_bias=.1, gate_gain=3.0)
+    model.card = srt.ModelCard(tuple(f"a kind of bird, number {number}" for number in range(10)), CIFAR)
+    srt.save(model, tmp_path / "birds.safetensors")
+    predictor = Predictor(tmp_path / "birds.safetensors")
+    picture = png(digits_pictures(held_out=True)[0][0])
+    with serving(create_app(predictor)) as address:
+        browser.look(width=320, height=640)
+        browser.open(address)
+        browser.until("document.querySelectorAll('#route .block').length === 54")
+        assert browser.evaluate("document.querySelector('#board').offsetParent") is None
+        drop(browser, "bird.png", picture)
+        browser.until(f"document.querySelectorAll('.card').length && {IDLE}")
+        assert shown(browser)["route"] == expected(predictor, picture)["route"]
+        assert browser.evaluate("document.documentElement.scrollWidth") == 320
 
 
 def test_everything_one_can_reach_has_a_name(page):
