@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -67,7 +69,8 @@ def _predict_on_ray(sources: list[Path], output: Path, model_path: Path | None,
     except ImportError as error:
         raise CommandError(str(error)) from None
     try:
-        with progress("dividing") as report:
+        # Ray tells of restarts on standard output, which is for the result.
+        with progress("dividing") as report, redirect_stdout(sys.stderr):
             summary = run_job(sources, output, model_path, preprocessing=chosen_preprocessing(preprocessing), cpus=cpus,
                               report=report)
     except JobError as error:

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from itertools import islice
@@ -117,17 +118,17 @@ def run_job(sources: Sequence[Path], output: Path, model: Path | None = None, *,
     report("starting Ray", 0.0)
     begun, pictures, errors, actors = time.perf_counter(), 0, 0, 0
     if left:
-        _start_ray()
-        pool, resources = _pool(cpus, len(left))
-        actors, total = pool.max_size, len(left)
-        worker = {"predictor": {**predictor, "device": "cuda" if "num_gpus" in resources else "cpu",
-                                "threads": resources["num_cpus"]}, "output": output.absolute()}
-        rows = [{"part": json.dumps(asdict(part))} for part in left]
-        done = ray.data.from_items(rows, override_num_blocks=total).map(
-            _Worker, compute=pool, fn_constructor_kwargs=worker, **resources)
-        for number, row in enumerate(done.iter_rows(), 1):
-            pictures, errors = pictures + row["pictures"], errors + row["errors"]
-            report("classifying", number / total)
+        with _ray():
+            pool, resources = _pool(cpus, len(left))
+            worker = {"predictor": {**predictor, "device": "cuda" if "num_gpus" in resources else "cpu",
+                                    "threads": resources["num_cpus"]}, "output": output.absolute()}
+            rows = [{"part": json.dumps(asdict(part))} for part in left]
+            done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+                _Worker, compute=pool, fn_constructor_kwargs=worker, **resources)
+            actors = pool.max_size
+            for number, row in enumerate(done.iter_rows(), 1):
+                pictures, errors = pictures + row["pictures"], errors + row["errors"]
+                report("classifying", number / len(rows))
     if missing := [part.number for part in parts if not _target(output, part).exists()]:
         raise JobError(f"{output}: {len(missing)} parts were not written, the first is {missing[0]}")
     for remains in output.glob(".*.tmp"):  # of actors that were killed while they wrote
@@ -222,13 +223,21 @@ def _begin(output: Path, parts: Sequence[Part], model: Path | None, preprocessin
 
 # Ray ------------------------------------------------------------------------------------------------------------------
 
-def _start_ray() -> None:
+@contextmanager
+def _ray() -> Iterator[None]:
+    """A connection to Ray: the one that there is, or one for this job."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
     logging.getLogger("ray").setLevel(logging.ERROR)
-    if not ray.is_initialized():
+    ours = not ray.is_initialized()
+    if ours:
         ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False  # we have our own
+    try:
+        yield
+    finally:
+        if ours:
+            ray.shutdown()
 
 
 def _pool(cpus: int | None, parts: int) -> tuple[Any, dict[str, int]]:

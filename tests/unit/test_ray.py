@@ -98,26 +98,30 @@ def row_of(predictor: Predictor, name: str, data: bytes) -> dict:
             "blocks_run": answer["blocks_run"], "computation": answer["computation"], "error": None}
 
 
-def test_a_job_that_is_interrupted_and_loses_an_actor_writes_every_row_once(cluster, pictures, predictor, tmp_path,
-                                                                          monkeypatch, capsys):
+@pytest.fixture
+def worker(tmp_path):
+    """What an actor does with a part, without Ray."""
+    def work(part: batch_job.Part, output: Path) -> None:
+        output.mkdir(exist_ok=True)
+        batch_job._Worker({"path": None, "threads": 1}, output)({"part": json.dumps(batch_job.asdict(part))})
+    return work
+
+
+def test_a_job_goes_on_where_it_stopped_loses_an_actor_and_writes_every_row_once(
+        cluster, pictures, predictor, worker, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(batch_job, "PART", 4)
     output = tmp_path / "digits.parquet"
-
-    def interrupt(what: str, share: float) -> None:
-        if what == "classifying":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        batch_job.run_job([pictures], output, cpus=1, report=interrupt)
-    before = len(list(output.glob("part-*")))
-    assert 1 <= before < 60
-
+    parts = batch_job.divided([pictures], output)
+    batch_job._begin(output, parts, None, None)
+    for part in parts[5:8]:  # all that an interrupted run leaves: some parts, in any order, and perhaps half of one
+        worker(part, output)
+    (output / ".0123456789abcdef.tmp").write_bytes(b"half of a p")
+    kept = {file: file.stat().st_mtime_ns for file in output.glob("part-*")}
     killed = []
 
     def kill() -> None:
-        until(lambda: len(list(output.glob("part-*"))) > before, "a part of the second run")
-        killed.append(min(until(lambda: workers("ray::MapWorker"), "an actor")))
-        os.kill(killed[0], signal.SIGKILL)
+        until(lambda: len(list(output.glob("part-*"))) > 3, "a part of this run")
+        os.kill(min(workers("ray::MapWorker")), signal.SIGKILL)
         killed.append(len(list(output.glob("part-*"))))
 
     killer = threading.Thread(target=kill)
@@ -128,8 +132,10 @@ def test_a_job_that_is_interrupted_and_loses_an_actor_writes_every_row_once(clus
     said = capsys.readouterr()
     assert not stopped.value.code, said.err
     summary = json.loads(said.out)
-    assert before <= summary["parts_before"] < killed[1] < summary["parts"] == 60, "killed in the middle"
-    assert summary["actors"] == 2
+    assert (summary["parts"], summary["parts_before"], summary["actors"]) == (60, 3, 2)
+    assert (summary["pictures"], summary["errors"]) == (228, 2)
+    assert 3 < killed[0] < 60, "in the middle"
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept, "what was done was not done again"
     rows = parquet.read_table(output).to_pylist()
     files = sorted(file for file in pictures.rglob("*") if file.is_file())
     assert [row["image"] for row in rows] == [str(file) for file in files], "each once, in order"
@@ -141,17 +147,6 @@ def test_a_job_that_is_interrupted_and_loses_an_actor_writes_every_row_once(clus
     assert list(output.glob(".*")) == []
 
 
-@pytest.fixture
-def worker(tmp_path):
-    """What an actor does with a part, without Ray."""
-    def work(part: batch_job.Part, name: str) -> list[Path]:
-        output = tmp_path / name
-        output.mkdir()
-        batch_job._Worker({"path": None, "threads": 1}, output)({"part": json.dumps(batch_job.asdict(part))})
-        return sorted(output.iterdir())
-    return work
-
-
 @pytest.mark.parametrize("nested", [False, True], ids=["binary", "huggingface"])
 def test_parquet_in_and_json_lines_out(predictor, worker, tmp_path, nested):
     files = [png(picture) for picture in digits_pictures(held_out=True)[0][:5]]
@@ -161,20 +156,20 @@ def test_parquet_in_and_json_lines_out(predictor, worker, tmp_path, nested):
     parquet.write_table(pyarrow.table({"image": column, "split": ["test"] * 7}), source, row_group_size=5)
     first, second = batch_job.divided([source], tmp_path / "out.jsonl")
     assert (second.number, second.row_group) == (1, 1)
-    (file,) = worker(second, "out.jsonl")
-    assert file.name == "part-00001.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    output = tmp_path / "out.jsonl"
+    worker(first, output)
+    worker(second, output)
+    rows = [json.loads(line) for line in (output / "part-00001.jsonl").read_text().splitlines()]
     assert rows == [row_of(predictor, f"{source}#{number}", files[number]) for number in (5, 6)]
-    (file,) = worker(first, "first.jsonl")
-    errors = [json.loads(line)["error"] for line in file.read_text().splitlines()]
+    errors = [json.loads(line)["error"] for line in (output / "part-00000.jsonl").read_text().splitlines()]
     assert errors[:3] == [None] * 3
     assert errors[3] == "no picture"
     assert "not a picture" in errors[4]
 
 
 def test_a_picture_that_is_gone_is_an_error_of_its_row(worker, tmp_path):
-    (file,) = worker(batch_job.Part(0, [str(tmp_path / "gone.png")]), "out.parquet")
-    (row,) = parquet.read_table(file).to_pylist()
+    worker(batch_job.Part(0, [str(tmp_path / "gone.png")]), tmp_path / "out.parquet")
+    (row,) = parquet.read_table(tmp_path / "out.parquet").to_pylist()
     assert row["error"] == "No such file or directory"
 
 
@@ -189,7 +184,7 @@ def test_a_picture_that_is_gone_is_an_error_of_its_row(worker, tmp_path):
     (["one.png"], "taken.parquet", "the folder holds other files"),
 ])
 def test_what_cannot_be_done_is_said_before_ray_starts(tmp_path, monkeypatch, sources, output, why):
-    monkeypatch.setattr(batch_job, "_start_ray", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr(batch_job, "_ray", lambda: pytest.fail("Ray was started"))
     monkeypatch.chdir(tmp_path)
     for folder in ("empty", "other.parquet", "taken.parquet"):
         Path(folder).mkdir()
