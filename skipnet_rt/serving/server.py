@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import socket
 from collections.abc import Callable
@@ -32,6 +33,7 @@ def listening(host: str, port: int) -> socket.socket:
 
 def configured(app: Any, settings: Settings) -> uvicorn.Server:
     """A server for an application with these settings, on one process and one event loop."""
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every form that is malformed
     return uvicorn.Server(uvicorn.Config(
         app, http=bounded(settings), ws="none", lifespan="on", log_level="warning", access_log=False,
         server_header=False, proxy_headers=False,
