@@ -36,7 +36,8 @@ try:
     from skipnet_rt.serving.forms import SCHEMA, Order, RequestError, parsed
     from skipnet_rt.serving.metrics import CONTENT_TYPE, Metrics
 except ImportError as error:
-    raise ImportError(f"the server needs {error.name}; install it with: pip install 'skipnet-rt[serve]'") from None
+    raise ImportError(f"the server needs {(error.name or str(error)).partition('.')[0]}; "
+                      "install it with: pip install 'skipnet-rt[serve]'") from None
 
 Infer = Callable[[Sequence[Tensor], bool], Awaitable[list[Prediction]]]
 """Computes the images of one request, densely too or not; see :meth:`Predictor.infer`."""
@@ -136,7 +137,7 @@ class _Desk:
                 return work.result()
             if whole.is_set():
                 raise RequestError(504, f"no answer within {self._settings.timeout:g} seconds")
-            raise RequestError(408, f"no whole request within {self._settings.timeout:g} seconds", _CLOSE)
+            raise RequestError(408, f"no whole request within {self._settings.timeout:g} seconds")
         finally:
             work.cancel()
             self._enter(-1)
@@ -161,15 +162,15 @@ class _Desk:
         limit, body = self._settings.max_body, bytearray()
         declared = request.headers.get("content-length", "0")
         if not declared.isdigit() or len(declared) > 18 or int(declared) > limit:
-            raise RequestError(413, f"a body may have up to {limit} bytes", _CLOSE)
+            raise RequestError(413, f"a body may have up to {limit} bytes")
         stack.callback(lambda: self._hold(-len(body)))
         async for chunk in request.stream():
             body += chunk
             self._hold(len(chunk))
             if len(body) > limit:
-                raise RequestError(413, f"a body may have up to {limit} bytes", _CLOSE)
+                raise RequestError(413, f"a body may have up to {limit} bytes")
             if self._held > _BODIES * limit:
-                raise _refusal(_CLOSE)
+                raise _refusal()
         return bytes(body)
 
     def _hold(self, size: int) -> None:
@@ -183,13 +184,15 @@ class _Desk:
             try:
                 images.append(self._predictor.image(file, self._settings.max_pixels))
             except PictureError as error:
-                raise RequestError(413 if error.too_large else 422, f"files[{place}]: {error}") from None
+                # Why exactly it cannot be read are Pillow's words, which nobody has checked for secrets.
+                status, why = (413, str(error)) if error.too_large else (422, "not a picture that can be read")
+                raise RequestError(status, f"files[{place}]: {why}") from None
         return order, images
 
     @staticmethod
     async def _unless_gone(request: Request, predictions: Awaitable[list[Prediction]]) -> list[Prediction]:
         """The predictions; what still waits for them is dropped as soon as the client goes away."""
-        work, gone = asyncio.ensure_future(predictions), asyncio.ensure_future(request.receive())
+        work, gone = asyncio.ensure_future(predictions), asyncio.create_task(_left(request))
         try:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
@@ -200,12 +203,14 @@ class _Desk:
             gone.cancel()
 
 
-_CLOSE = {"Connection": "close"}  # the rest of such a request is not worth reading
+async def _left(request: Request) -> None:
+    """Returns when the client of a request that was read goes away."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
-def _refusal(headers: dict[str, str] | None = None) -> RequestError:
-    return RequestError(503, "as many requests as may are waiting; try again later",
-                        {"Retry-After": "1", **(headers or {})})
+def _refusal() -> RequestError:
+    return RequestError(503, "as many requests as may are waiting; try again later", {"Retry-After": "1"})
 
 
 class _Door:
@@ -234,6 +239,9 @@ class _Door:
             await app(scope, receive, noted)
         except ClientDisconnect:
             pass
+        except Exception:
+            status = 500
+            raise
         finally:
             seconds = time.perf_counter() - begun if path == "/v1/predict" and status == 200 else None
             self._metrics.request(path if path in self._paths else "other", status, seconds)
@@ -274,9 +282,10 @@ def create_app(predictor: Predictor, settings: Settings | None = None, infer: In
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         predictor.infer([torch.zeros(3, *predictor.arch.image_size)], dense=True)  # a first call takes longer
-        batcher.start()
-        yield
-        await batcher.stop()
+        async with contextlib.AsyncExitStack() as stack:
+            if infer is None:
+                await stack.enter_async_context(batcher)
+            yield
         desk.close()
 
     app = FastAPI(title="skipnet-rt", version=metadata.version("skipnet-rt"), lifespan=lifespan, docs_url=None,

@@ -33,7 +33,7 @@ class _Waiting:
 
 
 class Batcher:
-    """Runs between :meth:`start` and :meth:`stop`, both called on the event loop that calls it.
+    """Called on an event loop, while it is entered there as a context; leaving it waits for the queue to be empty.
 
     Args:
         compute: computes a batch, in a thread of the batcher's.
@@ -49,14 +49,13 @@ class Batcher:
         self._changed = Condition()
         self._stopping = False
 
-    def start(self) -> None:
-        """Begin to work the queue off."""
+    async def __aenter__(self) -> Batcher:
         self._loop = asyncio.get_running_loop()
         self._thread = Thread(target=self._work, name="skipnet-rt batches", daemon=True)
         self._thread.start()
+        return self
 
-    async def stop(self) -> None:
-        """End once the queue is empty."""
+    async def __aexit__(self, *error: object) -> None:
         with self._changed:
             self._stopping = True
             self._changed.notify()

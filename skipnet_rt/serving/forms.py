@@ -43,7 +43,7 @@ class Order:
 
 SCHEMA: dict[str, Any] = {"required": True, "content": {
     "multipart/form-data": {
-        "schema": {"type": "object", "required": ["files"], "properties": {
+        "schema": {"type": "object", "required": ["files"], "additionalProperties": False, "properties": {
             "files": {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"},
                       "description": "Picture files: the field may be given several times."},
             "top": {"type": "integer", "minimum": 1, "default": 5, "description": "Classes to return of each."},
@@ -51,7 +51,7 @@ SCHEMA: dict[str, Any] = {"required": True, "content": {
                       "description": "Time each picture with every block forced to run, too."}}},
         "encoding": {"files": {"contentType": "image/*"}}},
     "application/json": {
-        "schema": {"type": "object", "required": ["files"], "properties": {
+        "schema": {"type": "object", "required": ["files"], "additionalProperties": False, "properties": {
             "files": {"type": "array", "minItems": 1, "items": {"type": "string", "format": "byte"},
                       "description": "Picture files in base64."},
             "top": {"type": "integer", "minimum": 1, "default": 5},

@@ -18,9 +18,10 @@ from torch import Tensor
 from skipnet_rt.checkpoint import load
 from skipnet_rt.checkpoint.bundled import bundled_model
 from skipnet_rt.data import PREPROCESSINGS
+from skipnet_rt.model.arch import SkipNetArch
 from skipnet_rt.model.flops import count_operations
 from skipnet_rt.model.preprocessing import Preprocessing
-from skipnet_rt.model.routing import InferenceResult
+from skipnet_rt.model.routing import InferenceResult, computation_of
 from skipnet_rt.runtime import compile
 from skipnet_rt.serving.pictures import PictureError, decoded, from_array
 
@@ -96,6 +97,7 @@ class Predictor:
         self.preprocessing = _fitting(preprocessing or model.card.preprocessing, model.arch)
         self.runtime = compile(model, engine, device, dtype)
         self.arch = model.arch
+        self._least, self._costs = _costs(self.arch)
         self.labels = model.card.labels or tuple(map(str, range(model.arch.num_classes)))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -164,13 +166,18 @@ class Predictor:
 
     def _predictions(self, result: InferenceResult, milliseconds: float,
                      dense_milliseconds: float | None = None) -> list[Prediction]:
-        first = (True,) if self.arch.gated else (True,) * self.arch.num_blocks
         # Softmax image by image: of the whole batch at once it would be PyTorch that promises equal bits.
         rows = zip((logits.float().softmax(0).tolist() for logits in result.logits), result.executed.tolist(),
-                   result.computation.tolist(), result.multiply_adds.tolist(), strict=True)
-        return [Prediction(tuple(probabilities), (*first, *executed), computation, multiply_adds, milliseconds,
-                           len(result), dense_milliseconds)
-                for probabilities, executed, computation, multiply_adds in rows]
+                   strict=True)
+        return [self._prediction(tuple(probabilities), executed, milliseconds, len(result), dense_milliseconds)
+                for probabilities, executed in rows]
+
+    def _prediction(self, probabilities: tuple[float, ...], executed: list[bool], milliseconds: float, batch: int,
+                    dense_milliseconds: float | None) -> Prediction:
+        route = (True, *executed) if self.arch.gated else (True,) * self.arch.num_blocks
+        multiply_adds = self._least + sum(cost for cost, ran in zip(self._costs, executed, strict=True) if ran)
+        return Prediction(probabilities, route, computation_of(sum(executed), self.arch.num_gates), multiply_adds,
+                          milliseconds, batch, dense_milliseconds)
 
     def predict(self, pictures: Sequence[bytes | np.ndarray | Image.Image], dense: bool = False) -> list[Prediction]:
         """:meth:`image` of each picture, then :meth:`infer` of all of them.
@@ -206,7 +213,7 @@ class Predictor:
                 "multiply_adds": count_operations(self.arch).dense.multiply_adds}
 
 
-def _fitting(preprocessing: Preprocessing | None, architecture: Any) -> Preprocessing:
+def _fitting(preprocessing: Preprocessing | None, architecture: SkipNetArch) -> Preprocessing:
     """A preprocessing that makes what the network takes."""
     if preprocessing is None:
         raise PredictorError("the checkpoint doesn't say how pictures become inputs; "
@@ -216,6 +223,14 @@ def _fitting(preprocessing: Preprocessing | None, architecture: Any) -> Preproce
         taken = "x".join(map(str, (architecture.in_channels, *architecture.image_size)))
         raise PredictorError(f"this preprocessing makes images of 3x{height}x{width}, but {architecture} takes {taken}")
     return preprocessing
+
+
+def _costs(architecture: SkipNetArch) -> tuple[int, list[int]]:
+    """Multiply-adds of an image that skips all it can, and what each gated block adds to them."""
+    gates = architecture.num_gates
+    least, *others = count_operations(architecture).per_image(
+        torch.cat([torch.zeros(1, gates, dtype=torch.bool), torch.eye(gates, dtype=torch.bool)]))[0].tolist()
+    return least, [other - least for other in others]
 
 
 def _restored(path: Any, engine: str, dtype: torch.dtype | None, threads: int | None, device: str,

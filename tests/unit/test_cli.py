@@ -31,7 +31,7 @@ from skipnet_rt.measure.evaluate import evaluate
 from skipnet_rt.training import RECIPES, TrainConfig
 
 ARCH = srt.SkipNetArch("cifar", "basic", (2, 2, 2), (8, 8, 16), "rnn")
-COMMANDS = ("demo", "predict", "evaluate", "benchmark", "train", "inspect", "convert", "doctor")
+COMMANDS = ("demo", "predict", "serve", "evaluate", "benchmark", "train", "inspect", "convert", "doctor")
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
