@@ -243,7 +243,7 @@ def _ray() -> Iterator[None]:
 def _pool(cpus: int | None, parts: int) -> tuple[Any, dict[str, int]]:
     """As many actors as the cluster has room for, and what each of them takes."""
     cluster = ray.cluster_resources()
-    cores, gpus = int(cluster.get("CPU", 1)), int(cluster.get("GPU", 0))
+    cores, gpus = max(1, int(cluster.get("CPU", 0))), int(cluster.get("GPU", 0))
     cpus = min(cpus or CPUS, cores)
     actors = min(parts, cores // cpus, *([gpus] if gpus else []))
     return ray.data.ActorPoolStrategy(size=actors), {"num_cpus": cpus, **({"num_gpus": 1} if gpus else {})}
