@@ -20,6 +20,7 @@ from torch.utils.data import Subset
 
 import skipnet_rt as srt
 from skipnet_rt import _C, data
+from skipnet_rt.checkpoint import bundled
 from skipnet_rt.cli import app as cli
 from skipnet_rt.cli import train as train_command
 from skipnet_rt.cli.demo import draw
@@ -30,7 +31,7 @@ from skipnet_rt.measure.evaluate import evaluate
 from skipnet_rt.training import RECIPES, TrainConfig
 
 ARCH = srt.SkipNetArch("cifar", "basic", (2, 2, 2), (8, 8, 16), "rnn")
-COMMANDS = ("demo", "predict", "evaluate", "benchmark", "train", "inspect", "convert", "doctor")
+COMMANDS = ("demo", "predict", "serve", "evaluate", "benchmark", "train", "inspect", "convert", "doctor")
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -117,7 +118,8 @@ def test_installed_command_is_ours():
     ["unknown"], ["predict"], ["inspect"], ["convert", "one"], ["evaluate", "--unknown"],
     ["evaluate", "--dtype", "int8"], ["evaluate", "--batch-size", "0"], ["predict", "--top", "0", "x.png"],
     ["train", "--stages", "all"], ["train", "--seed", "x"], ["predict", "--preprocessing", "mnist", "x.png"],
-    ["benchmark", "--fraction", "1.5"], ["benchmark", "--batch", "0"], ["benchmark", "cifar10_rnn_gate_38"]])
+    ["benchmark", "--fraction", "1.5"], ["benchmark", "--batch", "0"], ["benchmark", "cifar10_rnn_gate_38"],
+    ["predict", "--ray", "x.png"], ["predict", "--output", "x.parquet", "x.png"]])
 def test_a_wrong_command_line_exits_with_2(run, arguments):
     ran = run(*arguments)
     assert ran.status == 2
@@ -201,6 +203,15 @@ def test_predictions_are_the_network_s(run, model, checkpoint, pictures):
         assert [entry["probability"] for entry in prediction["classes"]] == pytest.approx(values.tolist())
         assert prediction["blocks_run"] == ran
         assert prediction["computation"] == pytest.approx(100 * ran.item() / 6)
+
+
+def test_a_batch_job_without_ray_says_what_is_missing(run, monkeypatch, tmp_path):
+    monkeypatch.delitem(sys.modules, "skipnet_rt.serving.batch_job", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    ran = run("predict", "--ray", tmp_path, "--output", tmp_path / "out.parquet")
+    assert ran.status == 1
+    assert "pip install 'skipnet-rt[ray]'" in ran.err
 
 
 def test_prediction_table(run, checkpoint, pictures):
@@ -433,6 +444,7 @@ def test_demo_shows_accuracy_routes_and_times(run, monkeypatch):
             assert 0 < times["skipping"]["p20"] <= times["skipping"]["median"] <= times["skipping"]["p80"]
     assert set(document["engines"]) == set(srt.engines())
     shown = run("demo").out
+    assert "Draw digits yourself: skipnet-rt serve, then open http://127.0.0.1:8000 " in shown.splitlines()[-1]
     for expected in ("Accuracy", "Computation", "Multiply-adds", "Distinct routes", "Easiest: digit", "Hardest: digit",
                      "PyTorch dense", "█"):
         assert expected in shown
@@ -480,7 +492,7 @@ def test_doctor_says_all_that_gpus_would_take(run, monkeypatch):
 
 
 def test_doctor_finds_a_missing_network(run, monkeypatch):
-    monkeypatch.setattr(demo, "BUNDLED", "nowhere.safetensors")
+    monkeypatch.setattr(bundled, "BUNDLED", "nowhere.safetensors")
     ran = run("doctor", "--json")
     assert ran.status == 1
     assert json.loads(ran.out)["bundled_model"]["present"] is False
