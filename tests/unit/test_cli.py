@@ -152,6 +152,8 @@ def test_a_wrong_command_line_exits_with_2(run, arguments):
     (["train", "--data", "mnist"], "data must be one of digits"),
     (["train", "--arch", "skipnet", "--output", "{folder}/run"], "no published architecture is called 'skipnet'"),
     (["train", "--supervised-lr", "-1"], "supervised_lr must be from"),
+    (["train", "--recipe", "finetune"], "arch 'init' needs a trained network to begin with: name it in init (--init)"),
+    (["train", "--recipe", "finetune", "--init", "{picture}", "--output", "{folder}/run"], "not a checkpoint"),
     (["train", "--device", "quark"], "device 'quark' cannot be used here"),
     (["train", "--output", "{checkpoint}/run"], "Not a directory"),
 ])
@@ -317,7 +319,7 @@ def parsed(monkeypatch):
 
 def test_every_field_is_an_option_with_help():
     options = {option.name: option for option in typer.main.get_command(cli.app).commands["train"].params}
-    assert set(options) - {"as_json", "help"} == {field.name for field in fields(TrainConfig)}
+    assert set(options) - {"as_json", "help", "recipe"} == {field.name for field in fields(TrainConfig)}
     for field in fields(TrainConfig):
         assert options[field.name].opts == [f"--{field.name.replace('_', '-')}"]
         assert len(options[field.name].help) > 5
@@ -328,6 +330,8 @@ def test_without_options_the_recipe_counts(parsed):
     for name in RECIPES:
         assert parsed("--data", name) == TrainConfig.for_data(name)
     assert parsed() == TrainConfig()
+    finetuning = TrainConfig.for_data("digits", recipe="finetune", init="x.pth", target_computation=60.0)
+    assert parsed("--recipe", "finetune", "--init", "x.pth", "--target-computation", "60") == finetuning
     nothing = parsed("--data", "cifar10", "--weight-decay", "0", "--warmup-steps", "0")
     assert nothing == TrainConfig.for_data("cifar10", weight_decay=0.0, warmup_steps=0)
 
@@ -339,6 +343,8 @@ def changed(name: str, value: object) -> object:
         return next(choice for choice in get_args(hint) if choice != value)
     if name in ("arch", "device"):
         return {"arch": "cifar10_feedforward_74", "device": "meta"}[name]
+    if float in get_args(hint):
+        return 50.0
     return value + 1 if type(value) is int else value / 2 + 0.25 if type(value) is float else Path("a folder/a file")
 
 
