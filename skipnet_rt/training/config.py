@@ -92,6 +92,8 @@ class TrainConfig:
         seed: of the weights, the data order, the augmentation and the sampled actions.
         device: a torch device; ``"cuda"`` gives each of several ranks a GPU of its own.
         precision: ``"bfloat16"`` or ``"float16"`` (with loss scaling) trains under :func:`torch.autocast`.
+        compile_blocks: train with the residual blocks' convolutions compiled by :func:`torch.compile`, which takes
+            minutes in the first steps.
         workers: processes that load data; 0 loads in this one. Their number changes the augmentation's random numbers.
         resume: go on from ``output/state.pt`` if it is there.
 
@@ -134,6 +136,7 @@ class TrainConfig:
     seed: int = 0
     device: str = "cpu"
     precision: Precision = "float32"
+    compile_blocks: bool = False
     workers: int = 0
     resume: bool = False
 
@@ -196,7 +199,8 @@ class TrainConfig:
         for field in dataclasses.fields(self):
             value, shown = getattr(self, field.name), field.name in ("data", "init")
             if value is not None and field.name != "resume" and (shown or value != getattr(usual, field.name)):
-                words += [f"--{field.name.replace('_', '-')}", str(value)]
+                words.append(f"--{field.name.replace('_', '-')}")
+                words += [] if value is True else [str(value)]
         return words
 
 
