@@ -14,7 +14,6 @@ request when it has the answer to the one before. An answer counts only if it is
 from __future__ import annotations
 
 import argparse
-import asyncio
 import http.client
 import json
 import socket
@@ -22,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from serving_clients import request
 from torch import Tensor
 
 import skipnet_rt as srt
@@ -50,7 +51,6 @@ from skipnet_rt.util import machine
 
 CONCURRENCIES = (1, 8, 64)
 PICTURES = 32  # different ones that the clients send
-BOUNDARY = b"picture-boundary"
 
 
 # What is served ------------------------------------------------------------------------------------------------------
@@ -164,140 +164,17 @@ def theirs(model: Path | None, threads: int, max_batch: int, baseline: str) -> l
             *(["--model", str(model)] if model else [])]
 
 
-# Clients -------------------------------------------------------------------------------------------------------------
+# Measurements --------------------------------------------------------------------------------------------------------
 
-def request(picture: bytes) -> bytes:
-    """A picture as a form, in a whole request."""
-    body = (b'--%b\r\nContent-Disposition: form-data; name="files"; filename="p"\r\nContent-Type: image/*\r\n\r\n%b\r\n'
-            b"--%b--\r\n" % (BOUNDARY, picture, BOUNDARY))
-    return (b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=%b\r\n"
-            b"Content-Length: %d\r\n\r\n%b" % (BOUNDARY, len(body), body))
-
-
-class Client(asyncio.Protocol):
-    """A connection that asks again when it is answered.
-
-    Args:
-        load: what all clients share.
-        number: of this one.
-    """
-
-    def __init__(self, load: Load, number: int) -> None:
-        self.load, self.number, self.got = load, number, b""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-        self.ask()
-
-    def ask(self) -> None:
-        """The next request, if there is to be one."""
-        self.waiting = self.load.next(self.number)
-        if self.waiting is None:
-            self.transport.close()
-            return
-        self.begun = time.perf_counter()
-        self.transport.write(self.load.requests[self.waiting])
-
-    def data_received(self, data: bytes) -> None:
-        self.got += data
-        head, end, body = self.got.partition(b"\r\n\r\n")
-        if end and len(body) >= int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]):
-            self.got = b""
-            assert self.waiting is not None
-            self.load.answered(self.waiting, time.perf_counter() - self.begun, int(head[9:12]), body)
-            self.ask()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.load.left(lost=self.waiting is not None)
-
-
-class Load:
-    """Requests until there are enough, or the time is up.
-
-    Args:
-        port: the server's.
-        pictures: the files to send, in turns.
-        concurrency: clients.
-        seconds, count: where to stop.
-    """
-
-    def __init__(self, port: int, pictures: Sequence[bytes], concurrency: int, seconds: float, count: int) -> None:
-        self.port, self.concurrency, self.count = port, concurrency, count
-        self.requests, self.seconds = [request(picture) for picture in pictures], seconds
-        self.expected: dict[int, bytes] = {}
-        self.statuses: Counter[str] = Counter()
-        self.latencies: list[float] = []
-        self.sent = 0
-
-    def next(self, number: int) -> int | None:
-        """Which picture comes next; None at the end."""
-        if self.sent >= self.count or time.perf_counter() > self.end:
-            return None
-        self.sent += 1
-        return (self.sent + number) % len(self.requests)
-
-    def answered(self, picture: int, seconds: float, status: int, body: bytes) -> None:
-        """Note an answer. All before the milliseconds has to be as in a picture's first answer."""
-        if status == 200:
-            essence = body.partition(b', "milliseconds"')[0]
-            if self.expected.setdefault(picture, essence) != essence:
-                self.statuses["another answer"] += 1
-                return
-        self.statuses[str(status)] += 1
-        self.latencies.append(seconds)
-
-    def left(self, *, lost: bool) -> None:
-        """A client's connection was closed: by itself, or with a request that was not answered."""
-        self.statuses["lost"] += lost
-        self.open -= 1
-        if not self.open:
-            self.over.set_result(None)
-
-    async def run(self) -> dict[str, Any]:
-        """One round alone, for the expected answers, and then all clients; what they saw."""
-        loop = asyncio.get_running_loop()
-        concurrency, count, self.concurrency = self.concurrency, self.count, 1
-        self.count = len(self.requests)
-        await self._all(loop)
-        self.concurrency, self.count, self.sent, self.latencies = concurrency, count, 0, []
-        self.statuses.clear()
-        begun = time.perf_counter()
-        await self._all(loop)
-        taken = time.perf_counter() - begun
-        milliseconds = 1e3 * np.array(self.latencies)
-        return {"concurrency": concurrency, "sent": self.sent, "answers": {
-                    kind: count for kind, count in self.statuses.items() if count},
-                "seconds": taken, "requests_per_second": len(milliseconds) / taken,
-                **{name: float(np.quantile(milliseconds, share))
-                   for name, share in (("p25", 0.25), ("p50", 0.5), ("p99", 0.99))}}
-
-    async def _all(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.open, self.over, self.end = self.concurrency, loop.create_future(), time.perf_counter() + self.seconds
-        for number in range(self.concurrency):
-            await loop.create_connection(lambda number=number: Client(self, number),  # type: ignore[misc]
-                                         "127.0.0.1", self.port)
-        await self.over
-
-
-def clients(arguments: argparse.Namespace) -> None:
-    """All clients of one measurement, in this process; prints what they saw as JSON."""
-    load = Load(arguments.port, pictures_for(arguments.arch), arguments.concurrency, arguments.seconds,
-                arguments.requests)
-    print(json.dumps(asyncio.run(load.run())))
-
-
-def loaded(server: Server, architecture: str | None, concurrency: int, seconds: float, requests: int = 10**9
+def loaded(server: Server, pictures: Sequence[bytes], concurrency: int, seconds: float, requests: int = 10**9
            ) -> dict[str, Any]:
     """What clients in a process of their own see of a server."""
-    done = subprocess.run([
-        sys.executable, __file__, "clients", "--port", str(server.port), "--concurrency", str(concurrency),
-        "--seconds", str(seconds), "--requests", str(requests), *(["--arch", architecture] if architecture else [])],
-        stdout=subprocess.PIPE, text=True, check=True, timeout=seconds + 120)
+    orders = {"port": server.port, "concurrency": concurrency, "seconds": seconds, "requests": requests,
+              "pictures": [b64encode(picture).decode() for picture in pictures]}
+    done = subprocess.run([sys.executable, Path(__file__).with_name("serving_clients.py")], input=json.dumps(orders),
+                          stdout=subprocess.PIPE, text=True, check=True, timeout=seconds + 600)
     return json.loads(done.stdout)
 
-
-# Measurements --------------------------------------------------------------------------------------------------------
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Ours and a dense engine, with dynamic batching and without, at each concurrency, in turns."""
@@ -317,7 +194,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
                     for key, server in servers.items():
                         if concurrency == 1 and key == ("skipnet-rt", 1):
                             bare.append(_bare(predictor, pictures))
-                        rounds[key].append(loaded(server, arguments.arch, concurrency, arguments.seconds))
+                        rounds[key].append(loaded(server, pictures, concurrency, arguments.seconds))
                 for (name, batch), seen in rounds.items():
                     rows.append({"server": name, "max_batch": batch, **_joined(seen)})
                     print(json.dumps(rows[-1]), file=sys.stderr)
@@ -363,20 +240,22 @@ def _joined(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def many(arguments: argparse.Namespace) -> dict[str, Any]:
     """So many requests, of which none may be lost and none be answered in another way than the first of its kind."""
     with started(ours(None, arguments.threads, arguments.max_batch)) as server:
-        seen = loaded(server, None, arguments.concurrency, arguments.seconds, arguments.requests)
+        seen = loaded(server, pictures_for(None), arguments.concurrency, arguments.seconds,
+                      arguments.requests)
     return {"network": "bundled", "threads": arguments.threads, "max_batch": arguments.max_batch, **seen}
 
 
 def soak(arguments: argparse.Namespace) -> dict[str, Any]:
-    """A server's memory while all kinds of requests come for a long time, in slices of ten seconds."""
+    """A server's memory while all kinds of requests come for a long time; every ten seconds a while of them."""
     memory = []
     with started([*ours(None, arguments.threads, arguments.max_batch), "--max-body", "200000"]) as server:
         begun, statuses = time.perf_counter(), Counter[str]()
         while (since := time.perf_counter() - begun) < arguments.seconds:
             memory.append({"second": round(since), "resident_mib": round(server.resident, 2)})
-            seen = loaded(server, None, arguments.concurrency, 8)
+            seen = loaded(server, pictures_for(None), arguments.concurrency, arguments.slice)
             statuses.update(seen["answers"])
             _mischief(server.port)
+            time.sleep(max(0.0, 10 - (time.perf_counter() - begun - since)))
         memory.append({"second": round(since), "resident_mib": round(server.resident, 2)})
     return {"network": "bundled", "threads": arguments.threads, "concurrency": arguments.concurrency,
             "answers": dict(statuses), "memory": memory}
@@ -403,7 +282,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for function, name in ((compare, "compare"), (many, "many"), (soak, "soak"), (clients, "clients"),
+    for function, name in ((compare, "compare"), (many, "many"), (soak, "soak"),
                            (serve_dense, "dense-server")):
         command = commands.add_parser(name, description=function.__doc__)
         command.set_defaults(function=function, name=name)
@@ -416,7 +295,7 @@ def main() -> None:
         command.add_argument("--requests", type=int, default=100_000, help="at the most")
         command.add_argument("--concurrency", type=int, default=64)
         command.add_argument("--model", type=Path, help="the checkpoint of dense-server")
-        command.add_argument("--port", type=int, help="the server of clients")
+        command.add_argument("--slice", type=float, default=2.0, help="seconds of load in each ten of a soak")
         command.add_argument("--output", type=Path, help="a folder for the results")
     arguments = parser.parse_args()
     measured = arguments.function(arguments)
