@@ -172,7 +172,7 @@ def loaded(server: Server, pictures: Sequence[bytes], concurrency: int, seconds:
     orders = {"port": server.port, "concurrency": concurrency, "seconds": seconds, "requests": requests,
               "pictures": [b64encode(picture).decode() for picture in pictures]}
     done = subprocess.run([sys.executable, Path(__file__).with_name("serving_clients.py")], input=json.dumps(orders),
-                          stdout=subprocess.PIPE, text=True, check=True, timeout=seconds + 120)
+                          stdout=subprocess.PIPE, text=True, check=True, timeout=seconds + 600)
     return json.loads(done.stdout)
 
 

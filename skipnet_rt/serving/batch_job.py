@@ -79,7 +79,7 @@ class Summary:
         parts: of the job.
         parts_before: of these, what earlier runs had left done.
         actors: at work.
-        seconds: from the first part to the last.
+        seconds: that it took, Ray's start included.
     """
 
     pictures: int
@@ -99,7 +99,7 @@ def run_job(sources: Sequence[Path], output: Path, model: Path | None = None, *,
         sources: picture files; Parquet files with a column ``image`` of files' bytes (binary, or Hugging Face's struct
             with ``bytes``); folders of them, at any depth. Every machine of the cluster must see them, and the output.
         output: a folder for the results, ``NAME.parquet`` or ``NAME.jsonl``, of files ``part-00000`` and so on, in the
-            order of the sources (folders' by name). An interrupted run's goes on where that stopped.
+            order of the sources (folders' by name). One that an interrupted run left is completed.
         model: a checkpoint; None for the bundled network.
         preprocessing: instead of the checkpoint's own.
         cpus: of each actor, and threads of its runtime. Where there are GPUs every actor has one.

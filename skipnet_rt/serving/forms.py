@@ -41,6 +41,8 @@ class Order:
     dense: bool
 
 
+_OPTIONS = {"top", "dense"}
+
 SCHEMA: dict[str, Any] = {"required": True, "content": {
     "multipart/form-data": {
         "schema": {"type": "object", "required": ["files"], "additionalProperties": False, "properties": {
@@ -68,20 +70,22 @@ def parsed(content_type: str, body: bytes, max_images: int) -> Order:
     """
     kind, parameters = parse_options_header(content_type)
     if kind == b"multipart/form-data":
-        fields = _multipart(parameters.get(b"boundary", b""), body)
+        fields = _multipart(parameters.get(b"boundary", b""), body, max_images)
         files, options = [value for name, value in fields if name == "files"], _form_options(fields)
     elif kind == b"application/json":
-        files, options = _json(body)
+        files, options = _json(body, max_images)
     else:
         raise RequestError(415, "a request is multipart/form-data with the field 'files', or application/json")
     if not files:
         raise RequestError(400, "a request needs at least one picture in 'files'")
-    if len(files) > max_images:
-        raise RequestError(413, f"a request may have up to {max_images} pictures, this one has {len(files)}")
     return Order(files, **options)
 
 
-def _multipart(boundary: bytes, body: bytes) -> list[tuple[str, bytes]]:
+def _too_many(max_images: int) -> RequestError:
+    return RequestError(413, f"a request may have up to {max_images} pictures, this one has more")
+
+
+def _multipart(boundary: bytes, body: bytes, max_images: int) -> list[tuple[str, bytes]]:
     """The parts' names and contents, in order. Starlette's own parser would write large files to the disk."""
     parts: list[tuple[str, bytes]] = []
     name, value, disposition, content, ended = b"", b"", b"", bytearray(), False
@@ -107,6 +111,8 @@ def _multipart(boundary: bytes, body: bytes) -> list[tuple[str, bytes]]:
         nonlocal disposition
         _, parameters = parse_options_header(disposition.decode("latin-1"))
         parts.append((parameters.get(b"name", b"").decode("latin-1"), bytes(content)))
+        if len(parts) > max_images + len(_OPTIONS):  # at once: a million small ones take long to parse
+            raise _too_many(max_images)
         disposition = b""
         content.clear()
 
@@ -123,13 +129,15 @@ def _multipart(boundary: bytes, body: bytes) -> list[tuple[str, bytes]]:
         raise RequestError(400, "the body is not multipart/form-data as its header says") from None
     if not ended:
         raise RequestError(400, "the body ends before its last boundary")
+    if sum(name == "files" for name, _ in parts) > max_images:
+        raise _too_many(max_images)
     return parts
 
 
 def _form_options(fields: list[tuple[str, bytes]]) -> dict[str, Any]:
     """The options among a form's fields; fields that nobody knows are an error, for they were meant to do something."""
     texts = {name: value for name, value in fields if name != "files"}
-    if unknown := set(texts) - {"top", "dense"}:
+    if unknown := set(texts) - _OPTIONS:
         raise RequestError(400, f"unknown field {sorted(unknown)[0]!r}; known: files, top, dense")
     top, dense = texts.get("top", b"5"), texts.get("dense", b"false").lower()
     if not top.isdigit() or len(top) > 6 or dense not in (b"true", b"false"):
@@ -137,14 +145,19 @@ def _form_options(fields: list[tuple[str, bytes]]) -> dict[str, Any]:
     return _options(int(top), dense == b"true")
 
 
-def _json(body: bytes) -> tuple[list[bytes], dict[str, Any]]:
+def _json(body: bytes, max_images: int) -> tuple[list[bytes], dict[str, Any]]:
+    # Python would take seconds for a list of millions, and do nothing else meanwhile. Base64 has no commas.
+    if body.count(b",") > max_images + len(_OPTIONS):
+        raise _too_many(max_images)
     try:
         document = json.loads(body)
     except (ValueError, RecursionError):
         raise RequestError(400, "the body is not JSON") from None
     if not isinstance(document, dict) or not isinstance(document.get("files"), list):
         raise RequestError(400, "the body must be an object with 'files', a list of pictures in base64")
-    if unknown := set(document) - {"files", "top", "dense"}:
+    if len(document["files"]) > max_images:
+        raise _too_many(max_images)
+    if unknown := set(document) - {"files"} - _OPTIONS:
         raise RequestError(400, f"unknown key {sorted(unknown)[0]!r}; known: files, top, dense")
     top, dense = document.get("top", 5), document.get("dense", False)
     if type(top) is not int or type(dense) is not bool:

@@ -42,7 +42,9 @@ def app(arguments: dict[str, Any]) -> serve.Application:
         ValueError: an argument is unknown, or its value is no good.
     """
     arguments = dict(arguments)
-    model, token_file = arguments.pop("model", None), arguments.pop("token_file", None)
+    # Absolute: a replica works in a folder of its own.
+    model, token_file = (Path(arguments.pop(name)).absolute() if name in arguments else None
+                         for name in ("model", "token_file"))
     known = {field.name for field in fields(Settings)} - {"token"}  # what stands in a configuration is no secret
     if unknown := sorted(set(arguments) - known):
         raise ValueError(f"unknown argument {unknown[0]!r}; known: model, token_file, {', '.join(sorted(known))}")
@@ -50,7 +52,7 @@ def app(arguments: dict[str, Any]) -> serve.Application:
 
     def build() -> Any:
         """The ASGI application of a replica, in its process."""
-        token = None if token_file is None else read_token(Path(token_file))  # only here: a closure is sent about
+        token = None if token_file is None else read_token(token_file)  # only here: a closure is sent about
         own = ray.get_runtime_context().get_assigned_resources()
         predictor = Predictor(model, threads=max(1, int(own.get("CPU", 1))), device="cuda" if own.get("GPU") else "cpu")
 
