@@ -59,17 +59,16 @@ def half_executing(architecture: str, pictures: Sequence[bytes], folder: Path) -
     """A checkpoint with random weights whose gates let about half of the gated blocks run, differing by picture."""
     torch.manual_seed(0)
     model, path = random_network(architecture), folder / "random.safetensors"
-    projection = model.get_submodule("control.proj")
-    assert isinstance(projection, torch.nn.Linear)
+    bias = model.get_parameter("control.proj.bias")
     with torch.no_grad():
-        projection.weight *= 30
+        model.get_parameter("control.proj.weight").mul_(30)
         low, high = -20.0, 20.0
         for _ in range(8):
-            projection.bias.fill_((low + high) / 2)
+            bias.fill_((low + high) / 2)
             srt.save(model, path)
             predictor = Predictor(path)
             share = np.mean([each.computation for each in predictor.predict(pictures[:8])])
-            low, high = (low, projection.bias.item()) if share > 0.5 else (projection.bias.item(), high)
+            low, high = (low, bias.item()) if share > 0.5 else (bias.item(), high)
     return path
 
 
