@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -59,17 +60,16 @@ def half_executing(architecture: str, pictures: Sequence[bytes], folder: Path) -
     """A checkpoint with random weights whose gates let about half of the gated blocks run, differing by picture."""
     torch.manual_seed(0)
     model, path = random_network(architecture), folder / "random.safetensors"
-    projection = model.get_submodule("control.proj")
-    assert isinstance(projection, torch.nn.Linear)
+    bias = model.get_parameter("control.proj.bias")
     with torch.no_grad():
-        projection.weight *= 30
+        model.get_parameter("control.proj.weight").mul_(30)
         low, high = -20.0, 20.0
         for _ in range(8):
-            projection.bias.fill_((low + high) / 2)
+            bias.fill_((low + high) / 2)
             srt.save(model, path)
             predictor = Predictor(path)
             share = np.mean([each.computation for each in predictor.predict(pictures[:8])])
-            low, high = (low, projection.bias.item()) if share > 0.5 else (projection.bias.item(), high)
+            low, high = (low, bias.item()) if share > 0.5 else (bias.item(), high)
     return path
 
 
@@ -131,6 +131,12 @@ class Server:
     port: int
 
     @property
+    def cpu(self) -> float:
+        """Seconds of processors' time that it has taken, the engine's included."""
+        after_name = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK")
+
+    @property
     def resident(self) -> float:
         """MiB of memory that it occupies."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
@@ -171,9 +177,11 @@ def loaded(server: Server, pictures: Sequence[bytes], concurrency: int, seconds:
     """What clients in a process of their own see of a server."""
     orders = {"port": server.port, "concurrency": concurrency, "seconds": seconds, "requests": requests,
               "pictures": [b64encode(picture).decode() for picture in pictures]}
+    before = server.cpu
     done = subprocess.run([sys.executable, Path(__file__).with_name("serving_clients.py")], input=json.dumps(orders),
                           stdout=subprocess.PIPE, text=True, check=True, timeout=seconds + 600)
-    return json.loads(done.stdout)
+    seen: dict[str, Any] = json.loads(done.stdout)
+    return {**seen, "cpu_milliseconds": 1e3 * (server.cpu - before) / (seen["sent"] + len(pictures))}
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -234,7 +242,8 @@ def _joined(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for each in rounds:
         answers.update(each["answers"])
     return {"concurrency": rounds[0]["concurrency"], "answers": dict(answers),
-            **{name: median(each[name] for each in rounds) for name in ("requests_per_second", "p25", "p50", "p99")}}
+            **{name: median(each[name] for each in rounds)
+               for name in ("requests_per_second", "p25", "p50", "p99", "cpu_milliseconds")}}
 
 
 def many(arguments: argparse.Namespace) -> dict[str, Any]:
