@@ -30,6 +30,9 @@ Split = Dataset[tuple[Tensor, int]]
 DIGITS = Preprocessing((32, 32), (0.3057,) * 3, (0.3235,) * 3)
 """Digits, 8x8 pixels enlarged to 32x32; mean and deviation of the training split's enlarged pictures."""
 
+PREPROCESSINGS = {"digits": DIGITS, "cifar": CIFAR, "svhn": SVHN, "imagenet": IMAGENET}
+"""Those that can be asked for by name, where a checkpoint tells none or the wrong one."""
+
 DIGIT_SHIFT = 3.0  # pixels of 32
 DIGIT_ROTATION = 12.0  # degrees
 DIGIT_SCALE = 0.12  # of the size, either way

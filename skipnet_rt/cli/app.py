@@ -26,20 +26,24 @@ from skipnet_rt.cli.evaluate import evaluate_command
 from skipnet_rt.cli.inspect import inspect_command
 from skipnet_rt.cli.options import CommandError
 from skipnet_rt.cli.predict import predict_command
+from skipnet_rt.cli.serve import serve_command
 from skipnet_rt.cli.train import train_command
 from skipnet_rt.data import DataError
 from skipnet_rt.engines.registry import EngineError
 from skipnet_rt.measure.benchmark import BenchmarkError
 from skipnet_rt.model.arch import ArchError
+from skipnet_rt.serving import PredictorError
 from skipnet_rt.training import TrainError
 
-_MISTAKES = (CommandError, ArchError, BenchmarkError, CheckpointError, DataError, EngineError, TrainError)
+_MISTAKES = (CommandError, ArchError, BenchmarkError, CheckpointError, DataError, EngineError, PredictorError,
+             TrainError)
 """What a user can get wrong, beside files. Anything else is a bug of ours and keeps its stack trace."""
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]})
 app.command("demo")(demo_command)
 app.command("predict")(predict_command)
+app.command("serve")(serve_command)
 app.command("evaluate")(evaluate_command)
 app.command("benchmark")(benchmark_command)
 app.command("train")(train_command)

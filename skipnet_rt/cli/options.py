@@ -13,13 +13,28 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 
 from skipnet_rt.checkpoint import load
-from skipnet_rt.measure.demo import bundled_model
+from skipnet_rt.checkpoint.bundled import bundled_model
+from skipnet_rt.data import PREPROCESSINGS
 from skipnet_rt.model.network import SkipNet
+from skipnet_rt.model.preprocessing import Preprocessing
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 ModelPath = Annotated[Path | None, typer.Option(
     "--model", metavar="CKPT", help="A checkpoint, published or .safetensors.", show_default="the bundled one")]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="A torch device: cpu, cuda, cuda:1.")]
+
+
+class PreprocessingName(str, Enum):
+    """The data sets whose preprocessing can be asked for."""
+
+    digits = "digits"
+    cifar = "cifar"
+    svhn = "svhn"
+    imagenet = "imagenet"
+
+
+AskedPreprocessing = Annotated[PreprocessingName | None, typer.Option(
+    "--preprocessing", help="How pictures become inputs.", show_default="what the checkpoint says")]
 
 
 class CommandError(Exception):
@@ -38,6 +53,11 @@ class DTypeName(str, Enum):
 def load_or_bundled(path: Path | None) -> SkipNet:
     """The network of ``--model``."""
     return bundled_model() if path is None else load(path)
+
+
+def chosen_preprocessing(asked: PreprocessingName | None) -> Preprocessing | None:
+    """What ``--preprocessing`` names; None where it was not given."""
+    return PREPROCESSINGS[asked.value] if asked else None
 
 
 def short_names(paths: Sequence[Path | None]) -> list[str]:

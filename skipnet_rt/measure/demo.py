@@ -4,25 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from skipnet_rt.checkpoint import load
+from skipnet_rt.checkpoint.bundled import bundled_model
 from skipnet_rt.data import DIGITS, Pictures, digits_pictures
 from skipnet_rt.engines.base import Availability
 from skipnet_rt.engines.registry import engines
 from skipnet_rt.measure.baselines import PYTORCH, PYTORCH_CHANNELS_LAST
 from skipnet_rt.measure.benchmark import Benchmark, benchmark, supporting_engines
 from skipnet_rt.measure.evaluate import Evaluation, evaluate
-from skipnet_rt.model.network import SkipNet
 from skipnet_rt.runtime import compile
-
-BUNDLED = "skipnet38-digits.safetensors"
-"""SkipNet-38 with RNNGate, trained on the handwritten digits; see the card inside."""
 
 BATCHES = {1: 16, 64: 64}
 """Batch sizes that the demonstration times, and the images per round: enough for their routes to be typical."""
@@ -32,16 +27,6 @@ _SECONDS = {1: 4.0, 64: 7.0}
 
 VARIANTS = {PYTORCH.name: "BN folded, NCHW", PYTORCH_CHANNELS_LAST.name: "BN folded, channels-last"}
 """The kinds of plain PyTorch that it is measured against, and what they are."""
-
-
-def bundled_model() -> SkipNet:
-    """The network that ships with the package.
-
-    Raises:
-        skipnet_rt.CheckpointError: the installation lacks its file, or it is damaged.
-    """
-    with resources.as_file(resources.files("skipnet_rt.assets") / BUNDLED) as path:
-        return load(path)
 
 
 def held_out_digits() -> Pictures:
@@ -126,7 +111,7 @@ def demonstrate(on_progress: Callable[[str, float], None] | None = None) -> Demo
         on_progress: told what is being done and the share of it that is done, 0 to 1.
 
     Raises:
-        skipnet_rt.CheckpointError: see :func:`bundled_model`.
+        skipnet_rt.CheckpointError: see :func:`~skipnet_rt.checkpoint.bundled.bundled_model`.
     """
     report = on_progress or (lambda what, share: None)
     model, digits = bundled_model(), held_out_digits()

@@ -12,6 +12,7 @@ import torch
 
 from skipnet_rt import _C
 from skipnet_rt.checkpoint import CheckpointError
+from skipnet_rt.checkpoint.bundled import bundled_model
 from skipnet_rt.engines import autoselect
 from skipnet_rt.engines.base import Availability
 from skipnet_rt.engines.registry import EngineError, engines
@@ -19,7 +20,7 @@ from skipnet_rt.engines.tolerances import TOLERANCES
 from skipnet_rt.engines.triton import TritonEngine
 from skipnet_rt.kernels import tuning
 from skipnet_rt.measure.benchmark import measure_crossover
-from skipnet_rt.measure.demo import bundled_model, devices, held_out_digits, spread
+from skipnet_rt.measure.demo import devices, held_out_digits, spread
 from skipnet_rt.model.network import SkipNet
 from skipnet_rt.runtime import compile, usable_device
 from skipnet_rt.util import machine

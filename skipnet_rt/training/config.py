@@ -45,7 +45,8 @@ class TrainConfig:
         arch: a published name, or an architecture. Under a name, the classes are as many as the data set has.
             ``"init"`` is what the network of ``init`` has, with RNNGates if it has none.
         output: folder of the run: ``model.safetensors`` at the end, ``supervised.safetensors`` after
-            pre-training, ``log.jsonl`` (a line per epoch) and ``state.pt`` (to resume from).
+            pre-training (``gates.safetensors`` after the gates' own stage), ``log.jsonl`` (a line per epoch) and
+            ``state.pt`` (to resume from).
         init: a checkpoint whose weights to begin with. A dense network (a ResNet of torchvision or timm, too) gets
             gates if the architecture has them, see :func:`skipnet_rt.from_resnet`.
         stages: ``"supervised+hybrid"`` is the paper's Algorithm 1; ``"supervised"`` its first stage alone;
@@ -178,8 +179,8 @@ class TrainConfig:
             if value is not None and not low <= value <= high:
                 raise TrainError(f"{field} must be from {low:g} to {high:g}, got {value!r}")
         if self.init is None and (self.arch == "init" or self.distill_weight):
-            what = "arch is init" if self.arch == "init" else "distill_weight is above 0"
-            raise TrainError(f"{what}: name the network to begin with in init (--init)")
+            what = "arch 'init'" if self.arch == "init" else "distillation"
+            raise TrainError(f"{what} needs a trained network to begin with: name it in init (--init)")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -9,8 +9,9 @@ from networks import SMALL, relative_error, small_images, small_model
 from torch.utils.data import TensorDataset
 
 import skipnet_rt as srt
+from skipnet_rt.checkpoint.bundled import bundled_model
 from skipnet_rt.engines.registry import REGISTRY
-from skipnet_rt.measure.demo import bundled_model, held_out_digits
+from skipnet_rt.measure.demo import held_out_digits
 from skipnet_rt.measure.doctor import self_check
 from skipnet_rt.measure.evaluate import evaluate
 

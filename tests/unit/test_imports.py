@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "skipnet_rt"
 
 # Rooms from top to bottom; a module imports from its own room and from those below. Neighbours do not know each other.
-LEVELS = (("__main__",), ("cli",), ("measure", "training"), ("__init__",), ("runtime",), ("ops",),
+LEVELS = (("__main__",), ("cli",), ("measure", "training", "serving"), ("__init__",), ("runtime",), ("ops",),
           ("engines", "checkpoint", "data"), ("kernels",), ("_C",), ("model",), ("util", "assets"))
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 

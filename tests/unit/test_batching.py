@@ -1,0 +1,157 @@
+"""Dynamic batching, with a computation that the tests hold up and let go."""
+
+import asyncio
+import threading
+
+import pytest
+import torch
+
+from skipnet_rt.serving.batching import Batcher
+from skipnet_rt.serving.predictor import Prediction
+
+
+class Computation:
+    """Notes its batches; waits while it is held up."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.sizes: list[int] = []  # of those that succeeded
+        self.denses: list[bool] = []
+        self.begun, self.free = threading.Semaphore(0), threading.Event()
+        self.free.set()
+        self.error: Exception | None = None
+
+    def __call__(self, images, dense):
+        self.batches.append([int(image) for image in images])
+        self.denses.append(dense)
+        self.begun.release()
+        assert self.free.wait(30)
+        if self.error:
+            raise self.error
+        self.sizes.append(len(images))
+        return [Prediction((float(image),), (True,), 1.0, 1, 1.0, len(images)) for image in images]
+
+    async def hold(self, batcher):
+        """Hold it up with image -1, so that others wait."""
+        self.free.clear()
+        first = asyncio.ensure_future(ask(batcher, -1))
+        await asyncio.to_thread(self.begun.acquire)
+        return first
+
+
+async def ask(batcher, *numbers, dense=False):
+    predictions = await batcher([torch.tensor(number) for number in numbers], dense)
+    return [int(prediction.probabilities[0]) for prediction in predictions]
+
+
+def run(scenario, max_batch=4, max_wait=0.0):
+    """Runs a scenario with a batcher and its computation; returns the computation."""
+    async def main():
+        seen = []
+        async with Batcher(computation, max_batch, max_wait, lambda predictions: seen.append(len(predictions))) as one:
+            await asyncio.wait_for(scenario(one, computation), 60)
+        assert seen == computation.sizes
+
+    computation = Computation()
+    asyncio.run(main())
+    return computation
+
+
+def test_an_idle_batcher_computes_at_once():
+    async def scenario(batcher, computation):
+        assert await ask(batcher, 5) == [5]
+        assert await ask(batcher, 6) == [6]
+
+    assert run(scenario).batches == [[5], [6]]
+
+
+def test_what_comes_during_a_batch_is_the_next_in_its_order():
+    async def scenario(batcher, computation):
+        first = await computation.hold(batcher)
+        others = [asyncio.ensure_future(ask(batcher, *numbers)) for numbers in ((0,), (1, 2), (3, 4, 5), (6,))]
+        await asyncio.sleep(0)
+        computation.free.set()
+        assert await first == [-1]
+        assert await asyncio.gather(*others) == [[0], [1, 2], [3, 4, 5], [6]]
+
+    assert run(scenario).batches == [[-1], [0, 1, 2, 3], [4, 5, 6]]
+
+
+def test_a_full_batch_does_not_wait():
+    async def scenario(batcher, computation):
+        assert await asyncio.gather(*(ask(batcher, number) for number in range(8))) == [[n] for n in range(8)]
+
+    assert run(scenario, max_wait=1000.0).batches == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_a_batch_that_stays_small_waits_no_longer_than_it_may():
+    async def scenario(batcher, computation):
+        assert await ask(batcher, 1, 2) == [1, 2]
+
+    assert run(scenario, max_wait=0.02).batches == [[1, 2]]
+
+
+def test_an_image_that_is_timed_both_ways_stays_alone():
+    async def scenario(batcher, computation):
+        first = await computation.hold(batcher)
+        others = [asyncio.ensure_future(ask(batcher, 1)), asyncio.ensure_future(ask(batcher, 2, 3, dense=True)),
+                  asyncio.ensure_future(ask(batcher, 4))]
+        await asyncio.sleep(0)
+        computation.free.set()
+        await asyncio.gather(first, *others)
+
+    computation = run(scenario)
+    assert computation.batches == [[-1], [1], [2], [3], [4]]
+    assert computation.denses == [False, False, True, True, False]
+
+
+def test_images_that_nobody_waits_for_are_not_computed():
+    async def scenario(batcher, computation):
+        first = await computation.hold(batcher)
+        others = [asyncio.ensure_future(ask(batcher, *numbers)) for numbers in ((0, 1), (2,), (3, 4, 5))]
+        await asyncio.sleep(0)
+        others[0].cancel()
+        others[2].cancel()
+        await asyncio.sleep(0)
+        computation.free.set()
+        assert await first == [-1]
+        assert await others[1] == [2]
+
+    assert run(scenario).batches == [[-1], [2]]
+
+
+def test_images_abandoned_while_they_are_computed_disturb_nobody():
+    async def scenario(batcher, computation):
+        first = await computation.hold(batcher)
+        first.cancel()
+        second = asyncio.ensure_future(ask(batcher, 7))
+        await asyncio.sleep(0)
+        computation.free.set()
+        assert await second == [7]
+
+    assert run(scenario).batches == [[-1], [7]]
+
+
+def test_an_error_reaches_those_who_wait_for_its_batch_and_no_others():
+    async def scenario(batcher, computation):
+        computation.error = RuntimeError("out of order")
+        failed = await asyncio.gather(ask(batcher, 1, 2), ask(batcher, 3), return_exceptions=True)
+        assert [str(error) for error in failed] == ["out of order"] * 2
+        computation.error = None
+        assert await ask(batcher, 4, 5, 6) == [4, 5, 6]
+
+    assert run(scenario, max_batch=3, max_wait=1000.0).batches == [[1, 2, 3], [4, 5, 6]]
+
+
+@pytest.mark.parametrize("max_wait", [0.0, 1000.0])
+def test_leaving_waits_for_what_was_taken(max_wait):
+    computation = Computation()
+
+    async def main():
+        async with Batcher(computation, 4, max_wait, lambda predictions: None) as batcher:
+            waiting = [asyncio.ensure_future(ask(batcher, number)) for number in range(6)]
+            await asyncio.sleep(0)
+        assert await asyncio.gather(*waiting) == [[number] for number in range(6)]
+
+    asyncio.run(main())
+    assert [number for batch in computation.batches for number in batch] == list(range(6))
