@@ -178,6 +178,10 @@ def test_another_number_of_ranks_goes_on_and_says_what_changes(two_ranks, tmp_pa
     assert len(result.history) == 4
     with pytest.raises(TrainError, match=r"another training: accumulate \(was 1, is 2\)"):
         train(TrainConfig(**FOUR_EPOCHS, accumulate=2, output=tmp_path, resume=True))
+    state["optimizer"]["param_groups"][0]["params"].pop()
+    torch.save({**state, "ranks": 1}, tmp_path / "state.pt")
+    with pytest.raises(TrainError, match=r"state.pt is of another version: .*parameter group"):
+        train(TrainConfig(**FOUR_EPOCHS, output=tmp_path, resume=True))
 
 
 @pytest.mark.slow
