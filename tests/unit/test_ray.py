@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 import urllib.request
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
@@ -307,8 +308,14 @@ def test_batches_of_both_kinds_keep_their_order(predictor):
     assert [prediction.route for prediction in predictions] == [each.route for each in predictor.infer(images)]
 
 
-def test_the_shipped_configuration_lets_batches_fill():
+def test_the_shipped_configuration_is_as_ray_wants_it_and_lets_batches_fill():
     yaml = pytest.importorskip("yaml", reason="needs the extra 'ray'")
-    (application,) = yaml.safe_load((resources.files("skipnet_rt.serving") / "ray.yaml").read_text())["applications"]
-    (deployment,) = application["deployments"]
-    assert deployment["max_ongoing_requests"] >= 2 * application["args"]["max_batch"]
+    config = pytest.importorskip("ray.serve.config", reason="needs the extra 'ray'")
+    schema = pytest.importorskip("ray.serve.schema", reason="needs the extra 'ray'")
+    shipped = yaml.safe_load((resources.files("skipnet_rt.serving") / "ray.yaml").read_text())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what Ray is about to refuse it warns of
+        (application,) = schema.ServeDeploySchema.model_validate(shipped).applications
+        (deployment,) = application.deployments
+        config.AutoscalingConfig(**deployment.autoscaling_config)
+    assert deployment.max_ongoing_requests >= 2 * application.args["max_batch"]
