@@ -39,7 +39,7 @@ $(VENV)/torch: constraints.txt
 	touch $@
 
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[serve]"
 	touch $@
 
 # Not after `installed`: what is there to test is built once.

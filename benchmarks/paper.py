@@ -72,10 +72,10 @@ class Plan:
     """
 
     depth: int = 20
-    width: int = 16
-    pretraining: int = 12
-    refining: int = 16
-    alphas: tuple[float, ...] = (0.45, 0.1, 0.2, 1.0, 2.0)
+    width: int = 8
+    pretraining: int = 10
+    refining: int = 14
+    alphas: tuple[float, ...] = (0.45, 0.15, 1.0, 2.0)
     seeds: int = 5
     few: int = 3
     diversity: float = 0.1
@@ -213,11 +213,11 @@ def figures(plan: Plan, results: dict[str, list[dict[str, Any]]], images: str) -
     from matplotlib.figure import Figure
 
     def finished(figure: Any, axes: Any, title: str) -> Any:
-        axes.set_title(f"{title}\n{images}", loc="left", fontsize=10)
+        axes.set_title(f"{title}\n{images}", loc="left", fontsize=9)
         axes.grid(color="#e5e5e5")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+        figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=3)
         return figure
 
     def points(axes: Any, names: Sequence[str], label: str, marker: str, color: str, *, line: bool = False) -> None:
@@ -255,7 +255,7 @@ def figures(plan: Plan, results: dict[str, list[dict[str, Any]]], images: str) -
     axes.set(xlabel="computation (% of the blocks)", ylabel="accuracy (%)", xlim=(0, 105), ylim=(0, 105))
     made["strategies.png"] = finished(figure, axes, "Ways to train")
 
-    figure = Figure(figsize=(8.5, 3.6), layout="constrained")
+    figure = Figure(figsize=(8.5, 4.0), layout="constrained")
     axes = figure.add_subplot()
     for offset, (name, label, color) in enumerate((("hrl", "HRL+SP", "#0072B2"), ("diverse", "routes to differ",
                                                                                   "#009E73"))):
@@ -275,7 +275,7 @@ def report(plan: Plan, name: str, folder: Path, output: Path, command: str) -> N
     results = collected(plan, folder)
     done, due = sum(map(len, results.values())), sum(experiment.seeds for experiment in plan.experiments())
     machine = cpu()
-    where = (f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, "
+    where = (f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} of PyTorch's threads, "
              f"torch {torch.__version__}, float32")
     images = next((runs[0]["images"] for runs in results.values() if runs), 0)
     what = (f"SkipNet-{plan.depth}, {plan.width} channels in the first group, {plan.pretraining} + {plan.refining} "

@@ -65,7 +65,7 @@ def from_resnet(source: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Modul
         CheckpointError: the source is no ResNet, another variant, or doesn't compute what it should.
         ArchError: ``arch`` names something that follows from the weights, or a value is impossible.
         TypeError: ``source`` is of another type.
-        ValueError: ``gate_bias`` is not above 0, or ``images`` are given for another gate than RNNGate.
+        ValueError: ``gate_bias`` is not above 0; ``images`` have another shape, or are given for another gate.
     """
     if gate == "none":
         raise ArchError("gate must be rnn, feedforward1 or feedforward2: a SkipNet has gates, got 'none'")
@@ -74,6 +74,8 @@ def from_resnet(source: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Modul
                         f"open are {', '.join(CHOICES)}")
     if images is not None and gate != "rnn":
         raise ValueError(f"images standardise RNNGates, not {gate}")
+    if images is not None and (images.ndim != 4 or len(images) < 2):
+        raise ValueError(f"images must be [N, C, H, W], at least two, got {list(images.shape)}")
     module = unwrapped(source) if isinstance(source, nn.Module) else None
     dense = _dense(source if module is None else module)
     if module is not None and (problems := variants_by_module(module, dense.arch)):
@@ -88,7 +90,7 @@ def from_resnet(source: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Modul
     if module is not None:
         _prove(module, model)
     if images is not None:
-        standardise_gates(model, images)
+        standardise_gates(model, images.to("cpu", torch.float32))
     return model.eval()
 
 

@@ -28,7 +28,7 @@ _OF_NO_CONSEQUENCE = (nn.ReLU, nn.Identity, nn.Flatten, nn.Dropout, nn.AdaptiveA
 def variants_by_weights(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Why weights of such names and shapes are not a plain ResNet's, as problems of a checkpoint; none if they are."""
     reasons = [reason for pattern, reason in _BY_NAME.items() if any(re.fullmatch(pattern, name) for name in shapes)]
-    if "bn1.weight" in shapes and "layer1.0.bn1.weight" in shapes and "layer1.0.bn1.running_mean" not in shapes:
+    if "layer1.0.bn1.weight" in shapes and not any(name.endswith(".running_mean") for name in shapes):
         reasons.append("its normalisation has no running statistics: it is not batch normalisation")
     for name, shape in shapes.items():
         if re.fullmatch(r"layer\d+\.\d+\.conv2\.weight", name) and len(shape) == 4 and shape[0] != shape[1]:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
 from PIL import Image
 from rich.table import Table
 
@@ -29,6 +35,7 @@ def demo_command(as_json: Json = False) -> None:
     for name, availability in demonstration.engines.items():
         if not availability:
             out.print(f"Engine {name}: {availability}", markup=False)
+    out.print(_invitation(), markup=False, soft_wrap=True)
 
 
 def _extremes(demonstration: Demonstration) -> Table:
@@ -44,6 +51,15 @@ def _extremes(demonstration: Demonstration) -> Table:
     table.add_row(*captions)
     table.add_row(*drawings)
     return table
+
+
+def _invitation() -> str:
+    """How to open the page, for typing: the command's path where its name alone would not find it."""
+    script = Path(sys.argv[0])
+    found = script.name != "skipnet-rt" or shutil.which("skipnet-rt")
+    needs = "" if find_spec("fastapi") else " (needs: pip install 'skipnet-rt[serve]')"
+    return (f"\nDraw digits yourself: {'skipnet-rt' if found else os.path.relpath(script)} serve, then open "
+            f"http://127.0.0.1:8000 in a browser{needs}")
 
 
 def draw(picture: Image.Image) -> str:

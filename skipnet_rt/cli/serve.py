@@ -20,6 +20,7 @@ from skipnet_rt.cli.options import (
 )
 from skipnet_rt.engines.registry import engines
 from skipnet_rt.serving import Predictor, Settings
+from skipnet_rt.serving.settings import read_token
 
 
 def serve_command(
@@ -74,13 +75,10 @@ def serve_command(
 
 
 def _token(path: Path | None) -> str | None:
-    """The token in a file: its text without white space around it."""
-    if path is None:
-        return None
-    token = path.read_text(encoding="utf-8", errors="replace").strip()
-    if not token.isascii() or not token.isprintable() or not token or " " in token:
-        raise CommandError(f"{path}: a token is one line of printable ASCII without spaces")
-    return token
+    try:
+        return None if path is None else read_token(path)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
 
 
 def _is_loopback(address: str) -> bool:

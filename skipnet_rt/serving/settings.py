@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -40,3 +41,16 @@ class Settings:
             raise ValueError(f"timeout must be positive, got {self.timeout}")
         if self.token == "":
             raise ValueError("token must not be empty")
+
+
+def read_token(path: Path) -> str:
+    """The bearer token in a file: its text without white space around it.
+
+    Raises:
+        ValueError: that is no token.
+        OSError: the file cannot be read.
+    """
+    token = path.read_text(encoding="utf-8", errors="replace").strip()
+    if not token.isascii() or not token.isprintable() or not token or " " in token:
+        raise ValueError(f"{path}: a token is one line of printable ASCII without spaces")
+    return token

@@ -45,7 +45,8 @@ class TrainConfig:
         arch: a published name, or an architecture. Under a name, the classes are as many as the data set has.
             ``"init"`` is what the network of ``init`` has, with RNNGates if it has none.
         output: folder of the run: ``model.safetensors`` at the end, ``supervised.safetensors`` after
-            pre-training, ``log.jsonl`` (a line per epoch) and ``state.pt`` (to resume from).
+            pre-training (``gates.safetensors`` after the gates' own stage), ``log.jsonl`` (a line per epoch) and
+            ``state.pt`` (to resume from).
         init: a checkpoint whose weights to begin with. A dense network (a ResNet of torchvision or timm, too) gets
             gates if the architecture has them, see :func:`skipnet_rt.from_resnet`.
         stages: ``"supervised+hybrid"`` is the paper's Algorithm 1; ``"supervised"`` its first stage alone;
@@ -91,6 +92,8 @@ class TrainConfig:
         seed: of the weights, the data order, the augmentation and the sampled actions.
         device: a torch device; ``"cuda"`` gives each of several ranks a GPU of its own.
         precision: ``"bfloat16"`` or ``"float16"`` (with loss scaling) trains under :func:`torch.autocast`.
+        compile_blocks: train with the residual blocks' convolutions compiled by :func:`torch.compile`, which takes
+            minutes in the first steps.
         workers: processes that load data; 0 loads in this one. Their number changes the augmentation's random numbers.
         resume: go on from ``output/state.pt`` if it is there.
 
@@ -133,6 +136,7 @@ class TrainConfig:
     seed: int = 0
     device: str = "cpu"
     precision: Precision = "float32"
+    compile_blocks: bool = False
     workers: int = 0
     resume: bool = False
 
@@ -175,8 +179,8 @@ class TrainConfig:
             if value is not None and not low <= value <= high:
                 raise TrainError(f"{field} must be from {low:g} to {high:g}, got {value!r}")
         if self.init is None and (self.arch == "init" or self.distill_weight):
-            what = "arch is init" if self.arch == "init" else "distill_weight is above 0"
-            raise TrainError(f"{what}: name the network to begin with in init (--init)")
+            what = "arch 'init'" if self.arch == "init" else "distillation"
+            raise TrainError(f"{what} needs a trained network to begin with: name it in init (--init)")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -195,7 +199,8 @@ class TrainConfig:
         for field in dataclasses.fields(self):
             value, shown = getattr(self, field.name), field.name in ("data", "init")
             if value is not None and field.name != "resume" and (shown or value != getattr(usual, field.name)):
-                words += [f"--{field.name.replace('_', '-')}", str(value)]
+                words.append(f"--{field.name.replace('_', '-')}")
+                words += [] if value is True else [str(value)]
         return words
 
 

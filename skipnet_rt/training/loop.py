@@ -14,6 +14,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -32,6 +33,7 @@ from skipnet_rt.model.network import SkipNet, Trace
 from skipnet_rt.model.routing import computation_of
 from skipnet_rt.runtime import compile
 from skipnet_rt.training.batches import batch_sizes, loader
+from skipnet_rt.training.compiled_blocks import compiled_blocks
 from skipnet_rt.training.computation_target import ComputationTarget
 from skipnet_rt.training.config import (
     OBJECTIVES,
@@ -217,11 +219,12 @@ class _Run:
             self.model.train()
         meter = _Meter(self.model.arch.num_gates)
         batches = self._batches(self.data.train, shuffle=True, order=order)
-        for step, (size, (images, labels)) in enumerate(zip(self.sizes, batches, strict=True)):
-            lr = stage.lr((epoch - stage.first) * self.steps + step, stage.epochs * self.steps)
-            self._train_step(stage.objective, lr, rl_weight, images, labels, size, meter)
-            on_progress(f"{stage.objective} {epoch + 1}/{self.epochs}: {meter}",
-                        (epoch * self.steps + step + 1) / (self.epochs * self.steps))
+        with compiled_blocks(self.model) if self.config.compile_blocks else nullcontext():
+            for step, (size, (images, labels)) in enumerate(zip(self.sizes, batches, strict=True)):
+                lr = stage.lr((epoch - stage.first) * self.steps + step, stage.epochs * self.steps)
+                self._train_step(stage.objective, lr, rl_weight, images, labels, size, meter)
+                on_progress(f"{stage.objective} {epoch + 1}/{self.epochs}: {meter}",
+                            (epoch * self.steps + step + 1) / (self.epochs * self.steps))
         self.ranks.average_statistics(self.model)
         held_out = self._measure()
         self.history.append({

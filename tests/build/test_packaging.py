@@ -97,6 +97,6 @@ def test_a_wheels_contents(wheel):
         names = set(archive.namelist())
     assert {"skipnet_rt/kernels/compaction.py", "skipnet_rt/py.typed", "skipnet_rt/_C.pyi",
             "skipnet_rt/assets/skipnet38-digits.safetensors", "skipnet_rt/assets/digits.npz",
-            "skipnet_rt/serving/page.html"} <= names
+            "skipnet_rt/serving/page.html", "skipnet_rt/serving/ray.yaml"} <= names
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.startswith("skipnet_rt")} == set(), "nothing beside our own name"

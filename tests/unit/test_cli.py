@@ -118,7 +118,8 @@ def test_installed_command_is_ours():
     ["unknown"], ["predict"], ["inspect"], ["convert", "one"], ["evaluate", "--unknown"],
     ["evaluate", "--dtype", "int8"], ["evaluate", "--batch-size", "0"], ["predict", "--top", "0", "x.png"],
     ["train", "--stages", "all"], ["train", "--seed", "x"], ["predict", "--preprocessing", "mnist", "x.png"],
-    ["benchmark", "--fraction", "1.5"], ["benchmark", "--batch", "0"], ["benchmark", "cifar10_rnn_gate_38"]])
+    ["benchmark", "--fraction", "1.5"], ["benchmark", "--batch", "0"], ["benchmark", "cifar10_rnn_gate_38"],
+    ["predict", "--ray", "x.png"], ["predict", "--output", "x.parquet", "x.png"]])
 def test_a_wrong_command_line_exits_with_2(run, arguments):
     ran = run(*arguments)
     assert ran.status == 2
@@ -151,6 +152,8 @@ def test_a_wrong_command_line_exits_with_2(run, arguments):
     (["train", "--data", "mnist"], "data must be one of digits"),
     (["train", "--arch", "skipnet", "--output", "{folder}/run"], "no published architecture is called 'skipnet'"),
     (["train", "--supervised-lr", "-1"], "supervised_lr must be from"),
+    (["train", "--recipe", "finetune"], "arch 'init' needs a trained network to begin with: name it in init (--init)"),
+    (["train", "--recipe", "finetune", "--init", "{picture}", "--output", "{folder}/run"], "not a checkpoint"),
     (["train", "--device", "quark"], "device 'quark' cannot be used here"),
     (["train", "--output", "{checkpoint}/run"], "Not a directory"),
 ])
@@ -202,6 +205,15 @@ def test_predictions_are_the_network_s(run, model, checkpoint, pictures):
         assert [entry["probability"] for entry in prediction["classes"]] == pytest.approx(values.tolist())
         assert prediction["blocks_run"] == ran
         assert prediction["computation"] == pytest.approx(100 * ran.item() / 6)
+
+
+def test_a_batch_job_without_ray_says_what_is_missing(run, monkeypatch, tmp_path):
+    monkeypatch.delitem(sys.modules, "skipnet_rt.serving.batch_job", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    ran = run("predict", "--ray", tmp_path, "--output", tmp_path / "out.parquet")
+    assert ran.status == 1
+    assert "pip install 'skipnet-rt[ray]'" in ran.err
 
 
 def test_prediction_table(run, checkpoint, pictures):
@@ -307,7 +319,7 @@ def parsed(monkeypatch):
 
 def test_every_field_is_an_option_with_help():
     options = {option.name: option for option in typer.main.get_command(cli.app).commands["train"].params}
-    assert set(options) - {"as_json", "help"} == {field.name for field in fields(TrainConfig)}
+    assert set(options) - {"as_json", "help", "recipe"} == {field.name for field in fields(TrainConfig)}
     for field in fields(TrainConfig):
         assert options[field.name].opts == [f"--{field.name.replace('_', '-')}"]
         assert len(options[field.name].help) > 5
@@ -318,6 +330,8 @@ def test_without_options_the_recipe_counts(parsed):
     for name in RECIPES:
         assert parsed("--data", name) == TrainConfig.for_data(name)
     assert parsed() == TrainConfig()
+    finetuning = TrainConfig.for_data("digits", recipe="finetune", init="x.pth", target_computation=60.0)
+    assert parsed("--recipe", "finetune", "--init", "x.pth", "--target-computation", "60") == finetuning
     nothing = parsed("--data", "cifar10", "--weight-decay", "0", "--warmup-steps", "0")
     assert nothing == TrainConfig.for_data("cifar10", weight_decay=0.0, warmup_steps=0)
 
@@ -329,6 +343,8 @@ def changed(name: str, value: object) -> object:
         return next(choice for choice in get_args(hint) if choice != value)
     if name in ("arch", "device"):
         return {"arch": "cifar10_feedforward_74", "device": "meta"}[name]
+    if float in get_args(hint):
+        return 50.0
     return value + 1 if type(value) is int else value / 2 + 0.25 if type(value) is float else Path("a folder/a file")
 
 
@@ -434,6 +450,7 @@ def test_demo_shows_accuracy_routes_and_times(run, monkeypatch):
             assert 0 < times["skipping"]["p20"] <= times["skipping"]["median"] <= times["skipping"]["p80"]
     assert set(document["engines"]) == set(srt.engines())
     shown = run("demo").out
+    assert "Draw digits yourself: skipnet-rt serve, then open http://127.0.0.1:8000 " in shown.splitlines()[-1]
     for expected in ("Accuracy", "Computation", "Multiply-adds", "Distinct routes", "Easiest: digit", "Hardest: digit",
                      "PyTorch dense", "█"):
         assert expected in shown

@@ -1,10 +1,11 @@
 """Training by several processes: what two gloo ranks agree on, and how a run of theirs ends.
 
-Processes start but four times for all of this: see two_ranks.py, which they run.
+Starting processes is what costs: two pairs of them, running two_ranks.py, do all of it.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -33,19 +34,33 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    """What the ranks have done: how those ended of which one was killed, and what came of everything else."""
-    folder = tmp_path_factory.mktemp("ranks")
+    """What the ranks have done: how those ended of which one was killed, and what came of everything else.
+
+    Done once, also where several processes run the tests.
+    """
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder = root / "two_ranks"
+    with open(root / "two_ranks.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            folder.mkdir()
+            (folder / "ends.json").write_text(json.dumps(run_two_ranks(folder)))
+    return SimpleNamespace(folder=folder, **json.loads((folder / "ends.json").read_text()),
+                           ranks=[torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)])
+
+
+def run_two_ranks(folder: Path) -> dict:
+    """Let them: status and output of both processes whose run ends with a kill, what that run left, torchrun's end."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pair = [subprocess.Popen([sys.executable, SCRIPT, "dies", folder, folder / "killed", str(rank)], text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) for rank in range(2)]
-    killed = [SimpleNamespace(out=process.communicate(timeout=200), status=process.returncode) for process in pair]
+    killed = [(*process.communicate(timeout=200), process.returncode) for process in pair]
     left = sorted(path.name for path in (folder / "killed").iterdir())
     done = subprocess.run([*TORCHRUN, SCRIPT, "everything", folder, folder / "killed"], capture_output=True, text=True,
                           check=False, timeout=200, env=environment)
-    outcomes = [folder / f"rank{rank}.pt" for rank in range(2)]
-    assert all(path.exists() for path in outcomes), done.stderr
-    return SimpleNamespace(folder=folder, killed=killed, left=left, done=done,
-                           ranks=[torch.load(path, weights_only=False) for path in outcomes])
+    assert (folder / "rank0.pt").exists(), done.stderr
+    return {"killed": killed, "left": left, "status": done.returncode, "said": done.stderr}
 
 
 # Batches and their shares -------------------------------------------------------------------------------------------
@@ -94,6 +109,7 @@ def test_ranks_draw_the_same_order_and_different_actions():
 
 # Two ranks ----------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_two_ranks_have_the_gradients_of_one_process(two_ranks):
     """Float64, forced actions, batch normalisation in evaluation mode; unequal shares; a batch in pieces."""
     for outcome in two_ranks.ranks:
@@ -103,6 +119,7 @@ def test_two_ranks_have_the_gradients_of_one_process(two_ranks):
             assert max(errors.values()) < 1e-10, (case, errors)
 
 
+@pytest.mark.slow
 def test_both_ranks_end_with_the_same_weights_and_the_same_history(two_ranks):
     first, second = (outcome["whole"] for outcome in two_ranks.ranks)
     for key, value in first["weights"].items():
@@ -112,6 +129,7 @@ def test_both_ranks_end_with_the_same_weights_and_the_same_history(two_ranks):
     assert [line["stage"] for line in first["history"]] == ["supervised"] * 2 + ["hybrid"] * 2
 
 
+@pytest.mark.slow
 def test_one_rank_writes_and_the_held_out_images_are_counted_once(two_ranks):
     folder, outcome = two_ranks.folder / "whole", two_ranks.ranks[0]["whole"]
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -126,15 +144,17 @@ def test_one_rank_writes_and_the_held_out_images_are_counted_once(two_ranks):
         assert torch.equal(outcome["weights"][key], value), key
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_run_and_the_last_epoch_is_kept(two_ranks):
-    first, second = two_ranks.killed
-    assert second.status == -9
-    assert first.status == 0, first.out  # the script says how training failed
-    assert "RankError: another rank died or fell silent; 2 of 4 epochs are kept in" in first.out[0]
-    assert "resume goes on from there" in first.out[0]
+    (said, complaints, status), (_, _, killed) = two_ranks.killed
+    assert killed == -9
+    assert status == 0, complaints  # the script says how training failed
+    assert said.startswith("RankError: another rank died or fell silent; 2 of 4 epochs are kept in")
+    assert said.strip().endswith("resume goes on from there")
     assert two_ranks.left == ["log.jsonl", "state.pt", "supervised.safetensors"]
 
 
+@pytest.mark.slow
 def test_resumed_by_as_many_ranks_it_is_bitwise_the_uninterrupted_run(two_ranks):
     for outcome in two_ranks.ranks:
         for key, value in outcome["whole"]["weights"].items():
@@ -142,6 +162,7 @@ def test_resumed_by_as_many_ranks_it_is_bitwise_the_uninterrupted_run(two_ranks)
         assert outcome["resumed"]["history"] == outcome["whole"]["history"]
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_goes_on_and_says_what_changes(two_ranks, tmp_path, monkeypatch):
     state = torch.load(two_ranks.folder / "whole" / "state.pt", weights_only=True)
     assert state["ranks"] == 2
@@ -155,17 +176,20 @@ def test_another_number_of_ranks_goes_on_and_says_what_changes(two_ranks, tmp_pa
         train(TrainConfig(**FOUR_EPOCHS, accumulate=2, output=tmp_path, resume=True))
 
 
+@pytest.mark.slow
 def test_a_nan_on_one_rank_stops_both(two_ranks):
     for outcome in two_ranks.ranks:
         assert outcome["nan"] == "TrainError: the loss became nan in epoch 1; try a lower learning rate"
 
 
+@pytest.mark.slow
 def test_more_ranks_than_images_are_refused_by_all(two_ranks):
     for outcome in two_ranks.ranks:
         assert outcome["one image"] == "TrainError: more ranks than images: 2 ranks share 1 training images of digits"
         assert outcome["small batch"].startswith("TrainError: batch_size must be at least 4, an image for each of 2 ")
 
 
+@pytest.mark.slow
 def test_what_fails_on_one_rank_fails_on_all_with_its_message(two_ranks):
     first, second = two_ranks.ranks
     assert first["a second time"].startswith(f"TrainError: {two_ranks.folder / 'whole'} holds a training already")
@@ -174,13 +198,14 @@ def test_what_fails_on_one_rank_fails_on_all_with_its_message(two_ranks):
     assert second["absent"] == "DataError: the disk is empty"
 
 
+@pytest.mark.slow
 def test_torchrun_trains_by_the_command_line_and_ends_with_the_message_of_the_rank_that_failed(two_ranks):
     first, second = two_ranks.ranks
     assert json.loads(first["printed"])["epochs"] == 1
     assert second["printed"] == ""
-    assert two_ranks.done.returncode == 1
-    assert "error (rank 1 of 2): the disk is empty" in two_ranks.done.stderr
-    assert "DataError: the disk is empty" in two_ranks.done.stderr.partition("Root Cause")[2]
+    assert two_ranks.status == 1
+    assert "error (rank 1 of 2): the disk is empty" in two_ranks.said
+    assert "DataError: the disk is empty" in two_ranks.said.partition("Root Cause")[2]
 
 
 # What a GPU would have ------------------------------------------------------------------------------------------------

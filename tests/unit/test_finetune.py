@@ -222,9 +222,9 @@ def test_a_finetuned_network_keeps_the_resnet_until_its_gates_are_trained(dense,
 
 
 def test_what_finetuning_needs(dense, tmp_path):
-    with pytest.raises(TrainError, match=r"arch is init: name the network to begin with in init \(--init\)"):
+    with pytest.raises(TrainError, match=r"arch 'init' needs a trained network .* name it in init \(--init\)"):
         TrainConfig.for_data("digits", recipe="finetune")
-    with pytest.raises(TrainError, match="distill_weight is above 0: name the network"):
+    with pytest.raises(TrainError, match="distillation needs a trained network"):
         TrainConfig(distill_weight=0.5)
     with pytest.raises(TrainError, match="recipe must be one of scratch, finetune, got 'both'"):
         TrainConfig.for_data("digits", recipe="both")
