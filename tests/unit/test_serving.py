@@ -290,10 +290,9 @@ def test_a_request_has_limited_time(held, files):
 
 
 def test_a_silent_connection_and_a_slow_head_are_closed(predictor):
-    with served(predictor, Settings(timeout=0.1)) as server:  # a second more: what is answered is not cut
-        for start in (b"", b"POST /v1/pre"):
-            with server.raw(start) as connection:
-                assert connection.recv(100) == b""
+    with (served(predictor, Settings(timeout=0.1)) as server,  # after a second more: what is answered is not cut
+          server.raw() as silent, server.raw(b"POST /v1/pre") as slow):
+        assert silent.recv(100) == slow.recv(100) == b""
 
 
 def test_a_client_that_goes_away_costs_nothing(held, files):
