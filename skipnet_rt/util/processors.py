@@ -42,7 +42,8 @@ def _quota(cgroup: Path) -> float | None:
         quota, period = (cgroup / "cpu.max").read_text(encoding="utf-8").split()
     except OSError:
         try:
-            quota, period = ((cgroup / f"cpu.cfs_{name}_us").read_text(encoding="utf-8") for name in ("quota", "period"))
+            quota = (cgroup / "cpu.cfs_quota_us").read_text(encoding="utf-8")
+            period = (cgroup / "cpu.cfs_period_us").read_text(encoding="utf-8")
         except OSError:
             return None
     return None if quota == "max" or int(quota) < 0 else int(quota) / int(period)

@@ -188,9 +188,10 @@ public:
         const Plane out{in.height, in.width, out_};
         const int per_image = in.tiles(), tiles = images * per_image, blocks = (tiles + kBlock - 1) / kBlock;
         const int columns = out_ / kWidth, most = max_columns<Operand>(in_);
-        // Each pass transforms the kernels of so many columns.
-        const int width =
-            blocks >= group.size() || most == 1 ? most : (most * blocks + group.size() - 1) / group.size();
+        // Columns of a pass, whose kernels are transformed together: fewer where there are more threads than blocks.
+        const int threads = group.size() < SharedWork::kMaxUnits ? group.size() : SharedWork::kMaxUnits;
+        const int each = (columns * blocks + threads - 1) / threads;
+        const int width = blocks < threads && each < most ? each : most;
         const int passes = (columns + width - 1) / width;
         int pass = -1;  // whose kernels this thread has transformed
         std::memset(scratch.ready.get(), 0, blocks);
