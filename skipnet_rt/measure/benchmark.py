@@ -246,7 +246,8 @@ def benchmark(model: SkipNet, *, engines: Sequence[str] = ("auto",), batches: Se
               fractions: Sequence[float | None] = FRACTIONS, dtype: torch.dtype = torch.float32,
               baselines: Sequence[Baseline] | None = BASELINES, seconds: float = 10.0,
               device: torch.device | str = "cpu", images: Tensor | None = None, device_clock: bool = True,
-              routes: int | None = None, fewer_threads: Sequence[int] = (), on_progress: Callable[[str, float], None] | None = None) -> Benchmark:
+              routes: int | None = None, fewer_threads: Sequence[int] = (),
+              on_progress: Callable[[str, float], None] | None = None) -> Benchmark:
     """Time our engines and the baselines against each other.
 
     Args:
