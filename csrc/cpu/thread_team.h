@@ -42,7 +42,7 @@ public:
     void share(int total, const Function& function) const {
         if (total == 0) return;
         if (size_ == 1) return function(0, total);
-        constexpr int kUnits = 4;  // of each thread: fine enough for one that is slower to leave some to the others
+        constexpr int kUnits = 2;  // of each thread: one that is slower leaves some to the others
         int units = kUnits * size_ < SharedWork::kMaxUnits ? kUnits * size_ : SharedWork::kMaxUnits;
         if (units > total) units = total;
         ++region_;

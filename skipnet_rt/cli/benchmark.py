@@ -87,7 +87,7 @@ def _baselines_without(names: Sequence[str]) -> list[Baseline]:
 def _print_batch(measured: Benchmark, result: BatchResult) -> None:
     table = Table()
     table.add_column("engine")
-    for heading in ("median", "fast quartile", "x best dense", "x masked", "share of the ceiling", "fast share"):
+    for heading in ("median", "p25", "x best dense", "x masked", "share of the ceiling", "by p25"):
         table.add_column(heading, justify="right")
     rows = [*((name, timing, ()) for name, timing in result.baselines.items()),
             *((each.name, each.timing, (f"{each.share_of_ceiling(result.best_dense):.0%}",

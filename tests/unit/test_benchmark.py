@@ -615,7 +615,7 @@ def test_command_prints_a_table_per_batch_size(run):
     status, out, err = run("--batch", "1", "--batch", "2", "--engine", "eager")
     assert (status, err) == (0, "")
     for expected in ("batch of 1", "batch of 2", "masked baseline", "eager, 50% executed", "eager, 100% executed",
-                     "fast quartile", "x best dense", "x masked", "share of the ceiling",
+                     "p25", "x best dense", "x masked", "share of the ceiling", "by p25",
                      "Best dense engine: PyTorch."):
         assert expected in out
     assert max(map(len, out.splitlines())) <= 120

@@ -95,12 +95,13 @@ struct Columns {
 };
 
 // How many of the output channels' vectors are worked on at a time. Their transformed kernels are written to the same
-// memory for every convolution and must not leave the second cache on the way.
+// memory for every convolution and must not leave the second cache on the way. One alone would leave the sums of a map
+// of four tiles waiting for each other.
 template <typename Operand>
 constexpr int max_columns(int in) {
-    constexpr int kBytes = 300000;  // measured: docs/performance.md
+    constexpr int kBytes = 160000;  // measured: docs/cpu.md
     const int bytes = kPoints * in * kWidth * static_cast<int>(sizeof(typename Operand::Element));
-    return bytes < kBytes ? kBytes / bytes : 1;
+    return 2 * bytes < kBytes ? kBytes / bytes : 2;
 }
 
 // Elements from a point's `size` to the next point's: a line of the cache more. All points of a tile, or of a pair of
