@@ -101,7 +101,7 @@ public:
 
 private:
     // Of a call, how many workers it still takes, and how many are in it.
-    struct Places {
+    struct alignas(8) Places {  // so aligned, clang needs no library to change it in one go
         std::uint32_t job;
         std::int16_t left, inside;
     };
