@@ -13,7 +13,7 @@ namespace {
 
 // Images that go through the network together and share a pass over the weights, at most: as many as fill the threads
 // and the caches. The transformed weights of SkipNet-110 are 27 MB: a pass for one image alone waits for memory;
-// docs/performance.md has the figures.
+// docs/cpu.md has the figures.
 constexpr int kMaxImages = 8;
 
 // Some of a slice's images, in order. ImageState: what a strategy keeps of an image; it has a GateState `gate`.

@@ -81,12 +81,13 @@ public:
             asleep = asleep_ > 0;
         }
         if (asleep) wake_.notify_all();
-        work(context, 0);
-        Places open = places_.load(std::memory_order_relaxed);
-        while (!places_.compare_exchange_weak(open, {open.job, 0, open.inside}, std::memory_order_acquire)) {
+        try {
+            work(context, 0);
+        } catch (...) {  // no memory: whoever is in the call uses the caller's
+            finish();
+            throw;
         }
-        held_up(spin([this] { return places_.load(std::memory_order_acquire).inside == 0; }));
-        last_end_ = Clock::now();
+        finish();
     }
 
     // Goes without workers for a while if the call has waited for one that the system had stopped: something else runs
@@ -105,6 +106,15 @@ private:
         std::uint32_t job;
         std::int16_t left, inside;
     };
+
+    // Lets no worker in any more, and waits for those that are.
+    void finish() {
+        Places open = places_.load(std::memory_order_relaxed);
+        while (!places_.compare_exchange_weak(open, {open.job, 0, open.inside}, std::memory_order_acquire)) {
+        }
+        held_up(spin([this] { return places_.load(std::memory_order_acquire).inside == 0; }));
+        last_end_ = Clock::now();
+    }
 
     // As many as the system lets us have.
     void spawn(int workers) {
