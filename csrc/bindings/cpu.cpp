@@ -10,6 +10,7 @@
 #include "../cpu/compacted/compacted.h"
 #include "../cpu/resident/resident.h"
 #include "../cpu/standalone.h"
+#include "../cpu/thread_team.h"
 #include "bindings.h"
 
 namespace py = pybind11;
@@ -297,5 +298,8 @@ void bind_cpu(py::module_& module) {
     module.def("multiply_add", &cpu::multiply_add, py::arg("rounds"), py::arg("instruction_set"),
                py::call_guard<py::gil_scoped_release>(),
                "Fused multiply-adds and nothing else, on one thread; returns the number of operations, for the peak.");
+    module.def("allowed_processors", &cpu::allowed_processors, "How many the calling thread may run on.");
+    module.def("set_spin_microseconds", &cpu::set_spin_microseconds, py::arg("most"),
+               "For how long a thread may spin for the next call before it sleeps; 0: never.");
     module.def("instruction_sets", &cpu::instruction_sets, "What this machine can run of what was built, best first.");
 }

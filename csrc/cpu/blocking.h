@@ -1,18 +1,8 @@
-// How a convolution is divided: among the threads of a group, and into blocks that stay in registers.
+// How a convolution is divided into blocks that stay in registers.
 #pragma once
-
-#include "thread_team.h"
 
 namespace skipnet::cpu {
 namespace {
-
-// A share of `total` things for one of a group.
-struct Share {
-    int begin, end;
-    Share(int begin, int end) : begin(begin), end(end) {}
-    Share(int total, const ThreadGroup& group)
-        : begin(total * group.rank / group.size), end(total * (group.rank + 1) / group.size) {}
-};
 
 // Calls function(integral constant T, integral constant K) with the given numbers, T <= kAccumulators / K.
 template <int N>

@@ -125,7 +125,6 @@ inline bool decide(const Call& call, std::size_t to, bool forced, float logit) {
 struct GateState {
     Buffer embedded;      // [embed]
     Buffer hidden, cell;  // [lanes], [2 * lanes]
-    bool executes;        // the next block
 };
 
 // All gates of a network, of either kind: what follows the pooled feature.
@@ -143,12 +142,10 @@ public:
 
     GateState make_state() const {
         const int lanes = cell_ ? cell_->lanes() : 0;
-        return {Buffer(cell_ ? cell_->embed() : 0), Buffer(lanes), Buffer(2 * lanes), true};
+        return {Buffer(cell_ ? cell_->embed() : 0), Buffer(lanes), Buffer(2 * lanes)};
     }
 
-    // All images execute the first block.
     void reset(GateState& state) const {
-        state.executes = true;
         if (cell_) cell_->reset(state.hidden.get(), state.cell.get());
     }
 

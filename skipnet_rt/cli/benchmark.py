@@ -18,7 +18,7 @@ from skipnet_rt.cli.console import UNSTEADY, out, print_json, print_table, progr
 from skipnet_rt.cli.options import CommandError, Device, DTypeName, Json, prepare_plots, short_names
 from skipnet_rt.engines.registry import engines
 from skipnet_rt.measure.baselines import BASELINES, Baseline
-from skipnet_rt.measure.benchmark import BATCHES, FRACTIONS, BatchResult, Benchmark, benchmark, random_network
+from skipnet_rt.measure.benchmark import BATCHES, FRACTIONS, BatchResult, Benchmark, benchmark, random_network, scaling
 
 
 def benchmark_command(
@@ -37,7 +37,9 @@ def benchmark_command(
             min=0, max=1, help="Of the gated blocks to execute, others in each image; may be given several times.",
             show_default=", ".join(map(str, FRACTIONS)))] = None,
         dtype: Annotated[DTypeName, typer.Option(help="Of weights and activations.")] = DTypeName.float32,
-        threads: Annotated[int | None, typer.Option(min=1, help="Of every engine.", show_default="PyTorch's")] = None,
+        threads: Annotated[list[int] | None, typer.Option(
+            min=1, help="Of every engine; given several times, ours are timed with fewer as well.",
+            show_default="PyTorch's")] = None,
         seconds: Annotated[float, typer.Option(min=0, help="To measure for, at each batch size.")] = 10.0,
         without: Annotated[list[str] | None, typer.Option(
             metavar="BASELINE", help=f"Leave it out: {' | '.join(baseline.name for baseline in BASELINES)}.")] = None,
@@ -48,14 +50,15 @@ def benchmark_command(
     if output:
         prepare_plots("--output", output)
     if threads:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(max(threads))
     baselines = _baselines_without(without or [])
     torch.manual_seed(0)
     model = load(model_path) if model_path else random_network(arch_name)
     with progress("compiling") as report:
         measured = benchmark(
             model, engines=engine or ["auto"], batches=batch or BATCHES, fractions=fraction or FRACTIONS,
-            dtype=getattr(torch, dtype.value), baselines=baselines, seconds=seconds, device=device, on_progress=report)
+            dtype=getattr(torch, dtype.value), baselines=baselines, seconds=seconds, device=device,
+            fewer_threads=sorted(set(threads or []))[:-1], on_progress=report)
     document = {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
                 "model": str(model_path) if model_path else None, **measured.to_dict()}
     name = f"{torch.device(device).type}-{short_names([model_path])[0] if model_path else arch_name}-{dtype.value}"
@@ -84,16 +87,20 @@ def _baselines_without(names: Sequence[str]) -> list[Baseline]:
 def _print_batch(measured: Benchmark, result: BatchResult) -> None:
     table = Table()
     table.add_column("engine")
-    for heading in ("median", "p20", "p80", "x best dense", "x masked", "share of the ceiling"):
+    for heading in ("median", "p25", "x best dense", "x masked", "share of the ceiling", "by p25"):
         table.add_column(heading, justify="right")
-    rows = [*((name, timing, "") for name, timing in result.baselines.items()),
-            *((each.name, each.timing, f"{each.share_of_ceiling(result.best_dense):.0%}") for each in result.engines)]
-    for name, timing, share in rows:
-        table.add_row(name, *(f"{value:.2f}" for value in timing.to_dict().values()),
+    rows = [*((name, timing, ()) for name, timing in result.baselines.items()),
+            *((each.name, each.timing, (f"{each.share_of_ceiling(result.best_dense):.0%}",
+                                        f"{each.fast_share_of_ceiling(result.best_dense):.0%}"))
+              for each in result.engines)]
+    for name, timing, shares in rows:
+        table.add_row(name, f"{1e3 * timing.median:.2f}", f"{1e3 * timing.fast_quartile:.2f}",
                       f"{timing.speedup_over(result.best_dense):.2f}",
-                      f"{timing.speedup_over(result.masked):.2f}" if result.masked else "", share)
+                      f"{timing.speedup_over(result.masked):.2f}" if result.masked else "", *shares)
     print_table(f"{measured.arch}, batch of {result.batch}: milliseconds ({measured.where}, {str(measured.dtype)[6:]}, "
                 f"{result.rounds} interleaved rounds)", table, f"Best dense engine: {result.best}.")
+    for line in scaling(result):
+        out.print(line, markup=False)
     if not result.steady:
         out.print(UNSTEADY)
 

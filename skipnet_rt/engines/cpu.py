@@ -2,8 +2,8 @@
 
 It has two strategies, whose five phases are in the native source:
 
-- resident (csrc/cpu/resident/), for CIFAR-scale networks: an image's activation stays in its core's cache. Images
-  over threads, or an image over a team of them;
+- resident (csrc/cpu/resident/), for CIFAR-scale networks: an image's activation stays in its core's cache. Threads
+  take a few images each, or share a convolution of one;
 - compacted (csrc/cpu/compacted/), for ImageNet-scale networks and any other: block by block, all threads share
   each convolution over the executing images.
 
@@ -13,6 +13,8 @@ processor can (AVX512-BF16, AMX), gates and stem excepted.
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Literal
 
 import numpy as np
@@ -29,6 +31,12 @@ from skipnet_rt.model.packing import (
     PackedLSTM,
     PackedNetwork,
 )
+from skipnet_rt.util.processors import cpu_quota
+
+SPIN = "SKIPNET_SPIN_MICROSECONDS"
+"""The environment variable that says for how long a thread of ours may spin between calls before it sleeps."""
+
+_SPIN = 5000
 
 Strategy = Literal["resident", "compacted"]
 
@@ -51,8 +59,20 @@ def _strategy(architecture: SkipNetArch) -> Strategy:
     return "resident" if architecture.stem == "cifar" and architecture.block == "basic" else "compacted"
 
 
+def _spin_microseconds() -> int:
+    """What the environment says, or the default."""
+    asked = os.environ.get(SPIN, "")
+    if asked and not (asked.isascii() and asked.isdecimal() and int(asked) < 10 ** 9):
+        raise ValueError(f"{SPIN}: expected a whole number of microseconds from 0 on, got {asked!r}")
+    return int(asked) if asked else _SPIN
+
+
 class CpuEngine(Engine):
-    """One native call on threads of our own.
+    """One native call on threads of our own: PyTorch's number, or what affinity and cgroups allow if that is less.
+
+    Between calls they spin for a little longer than calls have lately been apart, at most
+    ``SKIPNET_SPIN_MICROSECONDS`` (5000 by default; 0 for never), then sleep. The variable is read when an engine is
+    made, and holds for all engines of the process.
 
     Args:
         network: any; the resident strategy takes CIFAR-scale networks of basic blocks only.
@@ -69,6 +89,8 @@ class CpuEngine(Engine):
     def __init__(self, network: PackedNetwork, strategy: Strategy | None = None,
                  instruction_set: str | None = None) -> None:
         super().__init__(network)
+        _C.set_spin_microseconds(_spin_microseconds())
+        self._quota = cpu_quota()
         self._native = _C.Network(
             strategy=strategy or _strategy(network.arch),
             image_size=network.arch.image_size,
@@ -90,9 +112,10 @@ class CpuEngine(Engine):
     def run(self, images: Tensor, forced: Tensor | None, num_gates: int) -> EnginePass:
         decisions = empty_decisions(self.network, len(images), num_gates, forced)
         logits = torch.empty(len(images), self.network.arch.num_classes)
+        threads = min(torch.get_num_threads(), _C.allowed_processors(), self._quota or sys.maxsize)
         pixels = images.view(torch.uint16) if images.dtype == torch.bfloat16 else images
         self._native.run(
             pixels.numpy(), logits.numpy(), decisions.gate_logits.numpy(), decisions.probabilities.numpy(),
             decisions.executed.numpy(), None if decisions.forced is None else decisions.forced.numpy(),
-            decisions.hidden.numpy(), decisions.cell.numpy(), torch.get_num_threads())
+            decisions.hidden.numpy(), decisions.cell.numpy(), threads)
         return EnginePass(logits.to(self.network.dtype), decisions)

@@ -97,6 +97,18 @@ class EngineResult:
         """The figure of merit against a dense engine, 1 for 100 %: median over the rounds."""
         return self.multiply_adds_share * self.timing.speedup_over(dense)
 
+    def fast_share_of_ceiling(self, dense: Timing) -> float:
+        """The same by both's fast quartiles: steadier where others use the machine."""
+        return self.multiply_adds_share * dense.fast_quartile / self.timing.fast_quartile
+
+
+def scaling(result: BatchResult) -> list[str]:
+    """A line for each of our engines, kind of routes and number of threads: how many times faster all of them are."""
+    return [f"{_with_threads(fewer.name, threads)}: "
+            f"{result.of(fewer.engine, fewer.fraction).timing.speedup_over(fewer.timing):.2f} times as long "
+            f"({fewer.timing.fast_quartile / result.of(fewer.engine, fewer.fraction).timing.fast_quartile:.2f} by the "
+            "fast quartiles)" for threads, results in result.fewer_threads.items() for fewer in results]
+
 
 def _name(engine: str, fraction: float | None) -> str:
     return f"{engine}, {'gates decide' if fraction is None else f'{100 * fraction:.3g}% executed'}"
@@ -111,12 +123,14 @@ class BatchResult:
         engines: ours, each on every kind of routes.
         baselines: the others, by name.
         wall: on a GPU, where the other timings are the device's own: all of them by the host's clock, by name.
+        fewer_threads: our engines with fewer threads than all others had, by their number.
     """
 
     batch: int
     engines: tuple[EngineResult, ...]
     baselines: dict[str, Timing]
     wall: dict[str, Timing] = field(default_factory=dict)
+    fewer_threads: dict[int, tuple[EngineResult, ...]] = field(default_factory=dict)
 
     @property
     def engine_names(self) -> list[str]:
@@ -156,7 +170,8 @@ class BatchResult:
     @property
     def steady(self) -> bool:
         """No times vary much; see :attr:`Timing.steady`."""
-        return all(timing.steady for timing in (*self.baselines.values(), *(each.timing for each in self.engines)))
+        ours = (*self.engines, *(each for results in self.fewer_threads.values() for each in results))
+        return all(timing.steady for timing in (*self.baselines.values(), *(each.timing for each in ours)))
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: times in milliseconds, shares in percent, ratios as medians over the rounds."""
@@ -167,9 +182,14 @@ class BatchResult:
                 "engine": result.engine, "fraction": result.fraction,
                 "multiply_adds_share": 100 * result.multiply_adds_share, "time": result.timing.to_dict(),
                 "share_of_ceiling": 100 * result.share_of_ceiling(self.best_dense),
+                "fast_share_of_ceiling": 100 * result.fast_share_of_ceiling(self.best_dense),
                 "speedup_over": {name: result.timing.speedup_over(timing) for name, timing in self.baselines.items()},
             } for result in self.engines],
-        } | ({"wall": {name: timing.to_dict() for name, timing in self.wall.items()}} if self.wall else {})
+        } | ({"wall": {name: timing.to_dict() for name, timing in self.wall.items()}} if self.wall else {}) | ({
+            "fewer_threads": [{
+                "threads": threads, "engine": fewer.engine, "fraction": fewer.fraction, "time": fewer.timing.to_dict(),
+                "scaling": self.of(fewer.engine, fewer.fraction).timing.speedup_over(fewer.timing),
+            } for threads, results in self.fewer_threads.items() for fewer in results]} if self.fewer_threads else {})
 
 
 @dataclass(frozen=True)
@@ -226,7 +246,8 @@ def benchmark(model: SkipNet, *, engines: Sequence[str] = ("auto",), batches: Se
               fractions: Sequence[float | None] = FRACTIONS, dtype: torch.dtype = torch.float32,
               baselines: Sequence[Baseline] | None = BASELINES, seconds: float = 10.0,
               device: torch.device | str = "cpu", images: Tensor | None = None, device_clock: bool = True,
-              routes: int | None = None, on_progress: Callable[[str, float], None] | None = None) -> Benchmark:
+              routes: int | None = None, fewer_threads: Sequence[int] = (),
+              on_progress: Callable[[str, float], None] | None = None) -> Benchmark:
     """Time our engines and the baselines against each other.
 
     Args:
@@ -245,6 +266,7 @@ def benchmark(model: SkipNet, *, engines: Sequence[str] = ("auto",), batches: Se
         device_clock: on a GPU, time by its own clock, and once more by the host's; else by the host's alone.
         routes: of each forced fraction where images are random; calls take them in turns. By default one on the CPU and
             :data:`GPU_ROUTES` on a GPU, whose cache may hold the weights of one route, though not of the whole network.
+        fewer_threads: numbers below PyTorch's, with which our engines are timed as well, to show how they scale.
         on_progress: told what is being done and the share of it that is done, 0 to 1.
 
     Raises:
@@ -276,6 +298,7 @@ def benchmark(model: SkipNet, *, engines: Sequence[str] = ("auto",), batches: Se
             report(f"batch {batch}: building {baseline.name}", number / len(measured))
             calls[baseline.name] = _over(parts, baseline.build(model, parts[0], dtype))
         ours: dict[str, tuple[str, float | None, float]] = {}
+        most_threads = torch.get_num_threads()
         for fraction in fractions:
             taken = _routes(runtimes[0], parts, fraction, variety if images is None else 1)
             share = _multiply_adds_share(model.arch, taken)
@@ -288,13 +311,30 @@ def benchmark(model: SkipNet, *, engines: Sequence[str] = ("auto",), batches: Se
                 else:
                     calls[name] = _over(parts, runtime.infer, taken)
                 ours[name] = runtime.engine.name, fraction, share
+        for number in fewer_threads:
+            for name in ours:
+                calls[_with_threads(name, number)] = partial(_call_with, number, most_threads, calls[name])
         timings = time_interleaved(calls, seconds=seconds, device=place, device_time=by_device, per=len(parts),
                                    on_progress=partial(report, f"batch {batch}: timing {len(calls)} in turns"))
         wall = time_interleaved(calls, seconds=seconds, device=place, per=len(parts)) if by_device else {}
         results.append(BatchResult(
             batch, tuple(EngineResult(*what, timings[name]) for name, what in ours.items()),
-            {baseline.name: timings[baseline.name] for baseline in measured}, wall))
+            {baseline.name: timings[baseline.name] for baseline in measured}, wall,
+            {number: tuple(EngineResult(*what, timings[_with_threads(name, number)]) for name, what in ours.items())
+             for number in fewer_threads}))
     return Benchmark(model.arch, place, dtype, versions, cpu, load, left_out, tuple(results), machine.gpu(place))
+
+
+def _with_threads(name: str, number: int) -> str:
+    return f"{name}, {number} thread{'s' * (number > 1)}"
+
+
+def _call_with(threads: int, most: int, call: Callable[[], object]) -> None:
+    torch.set_num_threads(threads)
+    try:
+        call()
+    finally:
+        torch.set_num_threads(most)
 
 
 def _batches(architecture: SkipNetArch, batch: int, images: Tensor | None) -> list[Tensor]:

@@ -4,7 +4,10 @@ And callers of many threads, forks, workspaces that are reused.
 """
 
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,8 +86,12 @@ def test_convolutions_alone(instruction_set, bfloat16, strategy, kernel, stride,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("strategy", "name"), NETWORKS)
-def test_results_do_not_depend_on_the_threads(strategy, name, dtype, torch_threads):
-    """One image, few images, more than go through the network together: the same bits as with one thread."""
+def test_results_do_not_depend_on_the_threads(strategy, name, dtype, torch_threads, monkeypatch):
+    """One image, few images, more than go through the network together: the same bits as with one thread.
+
+    There are more threads than processors, so that they come late, stop halfway and take over from each other.
+    """
+    monkeypatch.setattr(_C, "allowed_processors", lambda: 64)
     images = small_images(name, 19).to(dtype)
     engine = engine_for(strategy, small_model(name), dtype=dtype)
     torch_threads(1)
@@ -119,8 +126,9 @@ def test_runtimes_called_at_once_get_right_answers(engines, torch_threads):
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
-def test_threads_that_share_a_processor_get_right_answers(engines, torch_threads):
-    """Nobody can be kept off the caller's processor; who comes late is done without."""
+def test_threads_that_share_a_processor_get_right_answers(engines, torch_threads, monkeypatch):
+    """Nobody can be kept off the caller's processor; who comes late joins late."""
+    monkeypatch.setattr(_C, "allowed_processors", lambda: 64)
     expected = [run(*target).logits for target in engines]
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(allowed)})
@@ -132,6 +140,85 @@ def test_threads_that_share_a_processor_get_right_answers(engines, torch_threads
                 assert torch.equal(run(engine, images[:1].contiguous()).logits, logits[:1])
     finally:
         os.sched_setaffinity(0, allowed)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2,
+                    reason="needs two processors and affinity")
+def test_a_thread_whose_processor_is_busy_changes_nothing(engines, torch_threads):
+    """Another process keeps one of the processors busy."""
+    torch_threads(2)
+    busy = max(os.sched_getaffinity(0))
+    expected = [run(*target).logits for target in engines]
+    spinning = f"import os; os.sched_setaffinity(0, {{{busy}}})\nwhile True: pass"
+    other = subprocess.Popen([sys.executable, "-c", spinning])
+    try:
+        for _ in range(20):
+            for (engine, images), logits in zip(engines, expected, strict=True):
+                assert torch.equal(run(engine, images).logits, logits)
+                assert torch.equal(run(engine, images[:1].contiguous()).logits, logits[:1])
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_no_more_threads_than_affinity_and_quota_allow(monkeypatch):
+    """Whatever PyTorch's number is, the native call is told the least of the three."""
+    asked = []
+
+    class Native:
+        def __init__(self, **packed):
+            pass
+
+        def run(self, *arguments):
+            asked.append(arguments[-1])
+
+    monkeypatch.setattr(_C, "Network", Native)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    for quota, allowed in ((None, 8), (None, 4), (3, 4), (1, 4)):
+        monkeypatch.setattr(sys.modules[CpuEngine.__module__], "cpu_quota", lambda quota=quota: quota)
+        monkeypatch.setattr(_C, "allowed_processors", lambda allowed=allowed: allowed)
+        run(engine_for("resident", small_model("rnn")), small_images("rnn", 1))
+    assert asked == [6, 4, 3, 1]
+
+
+def test_how_long_threads_spin_is_a_number(monkeypatch):
+    set_to = []
+    monkeypatch.setattr(_C, "set_spin_microseconds", set_to.append)
+    for value in ("0", "20000", ""):
+        monkeypatch.setenv("SKIPNET_SPIN_MICROSECONDS", value)
+        engine_for("resident", small_model("rnn"))
+    assert set_to == [0, 20000, 5000]
+    for value in ("-1", "1e3", "forever"):
+        monkeypatch.setenv("SKIPNET_SPIN_MICROSECONDS", value)
+        with pytest.raises(ValueError, match=f"SKIPNET_SPIN_MICROSECONDS: expected a whole .*, got '{value}'"):
+            engine_for("resident", small_model("rnn"))
+
+
+IDLE = """
+import time
+import torch
+from networks import small_images, small_model
+import skipnet_rt as srt
+
+torch.set_num_threads(2)
+runtime = srt.compile(small_model("rnn"), engine="cpu")
+images = small_images("rnn", 4)
+for _ in range(50):
+    expected = runtime.infer(images).logits
+    time.sleep(0.001)
+time.sleep(0.1)  # PyTorch's own threads have gone to sleep by then
+begun = time.process_time()
+time.sleep(0.3)
+print(time.process_time() - begun < 0.1, torch.equal(runtime.infer(images).logits, expected))
+"""
+
+
+@pytest.mark.parametrize("spin", ["0", pytest.param("5000", marks=pytest.mark.slow)])
+def test_an_idle_process_keeps_no_processor_busy(spin):
+    done = subprocess.run([sys.executable, "-c", IDLE], cwd=Path(__file__).parents[1], check=True, text=True,
+                          env=os.environ | {"SKIPNET_SPIN_MICROSECONDS": spin, "OMP_NUM_THREADS": "2",
+                                            "PYTHONPATH": str(Path(__file__).parents[1])}, capture_output=True)
+    assert done.stdout == "True True\n"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

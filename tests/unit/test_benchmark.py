@@ -43,6 +43,7 @@ from skipnet_rt.measure.benchmark import (
     in_turn,
     random_network,
     random_routing,
+    scaling,
     supporting_engines,
 )
 from skipnet_rt.measure.clock import MIN_ROUNDS, Timing, time_interleaved
@@ -147,6 +148,24 @@ def test_share_of_the_ceiling_is_formed_within_rounds():
     assert EngineResult("cpu", 1 / 3, 0.5, ours).name == "cpu, 33.3% executed"
 
 
+def test_the_fast_quartile_forgets_who_else_was_there():
+    """In most rounds something else ran, during either's call; in two of eight it did not."""
+    dense, ours = Timing((2.0, 9.0, 2.0, 9.0, 2.0, 9.0, 9.0, 9.0)), Timing((9.0, 1.0, 9.0, 9.0, 9.0, 1.0, 1.0, 9.0))
+    assert ours.fast_quartile == 1
+    assert EngineResult("cpu", 0.5, 0.5, ours).fast_share_of_ceiling(dense) == 1
+
+
+def test_scaling_is_shown_against_all_threads():
+    def results(seconds):
+        return (EngineResult("cpu", 0.5, 0.5, Timing((seconds,) * 3)),)
+
+    result = BatchResult(1, results(1.0), {"dense": Timing((2.0,) * 3)}, fewer_threads={1: results(1.75)})
+    assert scaling(result) == ["cpu, 50% executed, 1 thread: 1.75 times as long (1.75 by the fast quartiles)"]
+    (fewer,) = result.to_dict()["fewer_threads"]
+    assert (fewer["threads"], fewer["engine"], fewer["fraction"], fewer["scaling"]) == (1, "cpu", 0.5, 1.75)
+    assert result.of("cpu", 0.5).timing.median == 1
+
+
 def test_the_best_dense_engine_is_the_ceiling_and_never_the_masked_one():
     result = BatchResult(8, (EngineResult("cpu", 0.5, 0.5, Timing((1.0, 1.0, 1.0))),), {
         MASKED.name: Timing((0.5, 0.5, 0.5)), "slow": Timing((3.0, 3.0, 3.0)), "fast": Timing((2.0, 2.0, 9.0))})
@@ -158,6 +177,7 @@ def test_the_best_dense_engine_is_the_ceiling_and_never_the_masked_one():
     assert document["baselines"]["fast"]["median"] == 2000
     (ours,) = document["engines"]
     assert ours["share_of_ceiling"] == 100
+    assert ours["fast_share_of_ceiling"] == 100
     assert ours["multiply_adds_share"] == 50
     assert ours["speedup_over"] == {MASKED.name: 0.5, "slow": 3, "fast": 2}
 
@@ -277,7 +297,8 @@ def test_ratios_are_formed_within_a_round():
     fast, slow = Timing((1.0, 10.0, 1.0)), Timing((2.0, 20.0, 20.0))
     assert fast.speedup_over(slow) == 2
     assert slow.median / fast.median == 20
-    assert fast.to_dict() == {"median": 1e3, "p20": pytest.approx(1e3), "p80": pytest.approx(6.4e3)}
+    assert fast.to_dict() == {"median": 1e3, "fast_quartile": 1e3, "p20": pytest.approx(1e3),
+                              "p80": pytest.approx(6.4e3)}
 
 
 def test_a_busy_machine_is_noticed():
@@ -575,11 +596,27 @@ def test_command_prints_one_document(run):
     assert [(each["engine"], each["fraction"]) for each in document["results"][0]["engines"]] == [("cpu", 0.5)]
 
 
+def test_command_shows_how_our_engines_scale(run):
+    arguments = ("--batch", "1", "--fraction", "1", "--threads", "2", "--threads", "1")
+    before = torch.get_num_threads()
+    try:
+        (result,) = json.loads(run("--json", *arguments)[1])["results"]
+        assert torch.get_num_threads() == 2
+        out = run(*arguments)[1]
+    finally:
+        torch.set_num_threads(before)
+    assert [(each["threads"], each["engine"], each["fraction"]) for each in result["fewer_threads"]] == [(1, "cpu", 1)]
+    assert len(result["engines"]) == 1
+    assert "cpu, 100% executed, 1 thread: " in out
+    assert "2 threads" in out
+
+
 def test_command_prints_a_table_per_batch_size(run):
     status, out, err = run("--batch", "1", "--batch", "2", "--engine", "eager")
     assert (status, err) == (0, "")
     for expected in ("batch of 1", "batch of 2", "masked baseline", "eager, 50% executed", "eager, 100% executed",
-                     "x best dense", "x masked", "share of the ceiling", "Best dense engine: PyTorch."):
+                     "p25", "x best dense", "x masked", "share of the ceiling", "by p25",
+                     "Best dense engine: PyTorch."):
         assert expected in out
     assert max(map(len, out.splitlines())) <= 120
     assert "Without masked baseline: not measured in torch.bfloat16" in run("--dtype", "bfloat16", "--batch", "1")[1]

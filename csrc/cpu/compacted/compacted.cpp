@@ -9,7 +9,6 @@
 
 #include "../batch_slice.h"
 #include "../variant.h"
-#include "../workspace_pool.h"
 #include "standalone_conv.h"
 #include "winograd_nchwc.h"
 
@@ -18,8 +17,6 @@ namespace {
 
 using Element = VariantOperand::Element;
 using ConvLayer = Layer<VariantOperand, VariantOperand>;
-
-constexpr std::chrono::microseconds kJoinTimeout(4000);  // with late threads, for each image: less than one takes
 
 struct Block {
     int stage;                                       // of its output, from 0
@@ -42,7 +39,7 @@ struct ImageState {
     std::vector<BufferOf<Element>> maps;  // one for each of the network's
 
     Buffer sums;                 // [parts, channels] of the activation
-    int parts;                   // of sums; 0 where pooled is up to date
+    int pooled_after;            // the last block after which `pooled` has changed, or -1
     Buffer feature_sums;         // [parts, channels] of a feed-forward gate's last feature map
     Buffer pooled, gate_pooled;  // [max_channels_]: of the activation, of a feed-forward gate's feature
     GateState gate;
@@ -54,13 +51,13 @@ struct Scratch {
     std::vector<Run> runs;
 };
 
-// What a call needs. Made once, reused from call to call.
+// What a slice needs. Made once, reused from call to call.
 struct Workspace {
-    std::vector<ImageState> states;  // as many as there have been, up to kMaxImages
-    std::vector<Scratch> scratch;    // [threads]
-    BufferOf<Element> shared;        // of the layers
-    Buffer image;                    // of one image at a time, in phases
-    BufferOf<Element> stem;          // of one image at a time, what is pooled
+    std::vector<ImageState> states;    // as many as there have been, up to kMaxImages
+    std::vector<Decisions> decisions;  // [gates]
+    BufferOf<Element> shared;          // of the layers
+    Buffer image;                      // of one image at a time, in phases
+    BufferOf<Element> stem;            // of one image at a time, what is pooled
 };
 
 using Slice = BatchSlice<ImageState>;
@@ -68,7 +65,7 @@ using States = ImageList<ImageState>;
 
 // One thread's part in a slice.
 struct Worker {
-    Slice slice;
+    const Slice& slice;
     Workspace& workspace;
     ThreadGroup group;
     Memory<VariantOperand> memory;
@@ -78,22 +75,23 @@ struct Worker {
 // border of zeros does no harm. The group shares the rows.
 void max_pool(int kernel, const Plane& in, const Element* from, const Plane& out, Element* to,
               const ThreadGroup& group) {
-    const Share rows(out.blocks() * out.height, group);
     const int pad = (kernel - 1) / 2;
-    for (int row = rows.begin; row < rows.end; ++row) {
-        const int block = row / out.height, y = row % out.height;
-        const Element* corner = from + static_cast<std::ptrdiff_t>(block) * in.block() + in.at(2 * y - pad, -pad);
-        Element* result = to + static_cast<std::ptrdiff_t>(block) * out.block() + out.at(y, 0);
-        for (int x = 0; x < out.width; ++x, corner += 2 * kWidth, result += kWidth) {
-            Vector most = VariantOperand::widen(corner);
-            for (int i = 0; i < kernel; ++i)
-                for (int j = 0; j < kernel; ++j) {
-                    const Vector value = VariantOperand::widen(corner + i * in.row() + j * kWidth);
-                    most = most < value || value != value ? value : most;
-                }
-            VariantOperand::narrow(result, most);
+    group.share(out.blocks() * out.height, [&](int begin, int end) {
+        for (int row = begin; row < end; ++row) {
+            const int block = row / out.height, y = row % out.height;
+            const Element* corner = from + static_cast<std::ptrdiff_t>(block) * in.block() + in.at(2 * y - pad, -pad);
+            Element* result = to + static_cast<std::ptrdiff_t>(block) * out.block() + out.at(y, 0);
+            for (int x = 0; x < out.width; ++x, corner += 2 * kWidth, result += kWidth) {
+                Vector most = VariantOperand::widen(corner);
+                for (int i = 0; i < kernel; ++i)
+                    for (int j = 0; j < kernel; ++j) {
+                        const Vector value = VariantOperand::widen(corner + i * in.row() + j * kWidth);
+                        most = most < value || value != value ? value : most;
+                    }
+                VariantOperand::narrow(result, most);
+            }
         }
-    }
+    });
 }
 
 class Network final : public Engine {
@@ -107,23 +105,24 @@ public:
     void run_block(const Worker& worker, int index, const States& executing) const;
     void head(const Worker& worker) const;
 
+    // Of a slice of this call.
+    std::unique_ptr<Workspace> acquire_workspace(const Call& call, int images);
+    void release(std::unique_ptr<Workspace> workspace) { workspaces_.release(std::move(workspace)); }
+
 private:
     enum class Use { activation, first, second };  // maps of one shape may be in use together
 
     void run_layer(const ConvLayer& layer, const States& states, int from, int to, Buffer ImageState::* sums,
                    Finish finish, const Worker& worker) const;
-    void update(const ConvLayer& layer, const States& states, int from, int to, Finish finish,
-                const Worker& worker) const;
     void feedforward_features(const Worker& worker, int index) const;
-    float gate_logit(int index, ImageState& state) const;
-    const float* pooled(int stage, ImageState& state) const;
+    float gate_logit(const Slice& slice, int index, int image) const;
+    const float* pooled(const Slice& slice, int index, int image) const;
 
     Block pack(const BlockWeights& block, const Plane& x);
     FeedforwardGate pack(const GateConvolutions& gate);
     std::unique_ptr<ConvLayer> register_layer(std::unique_ptr<ConvLayer> layer, const Plane& out);
     int map(const Plane& plane, Use use);
 
-    std::unique_ptr<Workspace> acquire_workspace(int images, int threads);
     ImageState make_state() const;
 
     struct Map {
@@ -152,7 +151,13 @@ private:
     int max_channels_ = 0;
     std::size_t max_shared_ = 0, max_own_ = 0, max_sums_ = 0;
 
+    // A call's threads' own memory. Made once, reused from call to call.
+    struct Team {
+        std::vector<Scratch> scratch;
+    };
+
     WorkspacePool<Workspace> workspaces_;
+    WorkspacePool<Team> teams_;
 };
 
 int halved(int size) { return (size + 1) / 2; }
@@ -263,7 +268,7 @@ int Network::map(const Plane& plane, Use use) {
 auto Network::make_state() const -> ImageState {
     ImageState state{{},
                      Buffer(max_sums_),
-                     0,
+                     -1,
                      Buffer(feedforward_gates_.empty() ? 0 : max_sums_),
                      Buffer(max_channels_),
                      Buffer(max_channels_),
@@ -273,7 +278,7 @@ auto Network::make_state() const -> ImageState {
     return state;
 }
 
-auto Network::acquire_workspace(int images, int threads) -> std::unique_ptr<Workspace> {
+auto Network::acquire_workspace(const Call& call, int images) -> std::unique_ptr<Workspace> {
     std::unique_ptr<Workspace> workspace = workspaces_.acquire();
     if (!workspace)
         workspace.reset(new Workspace{{},
@@ -282,39 +287,42 @@ auto Network::acquire_workspace(int images, int threads) -> std::unique_ptr<Work
                                       Buffer(image_.size()),
                                       BufferOf<Element>(max_pool_ ? stem_plane_.size() : 0)});
     while (static_cast<int>(workspace->states.size()) < images) workspace->states.push_back(make_state());
-    while (static_cast<int>(workspace->scratch.size()) < threads)
-        workspace->scratch.push_back({Buffer(max_own_), std::vector<Run>(max_channels_ / kWidth)});
+    workspace->decisions.resize(call.num_gates);
     return workspace;
 }
 
+// One slice after another, all threads in each.
 void Network::run(const Call& call) {
     struct RunContext {
         const Network& network;
-        const Call& call;
-        Workspace& workspace;
+        Slices<Network, Workspace, ImageState> slices;
+        Team& team;
         const int threads;
-        Barrier barrier;
     };
-    ThreadTeam team(call.threads, call.batch * kJoinTimeout);
-    std::unique_ptr<Workspace> workspace =
-        acquire_workspace(call.batch < kMaxImages ? call.batch : kMaxImages, team.size());
-    RunContext context{*this, call, *workspace, team.size(), Barrier(team.size())};
-    team.run(
+    ThreadTeam threads(call.threads);
+    const int slices = (call.batch + kMaxImages - 1) / kMaxImages;
+    std::unique_ptr<Team> team = teams_.acquire();
+    if (!team) team = std::make_unique<Team>();
+    while (static_cast<int>(team->scratch.size()) < threads.size())
+        team->scratch.push_back({Buffer(max_own_), std::vector<Run>(max_channels_ / kWidth)});
+    RunContext context{
+        *this, {*this, call, (call.batch + slices - 1) / slices, 1, threads.size()}, *team, threads.size()};
+    threads.run(
         [](void* argument, int rank) {
             RunContext& context = *static_cast<RunContext*>(argument);
-            Scratch& scratch = context.workspace.scratch[rank];
-            const Memory<VariantOperand> memory{context.workspace.shared.get(), scratch.own.get(), scratch.runs.data()};
-            const int batch = context.call.batch, slices = (batch + kMaxImages - 1) / kMaxImages;
-            for (int slice = 0; slice < slices; ++slice) {
-                const int first = batch * slice / slices, count = batch * (slice + 1) / slices - first;
-                forward(context.network, Worker{{context.call, context.workspace.states.data(), first, count},
-                                                context.workspace,
-                                                ThreadGroup{rank, context.threads, &context.barrier},
-                                                memory});
-            }
+            Scratch& scratch = context.team.scratch[rank];
+            context.slices.work([&](auto& slice) {
+                Workspace& workspace = *slice.workspace;
+                const ThreadGroup group =
+                    context.threads > 1 ? ThreadGroup(rank, context.threads, slice.work) : ThreadGroup();
+                forward(context.network, Worker{slice.images,
+                                                workspace,
+                                                group,
+                                                {workspace.shared.get(), scratch.own.get(), scratch.runs.data()}});
+            });
         },
         &context);
-    workspaces_.release(std::move(workspace));
+    teams_.release(std::move(team));
 }
 
 // From one map of the images to another; sums, where given, gets the sums over the output's parts.
@@ -330,51 +338,42 @@ void Network::run_layer(const ConvLayer& layer, const States& states, int from, 
         if (sums) parts[i] = (state.*sums).get();
     }
     layer.run({inputs, outputs, sums ? parts : nullptr, states.count}, finish, worker.group, worker.memory);
-    worker.group.barrier();
-}
-
-// The same to an activation, whose pooled feature will have to be brought up to date.
-void Network::update(const ConvLayer& layer, const States& states, int from, int to, Finish finish,
-                     const Worker& worker) const {
-    if (worker.group.rank == 0)
-        for (int i = 0; i < states.count; ++i) states.of[i]->parts = layer.parts();
-    run_layer(layer, states, from, to, &ImageState::sums, finish, worker);
 }
 
 void Network::stem(const Worker& worker) const {
     Workspace& workspace = worker.workspace;
     const ThreadGroup& group = worker.group;
     const int channels = image_.channels, height = image_.height, width = image_.width;
-    const Share rows(channels * height, group);
     for (int i = 0; i < worker.slice.count; ++i) {
         ImageState& state = worker.slice.states[i];
         const std::size_t from = static_cast<std::size_t>(worker.slice.first + i) * channels * height * width;
-        for (int row = rows.begin; row < rows.end; ++row)
-            for (int x = 0; x < width; ++x)
-                workspace.image.get()[image_.at(row / height, row % height, x)] =
-                    worker.slice.call.images[from + static_cast<std::size_t>(row) * width + x];
-        if (group.rank == 0) gates_.reset(state.gate);
-        group.barrier();
+        group.share(channels * height, [&](int begin, int end) {
+            for (int row = begin; row < end; ++row)
+                for (int x = 0; x < width; ++x)
+                    workspace.image.get()[image_.at(row / height, row % height, x)] =
+                        worker.slice.call.images[from + static_cast<std::size_t>(row) * width + x];
+            if (begin > 0) return;
+            state.pooled_after = -1;
+            gates_.reset(state.gate);
+        });
         const float* input = workspace.image.get();
         Element* x = state.maps[stages_[0].x].get();
         Element* output = max_pool_ ? workspace.stem.get() : x;
         stem_->run({&input, &output, nullptr, 1}, Finish::relu, group, {nullptr, nullptr, nullptr});
-        group.barrier();
         if (max_pool_) max_pool(3, stem_plane_, workspace.stem.get(), plane(stages_[0].x), x, group);
     }
-    group.barrier();
 }
 
 // Pool-finish, embed, LSTM step, decide: the threads share the images.
 void Network::gate_step(const Worker& worker, int index) const {
     if (!feedforward_gates_.empty()) feedforward_features(worker, index);
-    decide(worker.slice, Share(worker.slice.count, worker.group), index, index + 1 < num_blocks(),
-           [&](ImageState& state) { return gate_logit(index, state); });
-    worker.group.barrier();
+    decide(worker.slice, worker.group, index, index + 1 < num_blocks(),
+           [&](int image) { return gate_logit(worker.slice, index, image); });
 }
 
-float Network::gate_logit(int index, ImageState& state) const {
-    if (gates_.recurrent()) return gates_.logit(index, pooled(blocks_[index].stage, state), state.gate);
+float Network::gate_logit(const Slice& slice, int index, int image) const {
+    ImageState& state = slice.states[image];
+    if (gates_.recurrent()) return gates_.logit(index, pooled(slice, index, image), state.gate);
     const FeedforwardGate& gate = feedforward_gates_[index];
     const Plane& feature = plane(gate.feature());
     average(state.feature_sums.get(), gate.layers.back()->parts(), feature.channels, feature.pixels(),
@@ -391,7 +390,6 @@ void Network::feedforward_features(const Worker& worker, int index) const {
             std::vector<BufferOf<Element>>& maps = states.of[i]->maps;
             max_pool(2, plane(from), maps[from].get(), plane(gate.pooled), maps[gate.pooled].get(), worker.group);
         }
-        worker.group.barrier();
         from = gate.pooled;
     }
     for (std::size_t i = 0; i < gate.layers.size(); ++i) {
@@ -408,46 +406,49 @@ void Network::run_block(const Worker& worker, int index, const States& executing
     int from = result;
     if (block.projection) {
         from = stages_[block.stage - 1].x;
-        update(*block.projection, worker.slice.all_images(), from, result, Finish::none, worker);
-    }
-    if (executing.count == 0) {
-        worker.group.barrier();  // all have to know that nobody executes before the gate decides anew
-        return;
+        run_layer(*block.projection, worker.slice.all_images(), from, result, &ImageState::sums, Finish::none, worker);
     }
     for (std::size_t i = 0; i + 1 < block.layers.size(); ++i) {
         run_layer(*block.layers[i], executing, from, block.maps[i], nullptr, Finish::relu, worker);
         from = block.maps[i];
     }
-    update(*block.layers.back(), executing, from, result, Finish::add_relu, worker);
+    run_layer(*block.layers.back(), executing, from, result, &ImageState::sums, Finish::add_relu, worker);
 }
 
 // Global average pool and classifier.
 void Network::head(const Worker& worker) const {
-    const Share mine(worker.slice.count, worker.group);
-    for (int i = mine.begin; i < mine.end; ++i) pooled(blocks_.back().stage, worker.slice.states[i]);
-    worker.group.barrier();
+    const Slice& slice = worker.slice;
+    worker.group.share(slice.count, [&](int begin, int end) {
+        for (int i = begin; i < end; ++i) pooled(slice, num_blocks() - 1, i);
+    });
     const float* inputs[kMaxImages];
     float* outputs[kMaxImages];
-    for (int i = 0; i < worker.slice.count; ++i) {
-        inputs[i] = worker.slice.states[i].pooled.get();
-        outputs[i] = worker.slice.states[i].logits.get();
+    for (int i = 0; i < slice.count; ++i) {
+        inputs[i] = slice.states[i].pooled.get();
+        outputs[i] = slice.states[i].logits.get();
     }
-    head_->run({inputs, outputs, nullptr, worker.slice.count}, Finish::none, worker.group, {nullptr, nullptr, nullptr});
-    worker.group.barrier();
-    for (int i = mine.begin; i < mine.end; ++i) {
-        const ImageState& state = worker.slice.states[i];
-        const std::size_t image = worker.slice.first + i;
-        std::memcpy(worker.slice.call.logits + image * classes_, state.logits.get(), classes_ * sizeof(float));
-        gates_.finish(state.gate, worker.slice.call, image);
-    }
-    worker.group.barrier();
+    head_->run({inputs, outputs, nullptr, slice.count}, Finish::none, worker.group, {nullptr, nullptr, nullptr});
+    worker.group.share(slice.count, [&](int begin, int end) {
+        for (int i = begin; i < end; ++i) {
+            const ImageState& state = slice.states[i];
+            const std::size_t image = slice.first + i;
+            std::memcpy(slice.call.logits + image * classes_, state.logits.get(), classes_ * sizeof(float));
+            gates_.finish(state.gate, slice.call, image);
+        }
+    });
 }
 
-// The activation's pooled feature, brought up to date. An image that skipped its block has it still.
-const float* Network::pooled(int stage, ImageState& state) const {
-    const Plane& x = plane(stages_[stage].x);
-    if (state.parts > 0) average(state.sums.get(), state.parts, x.channels, x.pixels(), state.pooled.get());
-    state.parts = 0;
+// The activation's pooled feature after a block. An image that has skipped blocks since it was pooled has it still.
+const float* Network::pooled(const Slice& slice, int index, int image) const {
+    ImageState& state = slice.states[image];
+    while (index > state.pooled_after && !slice.executes(index, image) && !blocks_[index].projection) --index;
+    if (index > state.pooled_after) {
+        const Block& block = blocks_[index];
+        const Plane& x = plane(stages_[block.stage].x);
+        const ConvLayer& last = slice.executes(index, image) ? *block.layers.back() : *block.projection;
+        average(state.sums.get(), last.parts(), x.channels, x.pixels(), state.pooled.get());
+        state.pooled_after = index;
+    }
     return state.pooled.get();
 }
 

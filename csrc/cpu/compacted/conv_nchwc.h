@@ -125,7 +125,7 @@ template <typename In, typename Out>
 class Layer {
 public:
     virtual ~Layer() = default;
-    // The group shares the work. It has to meet before anything of the output is read.
+    // The group shares the work; when this returns, all of it is done.
     virtual void run(const LayerImages<In, Out>& images, Finish finish, const ThreadGroup& group,
                      const Memory<In>& memory) const = 0;
     virtual int parts() const = 0;  // that sums are taken over
@@ -162,13 +162,15 @@ public:
              const Memory<In>&) const override {
         const int spots = images.count * strips_.count(),
                   passes = (panels_.count() + panels_per_pass_ - 1) / panels_per_pass_;
-        const Share mine(passes * spots, group);
-        for (int unit = mine.begin; unit < mine.end; ++unit) {
-            const int first = unit / spots * panels_per_pass_, spot = unit % spots;
-            const int last = first + panels_per_pass_ < panels_.count() ? first + panels_per_pass_ : panels_.count();
-            for (int panel = first; panel < last; ++panel)
-                strip(images, spot / strips_.count(), spot % strips_.count(), panel, finish);
-        }
+        group.share(passes * spots, [&](int begin, int end) {
+            for (int unit = begin; unit < end; ++unit) {
+                const int first = unit / spots * panels_per_pass_, spot = unit % spots;
+                const int last =
+                    first + panels_per_pass_ < panels_.count() ? first + panels_per_pass_ : panels_.count();
+                for (int panel = first; panel < last; ++panel)
+                    strip(images, spot / strips_.count(), spot % strips_.count(), panel, finish);
+            }
+        });
     }
 
     int parts() const override { return strips_.count(); }

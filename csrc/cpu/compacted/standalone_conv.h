@@ -50,7 +50,7 @@ public:
 
     void run() override {
         // One after another would not share the weights: all together, as in the engine, up to its number.
-        const ThreadGroup alone{0, 1, nullptr};
+        const ThreadGroup alone;
         for (std::size_t first = 0; first < x_.size(); first += kMaxImages) {
             const float* images[kMaxImages];
             const Element* inputs[kMaxImages];

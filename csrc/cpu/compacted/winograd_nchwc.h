@@ -120,12 +120,10 @@ public:
     // chunks of tiles, point by point, and a chunk's products are transformed while they are in the cache.
     void run(const Images& images, Finish finish, const ThreadGroup& group, const Memory& memory) const override {
         for (int first = 0; first < images.count; first += images_per_pass_) {
-            if (first) group.barrier();
             const int count = images.count - first < images_per_pass_ ? images.count - first : images_per_pass_;
             const Images some{images.inputs + first, images.outputs + first,
                               images.sums ? images.sums + first : nullptr, count};
             transform_inputs(some, group, memory.shared);
-            group.barrier();
             multiply_all(some, finish, group, memory);
         }
     }
@@ -147,16 +145,17 @@ private:
     void transform_inputs(const Images& images, const ThreadGroup& group, Element* transformed) const {
         const int rows = tiles_down(), across = tiles_across(), all = images.count * tiles();
         const std::size_t step = point(all);
-        const Share mine(images.count * in_.blocks() * rows, group);
-        for (int unit = mine.begin; unit < mine.end; ++unit) {
-            const int row = unit % rows, block = unit / rows % in_.blocks(), image = unit / rows / in_.blocks();
-            const Element* from =
-                images.inputs[image] + static_cast<std::ptrdiff_t>(block) * in_.block() + in_.at(row * kOut - 1, -1);
-            Element* to =
-                transformed + (static_cast<std::size_t>(block) * all + image * tiles() + row * across) * kWidth;
-            for (int tile = 0; tile < across; ++tile, from += kOut * kWidth, to += kWidth)
-                transform_input(from, to, step);
-        }
+        group.share(images.count * in_.blocks() * rows, [&](int begin, int end) {
+            for (int unit = begin; unit < end; ++unit) {
+                const int row = unit % rows, block = unit / rows % in_.blocks(), image = unit / rows / in_.blocks();
+                const Element* from = images.inputs[image] + static_cast<std::ptrdiff_t>(block) * in_.block() +
+                                      in_.at(row * kOut - 1, -1);
+                Element* to =
+                    transformed + (static_cast<std::size_t>(block) * all + image * tiles() + row * across) * kWidth;
+                for (int tile = 0; tile < across; ++tile, from += kOut * kWidth, to += kWidth)
+                    transform_input(from, to, step);
+            }
+        });
     }
 
     void transform_input(const Element* from, Element* to, std::size_t step) const {
@@ -177,24 +176,29 @@ private:
         const int all = images.count * tiles(), chunks = (all + kChunk - 1) / kChunk;
         for (int block = 0; block < in_.blocks(); ++block)
             memory.runs[block].from = static_cast<std::ptrdiff_t>(block) * all * kWidth;
-        const Share mine(panels_.count() * chunks, group);
-        for (int unit = mine.begin; unit < mine.end; ++unit) {
-            const int panel = unit / chunks, chunk = unit % chunks, width = panels_.width(panel);
-            const int begin = all * chunk / chunks, end = all * (chunk + 1) / chunks;
-            const Strips strips{1, end - begin};
-            const Element* weight =
-                weight_.get() + panels_.begin(panel, static_cast<std::size_t>(kPoints) * in_.channels);
-            for (int p = 0; p < kPoints; ++p, weight += static_cast<std::size_t>(in_.channels) * width * kWidth) {
-                const Element* x = memory.shared + p * point(all) + static_cast<std::size_t>(begin) * kWidth;
-                float* products = memory.own + p * kProducts;
-                multiply_panel<Operand>(strips, width, x, memory.runs, in_.blocks(), weight, products);
-            }
-            for (int tile = begin; tile < end; ++tile) {
-                const int image = tile / tiles(), place = tile % tiles();
-                for (int j = 0; j < width; ++j)
-                    transform_output(memory.own + ((tile - begin) * width + j) * kWidth, panel * kPanel + j, place,
-                                     images.outputs[image], images.sums ? images.sums[image] : nullptr, finish);
-            }
+        group.share(panels_.count() * chunks, [&](int first, int last) {
+            for (int unit = first; unit < last; ++unit)
+                multiply_chunk(images, unit / chunks, all * (unit % chunks) / chunks,
+                               all * (unit % chunks + 1) / chunks, finish, memory);
+        });
+    }
+
+    // Tiles begin .. end - 1 with a panel.
+    void multiply_chunk(const Images& images, int panel, int begin, int end, Finish finish,
+                        const Memory& memory) const {
+        const int all = images.count * tiles(), width = panels_.width(panel);
+        const Strips strips{1, end - begin};
+        const Element* weight = weight_.get() + panels_.begin(panel, static_cast<std::size_t>(kPoints) * in_.channels);
+        for (int p = 0; p < kPoints; ++p, weight += static_cast<std::size_t>(in_.channels) * width * kWidth) {
+            const Element* x = memory.shared + p * point(all) + static_cast<std::size_t>(begin) * kWidth;
+            float* products = memory.own + p * kProducts;
+            multiply_panel<Operand>(strips, width, x, memory.runs, in_.blocks(), weight, products);
+        }
+        for (int tile = begin; tile < end; ++tile) {
+            const int image = tile / tiles(), place = tile % tiles();
+            for (int j = 0; j < width; ++j)
+                transform_output(memory.own + ((tile - begin) * width + j) * kWidth, panel * kPanel + j, place,
+                                 images.outputs[image], images.sums ? images.sums[image] : nullptr, finish);
         }
     }
 

@@ -89,13 +89,19 @@ inline void for_blocks(int rows, int first_column, int last_column, const Functi
         if (column < last_column) for_blocks<K / 2>(rows, column, last_column, function);
 }
 
+// Columns, the output channels' vectors: begin .. end - 1.
+struct Columns {
+    int begin, end;
+};
+
 // How many of the output channels' vectors are worked on at a time. Their transformed kernels are written to the same
-// memory for every convolution and must not leave the second cache on the way.
+// memory for every convolution and must not leave the second cache on the way. One alone would leave the sums of a map
+// of four tiles waiting for each other.
 template <typename Operand>
 constexpr int max_columns(int in) {
-    constexpr int kBytes = 160000;  // measured: docs/performance.md
+    constexpr int kBytes = 160000;  // measured: docs/cpu.md
     const int bytes = kPoints * in * kWidth * static_cast<int>(sizeof(typename Operand::Element));
-    return bytes < kBytes ? kBytes / bytes : 1;
+    return 2 * bytes < kBytes ? kBytes / bytes : 2;
 }
 
 // Elements from a point's `size` to the next point's: a line of the cache more. All points of a tile, or of a pair of
@@ -125,24 +131,29 @@ struct Scratch {
 
     BufferOf<Element> weights;  // [columns, kPoints, stride] of [channels in / kPack, kWidth, kPack]
     BufferOf<Element> inputs;   // [blocks of tiles, kPoints, stride] of [channels in / run_of, kBlock, run_of]
+    BufferOf<bool> ready;       // [blocks of tiles]: inputs are there
     Buffer products;            // [kPoints, stride] of [kBlock, channels out]
     BufferOf<Element> rows;     // three rows of a plane, for a direct convolution
 
     // For convolutions of `images` images from any of `planes` to as many channels or fewer.
     Scratch(const std::vector<Plane>& planes, int images) {
-        std::size_t max_weights = 0, max_inputs = 0, max_products = 0, max_rows = 0;
+        std::size_t max_weights = 0, max_inputs = 0, max_products = 0, max_rows = 0, max_blocks = 0;
         const auto raise = [](std::size_t& most, std::size_t size) { most = most < size ? size : most; };
         for (const Plane& plane : planes) {
             const int channels = plane.channels, most = max_columns<Operand>(channels) * kWidth;
             const bool at_once = channels <= most;
-            const int blocks = at_once ? 1 : (images * plane.tiles() + kBlock - 1) / kBlock;
+            // Where a pass has all kernels, there is a second one only if there are fewer blocks than threads.
+            const int blocks = (images * plane.tiles() + kBlock - 1) / kBlock,
+                      kept = at_once && blocks > SharedWork::kMaxUnits ? SharedWork::kMaxUnits : blocks;
             raise(max_weights, (at_once ? channels : most) / kWidth * weights_stride<Operand>(channels));
-            raise(max_inputs, blocks * inputs_stride<Operand>(channels));
+            raise(max_inputs, kept * inputs_stride<Operand>(channels));
+            raise(max_blocks, blocks);
             raise(max_products, kPoints * padded_stride<float>(kBlock * channels));
             raise(max_rows, 3 * plane.row());
         }
         weights = BufferOf<Element>(max_weights);
         inputs = BufferOf<Element>(max_inputs);
+        ready = BufferOf<bool>(max_blocks);
         products = Buffer(max_products);
         rows = BufferOf<Element>(max_rows);
     }
@@ -170,41 +181,45 @@ public:
     }
 
     // outputs = relu(convolution(inputs) + bias [+ outputs]); tile_sums, where given, gets the sum of each tile's
-    // outputs. The group shares the work: whole tiles, or channels where there are too few tiles.
+    // outputs. The group shares blocks of tiles, and channels where there are too few of them.
     void run(const Plane& in, const float* const* inputs /* [images] of `in` */, float* const* outputs /* [images] */,
              bool add_outputs, float* const* tile_sums /* [images] of [tiles, out], or null */, int images,
              const ThreadGroup& group, Scratch<Operand>& scratch) const {
         if (images == 0) return;
         const Plane out{in.height, in.width, out_};
-        const int per_image = in.tiles(), tiles = images * per_image;
-        const int blocks = (tiles + kBlock - 1) / kBlock;
-        const bool by_tiles = blocks >= group.size;
-        const ThreadGroup alone{0, 1, nullptr};
-        const Share mine(blocks, by_tiles ? group : alone), columns(out_ / kWidth, by_tiles ? alone : group);
-        const int most = max_columns<Operand>(in_);
-        const bool at_once = columns.end - columns.begin <= most;
-        for (int first = columns.begin; first < columns.end; first += most) {
-            const Share some{first, first + most < columns.end ? first + most : columns.end};
-            transform_kernels(some, scratch);
-            for (int block = mine.begin; block < mine.end; ++block) {
-                const int begin = block * kBlock;
-                const int count = tiles - begin < kBlock ? tiles - begin : kBlock;
+        const int per_image = in.tiles(), tiles = images * per_image, blocks = (tiles + kBlock - 1) / kBlock;
+        const int columns = out_ / kWidth, most = max_columns<Operand>(in_);
+        // Columns of a pass, whose kernels are transformed together: fewer where there are more threads than blocks.
+        const int threads = group.size() < SharedWork::kMaxUnits ? group.size() : SharedWork::kMaxUnits;
+        const int each = (columns * blocks + threads - 1) / threads;
+        const int width = blocks < threads && each < most ? each : most;
+        const int passes = (columns + width - 1) / width;
+        int pass = -1;  // whose kernels this thread has transformed
+        std::memset(scratch.ready.get(), 0, blocks);
+        group.share(passes * blocks, [&](int begin, int end) {
+            for (int unit = begin; unit < end; ++unit) {
+                const int block = unit % blocks, first = unit / blocks * width, first_tile = block * kBlock;
+                const Columns some{first, first + width < columns ? first + width : columns};
+                const int count = tiles - first_tile < kBlock ? tiles - first_tile : kBlock;
+                if (pass != unit / blocks) transform_kernels(some, scratch);
+                pass = unit / blocks;
                 Element* transformed = scratch.inputs.get();
-                if (!at_once) transformed += (block - mine.begin) * inputs_stride<Operand>(in_);
-                if (first == columns.begin)
+                if (passes > 1) transformed += block * inputs_stride<Operand>(in_);
+                if (passes == 1 || !scratch.ready.get()[block])
                     for (int t = 0; t < count; ++t) {
-                        const int image = (begin + t) / per_image, tile = (begin + t) % per_image;
+                        const int image = (first_tile + t) / per_image, tile = (first_tile + t) % per_image;
                         transform_input(in, inputs[image], tile, t, transformed);
                     }
+                scratch.ready.get()[block] = true;
                 multiply(count, some, transformed, scratch);
                 for (int t = 0; t < count; ++t) {
-                    const int image = (begin + t) / per_image, tile = (begin + t) % per_image;
+                    const int image = (first_tile + t) / per_image, tile = (first_tile + t) % per_image;
                     for (int column = some.begin; column < some.end; ++column)
                         transform_output(out, outputs[image], tile, t, column, add_outputs,
                                          tile_sums ? tile_sums[image] : nullptr, scratch.products.get());
                 }
             }
-        }
+        });
     }
 
     int out_channels() const { return out_; }
@@ -231,7 +246,7 @@ private:
     // variables: for all the compiler knows, storing a vector could change a member. Distances are as wide as pointers:
     // Python's own compiler flags let an int wrap around.
 
-    __attribute__((noinline)) void transform_kernels(const Share& columns, Scratch<Operand>& scratch) const {
+    __attribute__((noinline)) void transform_kernels(const Columns& columns, Scratch<Operand>& scratch) const {
         constexpr int kPack = Operand::kPack, kKernel = kTaps * kWidth;
         const int in = in_;
         const std::ptrdiff_t step = padded_stride<Element>(in * kWidth);
@@ -313,7 +328,7 @@ private:
         }
     }
 
-    __attribute__((noinline)) void multiply(int count, const Share& columns, const Element* inputs,
+    __attribute__((noinline)) void multiply(int count, const Columns& columns, const Element* inputs,
                                             Scratch<Operand>& scratch) const {
         constexpr int kPacked = kWidth * Operand::kPack;
         const int in = in_;
@@ -426,16 +441,17 @@ public:
     void run(const Plane& in, const float* const* inputs /* [images] */, float* const* outputs /* [images] */,
              bool with_relu, int images, const ThreadGroup& group, Scratch<Operand>& scratch) const {
         const Plane to = out(in);
-        const Share mine(images * to.height, group);
-        for (int row = mine.begin; row < mine.end; ++row) {
-            const int image = row / to.height, y = row % to.height;
-            const float* rows = inputs[image] + in.at(y * stride_ - kernel_ / 2, -1);
-            const Element* corner = elements(rows, in, scratch.rows) + (1 - kernel_ / 2) * in_;
-            for (int x = 0; x < to.width; x += kPixels) {
-                const int count = to.width - x < kPixels ? to.width - x : kPixels;
-                pixels(in, corner + x * stride_ * in_, outputs[image] + to.at(y, x), count, with_relu);
+        group.share(images * to.height, [&](int begin, int end) {
+            for (int row = begin; row < end; ++row) {
+                const int image = row / to.height, y = row % to.height;
+                const float* rows = inputs[image] + in.at(y * stride_ - kernel_ / 2, -1);
+                const Element* corner = elements(rows, in, scratch.rows) + (1 - kernel_ / 2) * in_;
+                for (int x = 0; x < to.width; x += kPixels) {
+                    const int count = to.width - x < kPixels ? to.width - x : kPixels;
+                    pixels(in, corner + x * stride_ * in_, outputs[image] + to.at(y, x), count, with_relu);
+                }
             }
-        }
+        });
     }
 
 private:

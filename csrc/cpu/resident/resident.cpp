@@ -1,21 +1,16 @@
 // The resident strategy, compiled once for each instruction set (SKIPNET_ISA, SKIPNET_WIDTH; setup.py lists them).
 //
-// A group of threads takes a few images from stem to head; a worker's activations stay in its cache. Skipping is a
-// branch. The phases are those of every engine: stem, gate_step, compact, run_block, head.
+// A slice of a few images goes from stem to head in one thread's cache, or in those of the threads that share it.
+// Skipping is a branch. The phases are those of every engine: stem, gate_step, compact, run_block, head.
 #include "resident.h"
-
-#include <atomic>
 
 #include "../batch_slice.h"
 #include "../variant.h"
-#include "../workspace_pool.h"
 #include "conv_nhwc.h"
 #include "standalone_conv.h"
 
 namespace skipnet::cpu {
 namespace {
-
-constexpr std::chrono::microseconds kJoinTimeout(100);  // with late threads, for each image: less than one takes
 
 struct Block {
     int stage;         // of its output, from 0
@@ -31,9 +26,6 @@ struct FeedforwardGate {
     int second;  // place in gate_direct_
 };
 
-// Whether the pooled feature is up to date, or what it has to be computed from.
-enum class PooledFrom { current, tiles, plane };
-
 // An image's memory in one stage, the blocks of one width.
 struct StageBuffers {
     Buffer x, inner;       // the activation, and a block's inner one
@@ -48,15 +40,20 @@ struct ImageState {
     Buffer image;  // channels last, bordered
     std::vector<StageBuffers> stages;
     Buffer pooled, gate_pooled;  // [max_channels_]: of the activation, of a feed-forward gate's feature
-    PooledFrom pooled_from;
+    int pooled_after;            // the last block after which `pooled` has changed, or -1
     GateState gate;
 };
 
-// What a group needs for a few images. Made once, reused from call to call.
+// What a slice needs. Made once, reused from call to call.
 struct Workspace {
-    std::vector<ImageState> states;                // [kMaxImages]
-    std::vector<Scratch<VariantOperand>> scratch;  // [threads of the group]
-    std::vector<Scratch<Float32>> gate_scratch;    // [threads of the group]: gates are float32 always
+    std::vector<ImageState> states;    // as many as there have been, up to kMaxImages
+    std::vector<Decisions> decisions;  // [gates]
+};
+
+// Where a thread works. Made once, reused from call to call.
+struct ThreadScratch {
+    Scratch<VariantOperand> convolutions;
+    Scratch<Float32> gates;  // float32 always
 };
 
 using Slice = BatchSlice<ImageState>;
@@ -74,7 +71,7 @@ struct Buffers {
 
 // One thread's part in a slice.
 struct Worker {
-    Slice& slice;
+    const Slice& slice;
     ThreadGroup group;
     Scratch<VariantOperand>& scratch;
     Scratch<Float32>& gate_scratch;
@@ -92,18 +89,19 @@ void pool(const Plane& plane, const float* x, float* to) {
 
 // 2x2 maximum of all four, NaN if any is; the group shares the rows.
 void max_pool(const Plane& in, const float* from, const Plane& out, float* to, const ThreadGroup& group) {
-    const Share rows(out.height, group);
-    for (int y = rows.begin; y < rows.end; ++y)
-        for (int x = 0; x < out.width; ++x)
-            for (int c = 0; c < out.channels; c += kWidth) {
-                const float* corner = from + in.at(2 * y, 2 * x) + c;
-                Vector most = load(corner);
-                for (int offset : {in.channels, in.row(), in.row() + in.channels}) {
-                    const Vector value = load(corner + offset);
-                    most = most < value || value != value ? value : most;
+    group.share(out.height, [&](int begin, int end) {
+        for (int y = begin; y < end; ++y)
+            for (int x = 0; x < out.width; ++x)
+                for (int c = 0; c < out.channels; c += kWidth) {
+                    const float* corner = from + in.at(2 * y, 2 * x) + c;
+                    Vector most = load(corner);
+                    for (int offset : {in.channels, in.row(), in.row() + in.channels}) {
+                        const Vector value = load(corner + offset);
+                        most = most < value || value != value ? value : most;
+                    }
+                    store(to + out.at(y, x) + c, most);
                 }
-                store(to + out.at(y, x) + c, most);
-            }
+    });
 }
 
 class Network final : public Engine {
@@ -117,12 +115,17 @@ public:
     void run_block(const Worker& worker, int index, const States& executing) const;
     void head(const Worker& worker) const;
 
+    // Of a slice of this call.
+    std::unique_ptr<Workspace> acquire_workspace(const Call& call, int images);
+    void release(std::unique_ptr<Workspace> workspace) { workspaces_.release(std::move(workspace)); }
+
 private:
     void feedforward_features(const Worker& worker, int index) const;
-    float gate_logit(int index, ImageState& state) const;
-    const float* pooled(int stage, ImageState& state) const;
+    float gate_logit(const Slice& slice, int index, int image) const;
+    const float* pooled(const Slice& slice, int index, int image) const;
 
-    std::unique_ptr<Workspace> acquire_workspace(int threads);
+    ThreadScratch make_scratch() const;
+    ImageState make_state() const;
     StageBuffers make_buffers(int stage) const;
 
     // What a feed-forward gate's last convolution reads and writes in a stage.
@@ -154,7 +157,13 @@ private:
     Gates gates_;
     Linear head_;
 
+    // A call's threads' own memory.
+    struct Team {
+        std::vector<ThreadScratch> scratch;
+    };
+
     WorkspacePool<Workspace> workspaces_;
+    WorkspacePool<Team> teams_;
 };
 
 Network::Network(const NetworkWeights& weights)
@@ -204,114 +213,88 @@ StageBuffers Network::make_buffers(int stage) const {
     return buffers;
 }
 
-auto Network::acquire_workspace(int threads) -> std::unique_ptr<Workspace> {
+auto Network::make_state() const -> ImageState {
+    ImageState state{Buffer(image_.size()), {}, Buffer(max_channels_), Buffer(max_channels_), -1, gates_.make_state()};
+    for (int stage = 0; stage < static_cast<int>(planes_.size()); ++stage) state.stages.push_back(make_buffers(stage));
+    return state;
+}
+
+auto Network::acquire_workspace(const Call& call, int images) -> std::unique_ptr<Workspace> {
     std::unique_ptr<Workspace> workspace = workspaces_.acquire();
-    if (!workspace) {
-        workspace = std::make_unique<Workspace>();
-        for (int i = 0; i < kMaxImages; ++i) {
-            ImageState state{Buffer(image_.size()), {},
-                             Buffer(max_channels_), Buffer(max_channels_),
-                             PooledFrom::current,   gates_.make_state()};
-            for (int stage = 0; stage < static_cast<int>(planes_.size()); ++stage)
-                state.stages.push_back(make_buffers(stage));
-            workspace->states.push_back(std::move(state));
-        }
-    }
-    while (static_cast<int>(workspace->scratch.size()) < threads) {
-        workspace->scratch.emplace_back(planes_, kMaxImages);
-        workspace->gate_scratch.emplace_back(gate_winograd_.empty() ? std::vector<Plane>() : planes_, kMaxImages);
-    }
+    if (!workspace) workspace = std::make_unique<Workspace>();
+    while (static_cast<int>(workspace->states.size()) < images) workspace->states.push_back(make_state());
+    workspace->decisions.resize(call.num_gates);
     return workspace;
 }
 
-// Few images: all threads work on each. Many: every thread takes a few at a time, as long as there are any.
-void Network::run(const Call& call) {
-    // What the threads of a group share. A type of our own, so that no vector of a common type is instantiated for this
-    // instruction set.
-    struct Shared {
-        std::unique_ptr<Workspace> workspace;
-        Slice slice;
-        Barrier barrier;
-    };
-    struct RunContext {
-        Network& network;
-        const Call& call;
-        const int group_size, slice_size;
-        std::vector<std::unique_ptr<Shared>> groups;
-        std::atomic<int> work_counter{0};  // the first image that no group has taken
+auto Network::make_scratch() const -> ThreadScratch {
+    return {Scratch<VariantOperand>(planes_, kMaxImages),
+            Scratch<Float32>(gate_winograd_.empty() ? std::vector<Plane>() : planes_, kMaxImages)};
+}
 
-        // The group's first thread takes images for all of it.
-        void take(Slice& slice) {
-            slice.first = work_counter.fetch_add(slice_size, std::memory_order_relaxed);
-            const int left = call.batch - slice.first;
-            slice.count = left < slice_size ? left : slice_size;
-        }
+// As many slices as threads, or a multiple of it; fewer where there are fewer images.
+void Network::run(const Call& call) {
+    struct RunContext {
+        const Network& network;
+        Slices<Network, Workspace, ImageState> slices;
+        Team& team;
+        const int threads;
     };
-    ThreadTeam team(call.threads, call.batch * kJoinTimeout);
-    const int group_size = call.batch < team.size() ? team.size() / call.batch : 1, groups = team.size() / group_size;
-    const int rounds = (call.batch + groups * kMaxImages - 1) / (groups * kMaxImages);
-    RunContext context{*this, call, group_size, (call.batch + groups * rounds - 1) / (groups * rounds), {}};
-    for (int number = 0; number < groups; ++number) {
-        std::unique_ptr<Workspace> workspace = acquire_workspace(group_size);
-        const Slice nothing{call, workspace->states.data(), 0, 0};
-        context.groups.emplace_back(new Shared{std::move(workspace), nothing, Barrier(group_size)});
-    }
-    team.run(
+    ThreadTeam threads(call.threads);
+    const int at_once = call.batch < threads.size() ? call.batch : threads.size();
+    const int rounds = (call.batch + at_once * kMaxImages - 1) / (at_once * kMaxImages);
+    const int slice_size = (call.batch + at_once * rounds - 1) / (at_once * rounds);
+    std::unique_ptr<Team> team = teams_.acquire();
+    if (!team) team = std::make_unique<Team>();
+    while (static_cast<int>(team->scratch.size()) < threads.size()) team->scratch.push_back(make_scratch());
+    RunContext context{*this, {*this, call, slice_size, at_once, threads.size()}, *team, threads.size()};
+    threads.run(
         [](void* argument, int rank) {
             RunContext& context = *static_cast<RunContext*>(argument);
-            const int number = rank / context.group_size;
-            if (number == static_cast<int>(context.groups.size())) return;  // too few are left for a group
-            Shared& shared = *context.groups[number];
-            const ThreadGroup group{rank % context.group_size, context.group_size, &shared.barrier};
-            Slice& slice = shared.slice;
-            const Worker worker{slice, group, shared.workspace->scratch[group.rank],
-                                shared.workspace->gate_scratch[group.rank]};
-            for (;;) {
-                if (group.rank == 0) context.take(slice);
-                group.barrier();
-                if (slice.count <= 0) return;
-                forward(context.network, worker);
-                group.barrier();
-            }
+            ThreadScratch& scratch = context.team.scratch[rank];
+            context.slices.work([&](auto& slice) {
+                const ThreadGroup group =
+                    context.threads > 1 ? ThreadGroup(rank, context.threads, slice.work) : ThreadGroup();
+                forward(context.network, Worker{slice.images, group, scratch.convolutions, scratch.gates});
+            });
         },
         &context);
-    for (auto& shared : context.groups) workspaces_.release(std::move(shared->workspace));
+    teams_.release(std::move(team));
 }
 
 void Network::stem(const Worker& worker) const {
     const Slice& slice = worker.slice;
     const States states = worker.slice.all_images();
     const int channels = image_.channels, pixels = image_.height * image_.width;
-    const Share rows(image_.height, worker.group);
-    for (int i = 0; i < states.count; ++i) {
-        ImageState& state = *states.of[i];
-        const std::size_t from = static_cast<std::size_t>(slice.first + i) * channels * pixels;
-        for (int y = rows.begin; y < rows.end; ++y)
+    worker.group.share(states.count * image_.height, [&](int begin, int end) {
+        for (int row = begin; row < end; ++row) {
+            const int i = row / image_.height, y = row % image_.height;
+            ImageState& state = *states.of[i];
+            const std::size_t from = static_cast<std::size_t>(slice.first + i) * channels * pixels + y * image_.width;
             for (int x = 0; x < image_.width; ++x)
                 for (int c = 0; c < channels; ++c)
-                    state.image.get()[image_.at(y, x) + c] =
-                        slice.call.images[from + c * pixels + y * image_.width + x];
-        if (worker.group.rank == 0) gates_.reset(state.gate);
-    }
-    worker.group.barrier();
+                    state.image.get()[image_.at(y, x) + c] = slice.call.images[from + c * pixels + x];
+            if (y > 0) continue;
+            state.pooled_after = -1;
+            gates_.reset(state.gate);
+        }
+    });
     const Buffers images(states, [](ImageState& state) -> Buffer& { return state.image; });
     const Buffers x(states, [](ImageState& state) -> Buffer& { return state.stages[0].x; });
     stem_.run(image_, images.of, x.of, true, states.count, worker.group, worker.gate_scratch);
-    worker.group.barrier();
 }
 
 // Pool-finish, embed, LSTM step, decide.
 void Network::gate_step(const Worker& worker, int index) const {
     if (!feedforward_gates_.empty()) feedforward_features(worker, index);
-    const Share mine{0, worker.group.rank == 0 ? worker.slice.count : 0};
-    decide(worker.slice, mine, index, index + 1 < num_blocks(),
-           [&](ImageState& state) { return gate_logit(index, state); });
-    worker.group.barrier();
+    decide(worker.slice, worker.group, index, index + 1 < num_blocks(),
+           [&](int image) { return gate_logit(worker.slice, index, image); });
 }
 
-float Network::gate_logit(int index, ImageState& state) const {
+float Network::gate_logit(const Slice& slice, int index, int image) const {
+    ImageState& state = slice.states[image];
+    if (gates_.recurrent()) return gates_.logit(index, pooled(slice, index, image), state.gate);
     const int stage = blocks_[index].stage;
-    if (gates_.recurrent()) return gates_.logit(index, pooled(stage, state), state.gate);
     pool(feature_plane(stage), state.stages[stage].gate_feature.get(), state.gate_pooled.get());
     return gates_.logit(index, state.gate_pooled.get(), state.gate);
 }
@@ -331,14 +314,11 @@ void Network::feedforward_features(const Worker& worker, int index) const {
         const Buffers inner(states, [&](ImageState& state) -> Buffer& { return state.stages[stage].gate_inner; });
         const Plane plane = gate_plane(stage);
         for (int i = 0; i < states.count; ++i) max_pool(planes_[stage], x.of[i], plane, max_pooled.of[i], worker.group);
-        worker.group.barrier();
         gate_winograd_[gate.first].run(plane, max_pooled.of, inner.of, false, nullptr, states.count, worker.group,
                                        worker.gate_scratch);
-        worker.group.barrier();
         gate_direct_[gate.second].run(plane, inner.of, feature.of, true, states.count, worker.group,
                                       worker.gate_scratch);
     }
-    worker.group.barrier();
 }
 
 void Network::run_block(const Worker& worker, int index, const States& executing) const {
@@ -357,38 +337,39 @@ void Network::run_block(const Worker& worker, int index, const States& executing
         direct_[block.projection].run(planes_[stage - 1], all_before.of, all_x.of, false, states.count, group,
                                       worker.scratch);
         direct_[block.first].run(planes_[stage - 1], before.of, inner.of, true, executing.count, group, worker.scratch);
-        if (group.rank == 0)
-            for (int i = 0; i < states.count; ++i) states.of[i]->pooled_from = PooledFrom::plane;
     } else {
         winograd_[block.first].run(plane, x.of, inner.of, false, nullptr, executing.count, group, worker.scratch);
     }
-    group.barrier();
     winograd_[block.last].run(plane, inner.of, x.of, true, sums.of, executing.count, group, worker.scratch);
-    if (group.rank == 0)
-        for (int i = 0; i < executing.count; ++i) executing.of[i]->pooled_from = PooledFrom::tiles;
-    group.barrier();
 }
 
 // Global average pool and classifier.
 void Network::head(const Worker& worker) const {
-    if (worker.group.rank != 0) return;
     const Slice& slice = worker.slice;
-    for (int i = 0; i < slice.count; ++i) {
-        ImageState& state = slice.states[i];
-        const std::size_t image = slice.first + i;
-        head_.run(pooled(static_cast<int>(planes_.size()) - 1, state), slice.call.logits + image * classes_);
-        gates_.finish(state.gate, slice.call, image);
-    }
+    worker.group.share(slice.count, [&](int begin, int end) {
+        for (int i = begin; i < end; ++i) {
+            const std::size_t image = slice.first + i;
+            head_.run(pooled(slice, num_blocks() - 1, i), slice.call.logits + image * classes_);
+            gates_.finish(slice.states[i].gate, slice.call, image);
+        }
+    });
 }
 
-// The activation's pooled feature, brought up to date. An image that skipped its block has it still.
-const float* Network::pooled(int stage, ImageState& state) const {
-    const Plane& plane = planes_[stage];
-    const StageBuffers& buffers = state.stages[stage];
-    if (state.pooled_from == PooledFrom::plane) pool(plane, buffers.x.get(), state.pooled.get());
-    if (state.pooled_from == PooledFrom::tiles)
-        average(buffers.tile_sums.get(), plane.tiles(), plane.channels, plane.height * plane.width, state.pooled.get());
-    state.pooled_from = PooledFrom::current;
+// The activation's pooled feature after a block. An image that has skipped blocks since it was pooled has it still.
+const float* Network::pooled(const Slice& slice, int index, int image) const {
+    ImageState& state = slice.states[image];
+    while (index > state.pooled_after && !slice.executes(index, image) && !blocks_[index].opens_stage) --index;
+    if (index > state.pooled_after) {
+        const int stage = blocks_[index].stage;
+        const Plane& plane = planes_[stage];
+        const StageBuffers& buffers = state.stages[stage];
+        if (slice.executes(index, image))
+            average(buffers.tile_sums.get(), plane.tiles(), plane.channels, plane.height * plane.width,
+                    state.pooled.get());
+        else
+            pool(plane, buffers.x.get(), state.pooled.get());
+        state.pooled_after = index;
+    }
     return state.pooled.get();
 }
 

@@ -46,7 +46,7 @@ public:
     }
 
     void run() override {
-        const ThreadGroup alone{0, 1, nullptr};
+        const ThreadGroup alone;
         const int batch = static_cast<int>(x_.size());
         const float* const* inputs = &inputs_[0].data;
         float* const* outputs = &outputs_[0].data;
