@@ -17,6 +17,7 @@ import argparse
 import http.client
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -307,6 +308,8 @@ def main() -> None:
         command.add_argument("--slice", type=float, default=2.0, help="seconds of load in each ten of a soak")
         command.add_argument("--output", type=Path, help="a folder for the results")
     arguments = parser.parse_args()
+    if arguments.function is not serve_dense:  # which has its own way to end
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers end with it
     measured = arguments.function(arguments)
     if measured is None:
         return
