@@ -52,7 +52,22 @@ __device__ inline unsigned pack<Bfloat16>(float low, float high) {
     return y;
 }
 
-// The same of max(0, low) and max(0, high), but NaN stays NaN; without an instruction of its own.
+// The floats that two neighbouring 16-bit values are.
+template <typename Element>
+__device__ void unpack(unsigned both, float& low, float& high);
+template <>
+__device__ inline void unpack<Half>(unsigned both, float& low, float& high) {
+    asm("{.reg .b16 first, second; mov.b32 {first, second}, %2; cvt.f32.f16 %0, first; cvt.f32.f16 %1, second;}"
+        : "=f"(low), "=f"(high)
+        : "r"(both));
+}
+template <>
+__device__ inline void unpack<Bfloat16>(unsigned both, float& low, float& high) {
+    low = __uint_as_float(both << 16);
+    high = __uint_as_float(both & 0xffff0000);
+}
+
+// pack(max(0, low), max(0, high)), but NaN stays NaN; without an instruction of its own.
 template <typename Element>
 __device__ unsigned pack_relu(float low, float high);
 template <>
@@ -135,6 +150,15 @@ __device__ inline void load_global(uint4& value, const uint4* address, bool load
                  : "l"(address), "r"(static_cast<int>(loads)));
 }
 
+// ---- registers
+
+// The value, computed here and nowhere else: ptxas computes what it finds cheap again wherever it is used, to have a
+// register free in between.
+__device__ inline int in_register(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
 // ---- shared memory
 
 // The thread block's dynamic shared memory, 16-byte aligned; there is no other kind in this project.
@@ -149,11 +173,14 @@ __device__ inline unsigned shared_address(const void* in_shared) {
 
 // ---- cp.async: global to shared memory past the registers, 16 bytes aligned to 16
 
-// Without `filled` nothing is read and zeros land.
-__device__ inline void cp_async16(void* to_shared, const void* from, bool filled = true) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to_shared)), "l"(from),
-                 "r"(filled ? 16 : 0)
-                 : "memory");
+// With `filled` 0 nothing is read and zeros land. It is not a bool: of one bit among others that would take two
+// instructions more.
+__device__ inline void cp_async16(void* to_shared, const void* from, unsigned filled = 1) {
+    asm volatile(
+        "{.reg .pred empty; setp.eq.b32 empty, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, empty;}" ::"r"(
+            shared_address(to_shared)),
+        "l"(from), "r"(filled)
+        : "memory");
 }
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits for the calling thread's groups but the `pending` newest; other threads see them after a barrier.
