@@ -26,6 +26,11 @@ __device__ std::int64_t global_thread() {
 Grid pointwise_grid(std::int64_t threads) {
     return {static_cast<unsigned>((threads + kPointwiseThreads - 1) / kPointwiseThreads), kPointwiseThreads};
 }
+// Of a kernel that follows another one of this file or of a convolution.
+Grid dependent(Grid grid) {
+    grid.dependent = true;
+    return grid;
+}
 // With an image's threads along x. Images go along y, of which there is a limit; so a thread may take several.
 Grid pointwise_grid(std::int64_t threads, int batch) {
     Grid grid = pointwise_grid(threads);
@@ -48,6 +53,7 @@ struct Loaded {
 // gates need them. In pairs of pixels each has four channels.
 template <typename Element, bool kPairs>
 __global__ void __launch_bounds__(kPointwiseThreads) load_images_kernel(Loaded loaded, int batch, const int* present) {
+    let_next_grid();
     const int thread = threadIdx.x, first = blockIdx.x * kPointwiseThreads * kPlacesPerThread + thread;
     const int images = images_of(present, batch), places = loaded.places;
     if (blockIdx.x == 0 && blockIdx.y == 0) {
@@ -109,6 +115,8 @@ template <typename From, typename To, int kSide>
 __global__ void __launch_bounds__(kPointwiseThreads, sizeof(From) == 2 ? 4 : 2)
     max_pool_kernel(const From* x, int batch, const int* present, Shape from, int stride, int padding, Shape to,
                     To* y) {
+    let_next_grid();
+    wait_for_previous_grid();
     const int place = blockIdx.x * kPointwiseThreads + threadIdx.x, vectors = to.channels / kChannels;
     const int images = images_of(present, batch), pixel = place / vectors;
     if (pixel >= to.pixels()) return;
@@ -145,6 +153,8 @@ __global__ void __launch_bounds__(kPointwiseThreads, sizeof(From) == 2 ? 4 : 2)
 // pooled[batch, channels] = the sums [batch, tiles, channels] over an image's tiles, divided by its pixels. Zeros where
 // there is no image: the classifier takes all places, as the pixels of one.
 __global__ void finish_pool_kernel(PooledSums pooled, int batch, const int* present, int channels, float* features) {
+    let_next_grid();
+    wait_for_previous_grid();
     const std::int64_t place = global_thread(), image = place / channels;
     if (image >= batch) return;
     const float* sums = pooled.sums + image * pooled.tiles * channels + place % channels;
@@ -364,7 +374,7 @@ private:
 
     void head() {
         launch("finish_pool", finish_pool_kernel,
-               pointwise_grid(static_cast<std::int64_t>(call_.batch) * shape_.channels), stream_, sums_, call_.batch,
+               dependent(pointwise_grid(static_cast<std::int64_t>(call_.batch) * shape_.channels)), stream_, sums_, call_.batch,
                call_.present, shape_.channels, workspace_.features);
         // The batch is the pixels of one image: a matrix product.
         GatheredConv classify{};
@@ -374,7 +384,7 @@ private:
         classify.x = workspace_.features;
         classify.y = call_.logits;
         classify.partial = workspace_.partial;
-        classify.pixels_are_images = true;
+        classify.pixels_are_images = classify.dependent = true;
         gathered_conv(ElementType::float32, network_.head, classify, stream_);
     }
 
@@ -394,7 +404,7 @@ private:
         gathered_conv(
             type, layer,
             {call_.batch, from.height, from.width, options.list ? options.list : all, options.gathers, options.scatters,
-             options.relu, options.x, options.residual, options.y, options.sums, workspace_.partial, false},
+             options.relu, options.x, options.residual, options.y, options.sums, workspace_.partial, false, true},
             stream_);
         return {options.sums, pooled_tiles(layer, from.height, from.width),
                 static_cast<int>(convolved(layer, from).pixels())};
@@ -407,7 +417,7 @@ private:
     Shape max_pool(const Shape& from, const void* x, void* y) {
         const Shape to = pooled(window, from);
         launch("max_pool", max_pool_kernel<From, To, window.side>,
-               pointwise_grid(to.size() / kChannels, call_.batch), stream_, static_cast<const From*>(x),
+               dependent(pointwise_grid(to.size() / kChannels, call_.batch)), stream_, static_cast<const From*>(x),
                call_.batch, call_.present, from, window.stride, window.padding, to, static_cast<To*>(y));
         return to;
     }

@@ -193,6 +193,8 @@ template <typename Gate>
 __global__ void __launch_bounds__(kThreads)
     gate_step_kernel(Gate gate, int batch, const int* present, PooledSums pooled, Decision decision, RowList list,
                      int* arrivals) {
+    let_next_grid();
+    wait_for_previous_grid();
     const int image = blockIdx.x, images = images_of(present, batch);
     float* scratch = reinterpret_cast<float*>(shared_memory());
     bool last = false;

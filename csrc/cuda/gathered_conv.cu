@@ -438,10 +438,25 @@ __device__ void finish(const Arguments& call, float* staging, const Place& place
     }
 }
 
+// The thread block's share of the weights into L2, while the grid before is still at work. A network's weights do not
+// stay there from call to call. They are brought for layers that nobody executes, too: not yet known, and little.
+template <typename Tile>
+__device__ void prefetch_weights(const Arguments& call) {
+    const std::int64_t chunks = static_cast<std::int64_t>(call.out) * (call.depth / Tile::kPerChunk);
+    const int share = static_cast<int>((chunks + gridDim.x - 1) / gridDim.x);
+    const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * share;
+    if (threadIdx.x == 0 && first < chunks)
+        prefetch_to_l2(static_cast<const uint4*>(call.weight) + first,
+                       kChunk * static_cast<unsigned>(chunks - first < share ? chunks - first : share));
+}
+
 template <typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksAtOnce) gathered_conv_kernel(Arguments call) {
     using Product = std::conditional_t<Tile::kOnTensorCores, TensorCores<Tile>, FusedMultiplyAdds<Tile>>;
     unsigned char* shared = shared_memory();  // [kStages, kStageBytes], then the product
+    let_next_grid();
+    prefetch_weights<Tile>(call);
+    wait_for_previous_grid();
     const int count = call.count ? *call.count : call.batch, pixels = count * call.out_pixels.value();
     const int row_tiles =
         call.flat ? (pixels + Tile::kBlockM - 1) / Tile::kBlockM : count * call.row_tiles.value();
@@ -526,7 +541,7 @@ struct Rows {
 };
 
 template <typename Tile>
-void launch_tiles(Arguments call, const Rows& rows, int slices, Stream stream) {
+void launch_tiles(Arguments call, const Rows& rows, int slices, bool dependent, Stream stream) {
     call.row_tiles = Divisor(divided_up(rows.of_each, Tile::kBlockM));
     call.column_tiles = Divisor(divided_up(call.out, Tile::kBlockN));
     if (!Tile::kSplitK) slices = 1;
@@ -537,7 +552,9 @@ void launch_tiles(Arguments call, const Rows& rows, int slices, Stream stream) {
     static_assert(kMaxSlices / 2 <= kPartialTiles, "there are at least two slices of a tile");
     call.max_slices = slices > 1 && call.partial.sums ? std::min(kMaxSlices, resident) : 0;
     const int blocks = std::min(rows.tiles<Tile>(call.out) * slices, resident);
-    launch("gathered_conv", kernel, {blocks, Tile::kThreads, Tile::kSharedBytes}, stream, call);
+    Grid grid{blocks, Tile::kThreads, Tile::kSharedBytes};
+    grid.dependent = dependent;
+    launch("gathered_conv", kernel, grid, stream, call);
 }
 
 template <typename Element>
@@ -565,19 +582,19 @@ bool wants_large_tiles(int rows, int columns) { return rows > 64 && columns > 64
 // The largest tile that still gives every multiprocessor one. Results do not depend on the choice: products are summed
 // over K and pooled sums over pixels in the same order, except in the narrow tile, which the layer alone decides.
 template <typename Element>
-void launch_element(const Convolution& layer, const Arguments& call, bool pixels_are_images, Stream stream) {
+void launch_element(const Convolution& layer, const Arguments& call, const GatheredConv& asked, Stream stream) {
     using Serial = Large<Element, false>;
     using SplitK = Large<Element, true>;
     static_assert(Small<Element>::kBlockK == SplitK::kBlockK, "slices have as many steps");
     static_assert(Small<Element>::kRowsAtOnce == SplitK::kRowsAtOnce, "the order of pooled sums");
     const int pixels = call.out_pixels.value();
     const Rows rows = call.flat ? Rows{1, call.batch * pixels} : Rows{call.batch, pixels};
-    const int slices = split_k_slices<Element>(layer, pixels_are_images ? 1 : pixels);
-    if (call.out <= Narrow<Element>::kBlockN) return launch_tiles<Narrow<Element>>(call, rows, slices, stream);
+    const int slices = split_k_slices<Element>(layer, asked.pixels_are_images ? 1 : pixels);
+    if (call.out <= Narrow<Element>::kBlockN) return launch_tiles<Narrow<Element>>(call, rows, slices, asked.dependent, stream);
     if (!wants_large_tiles(rows.of_each, call.out) || rows.tiles<Serial>(call.out) < multiprocessors())
-        return launch_tiles<Small<Element>>(call, rows, slices, stream);
-    if (slices > 1) return launch_tiles<SplitK>(call, rows, slices, stream);
-    launch_tiles<Serial>(call, rows, slices, stream);
+        return launch_tiles<Small<Element>>(call, rows, slices, asked.dependent, stream);
+    if (slices > 1) return launch_tiles<SplitK>(call, rows, slices, asked.dependent, stream);
+    launch_tiles<Serial>(call, rows, slices, asked.dependent, stream);
 }
 
 // Floats of a call's partial sums, whatever its tiles are and whether its rows are flat.
@@ -668,7 +685,7 @@ void gathered_conv(ElementType type, const Convolution& layer, const GatheredCon
     arguments.scatters = call.scatters;
     arguments.least = call.relu ? 0.0f : -INFINITY;
     with_element(type, [&](auto element) {
-        launch_element<decltype(element)>(layer, arguments, call.pixels_are_images, stream);
+        launch_element<decltype(element)>(layer, arguments, call, stream);
     });
 }
 

@@ -224,6 +224,25 @@ __device__ inline void mma_m16n8k8_tf32(float (&d)[4], const unsigned (&a)[4], c
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// ---- dependent launches (compute capability 9.0 and above; elsewhere a grid begins when the one before it has ended)
+
+#if __CUDA_ARCH__ >= 900
+// The next grid of the stream, if it is launched as a dependent one, may begin once all thread blocks have said so or
+// have ended.
+__device__ inline void let_next_grid() { asm volatile("griddepcontrol.launch_dependents;"); }
+// Until the grid before has ended and its stores are seen. Every thread calls it before it reads or writes what other
+// grids do; every grid does, so that the end of one is the end of all before it.
+__device__ inline void wait_for_previous_grid() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// Brings bytes of global memory into L2, in multiples of 16, aligned to 16.
+__device__ inline void prefetch_to_l2(const void* from, unsigned bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)), "r"(bytes));
+}
+#else
+__device__ inline void let_next_grid() {}
+__device__ inline void wait_for_previous_grid() {}
+__device__ inline void prefetch_to_l2(const void*, unsigned) {}
+#endif
+
 // ---- clusters of thread blocks (compute capability 9.0 and above; elsewhere a thread block is alone)
 
 #if __CUDA_ARCH__ >= 900

@@ -142,6 +142,16 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const unsigned (&a)[4], const unsign
     simt::mma_m16n8k8_tf32(d, a, b, site);
 }
 
+// ---- dependent launches
+
+inline void let_next_grid() { simt::machine.let_next_grid(); }
+inline void wait_for_previous_grid(simt::Site site = simt::Site::here()) {
+    if (!simt::removal.covers(site)) simt::machine.wait_for_previous_grid(site);
+}
+inline void prefetch_to_l2(const void* from, unsigned bytes) {
+    for (unsigned byte : {0u, bytes - 1}) (void)static_cast<const volatile unsigned char*>(from)[byte];
+}
+
 // ---- clusters
 
 inline int cluster_rank() { return simt::cluster_rank(); }

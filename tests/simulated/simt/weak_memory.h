@@ -66,10 +66,14 @@ public:
         for (Fiber* thread : block.fibers) thread->observed = observed, thread->seen = seen;
     }
     // The end of a grid makes all its stores known.
-    void end_of_grid() {
-        for (const Store& store : stores_) land(store);
-        stores_.clear();
-        landed_.clear();
+    void end_of_grid(const Launch& launch) {
+        const auto its = [&](int block) { return block >= launch.first && block < launch.first + launch.blocks; };
+        const auto others =
+            std::stable_partition(stores_.begin(), stores_.end(), [&](const Store& store) { return its(store.block); });
+        for (auto store = stores_.begin(); store != others; ++store) land(*store);
+        stores_.erase(stores_.begin(), others);
+        for (auto place = landed_.begin(); place != landed_.end();)
+            place = its(place->second.block) ? landed_.erase(place) : std::next(place);
     }
 
 private:
