@@ -253,7 +253,8 @@ void bind_cuda(py::module_& module) {
                 pointer<float>(cell),
                 {pointer<float>(logit), pointer<float>(probability), pointer<bool>(executed),
                  pointer<const bool>(forced)},
-                {pointer<int>(rows), pointer<int>(count)}, pointer<int>(arrivals), pointer<CUstream_st>(stream));
+                {pointer<int>(rows), pointer<int>(count)}, pointer<int>(arrivals), false,
+                pointer<CUstream_st>(stream));
         },
         py::arg("channels"), py::arg("embed"), py::arg("hidden_size"), py::arg("embedding_weight"),
         py::arg("embedding_bias"), py::arg("input_weight"), py::arg("hidden_weight"), py::arg("bias"),

@@ -43,7 +43,7 @@ struct Loaded {
     const void* images;     // [batch, in, height, width]
     void* y;                // [batch, places, padded]; a place is a pixel or a pair of them
     float *hidden, *cell;   // [batch, units]
-    int* arrivals;          // [1]
+    int* arrivals;          // [batch + 1]
     int* partial_arrivals;  // [kPartialTiles]
     int in, padded, pixels, width, places, units;
     Divisor columns;  // places in a row
@@ -58,10 +58,11 @@ __global__ void __launch_bounds__(kPointwiseThreads) load_images_kernel(Loaded l
     const int images = images_of(present, batch), places = loaded.places;
     if (blockIdx.x == 0 && blockIdx.y == 0) {
         static_assert(kPartialTiles <= kPointwiseThreads, "a thread block reaches them all");
-        if (thread == 0) *loaded.arrivals = 0;
+        if (thread == 0) loaded.arrivals[batch] = 0;
         if (thread < kPartialTiles) loaded.partial_arrivals[thread] = 0;
     }
     for (std::int64_t image = blockIdx.y; image < images; image += gridDim.y) {
+        if (blockIdx.x == 0 && thread == 0) loaded.arrivals[image] = 0;
         for (int i = blockIdx.x * kPointwiseThreads + thread; i < loaded.units; i += gridDim.x * kPointwiseThreads)
             loaded.hidden[image * loaded.units + i] = loaded.cell[image * loaded.units + i] = 0.0f;
         const Element* from = static_cast<const Element*>(loaded.images) + image * loaded.in * loaded.pixels;
@@ -255,8 +256,8 @@ struct Workspace {
     void *inner, *other;      // inside of a block or a gate
     float *sums, *gate_sums;  // pooled sums of x, of a feed-forward gate's last convolution
     float* features;          // [batch, channels]
-    RowList list;
-    int* arrivals;
+    RowList lists[2];         // who executes a block, and who the next one, in turn
+    int* arrivals;            // [batch + 1]
     PartialSums partial;  // of whichever convolution runs
 
     Workspace(const CompactedNetwork& network, int batch, Arena& arena) {
@@ -268,9 +269,11 @@ struct Workspace {
         sums = arena.allocate<float>(batch * per_image.sums);
         gate_sums = arena.allocate<float>(network.gates.empty() ? 0 : batch * per_image.sums);
         features = arena.allocate<float>(batch * per_image.features);
-        list.rows = arena.allocate<int>(batch * 4ll);
-        list.count = arena.allocate<int>(4);
-        arrivals = arena.allocate<int>(4);
+        for (RowList& list : lists) {
+            list.rows = arena.allocate<int>(batch * 4ll);
+            list.count = arena.allocate<int>(4);
+        }
+        arrivals = arena.allocate<int>((batch + 1) * 4ll);
         partial.sums = arena.allocate<float>(per_image.partial);
         partial.arrivals = arena.allocate<int>(4ll * kPartialTiles);
     }
@@ -284,13 +287,10 @@ public:
 
     void run() {
         stem();
-        run_block(0, nullptr);
-        const int blocks = static_cast<int>(network_.blocks.size());
-        for (int index = 1; index < blocks; ++index) {
-            if (call_.num_gates > 0) gate_step(index - 1);  // which compacts, too
-            run_block(index, call_.num_gates > 0 ? &workspace_.list : nullptr);
+        for (int index = 0; index < static_cast<int>(network_.blocks.size()); ++index) {
+            run_block(index);
+            if (index < call_.num_gates && !network_.gates.empty()) gate_step(index);
         }
-        if (call_.num_gates == blocks) gate_step(blocks - 1);
         head();
     }
 
@@ -321,14 +321,33 @@ private:
         if (network_.stem_pools) shape_ = max_pool<Element, Element, kStemWindow>(shape_, y, workspace_.x);
     }
 
+    Decision decision(int gate) const {
+        const std::int64_t row = static_cast<std::int64_t>(gate) * call_.batch;
+        const bool decides = gate < static_cast<int>(network_.blocks.size()) - 1;
+        return {call_.gate_logits + row, call_.probabilities + row, call_.executed + row,
+                call_.forced && decides ? call_.forced + row : nullptr};
+    }
+
+    // Who executes a block; null: everybody.
+    const RowList* list(int block) const {
+        return block > 0 && call_.num_gates > 0 ? &workspace_.lists[block % 2] : nullptr;
+    }
+
+    // RNNGate, which the block's last convolution evaluates in its tail; it compacts, too.
+    GateTail gate_tail(int index) const {
+        return {network_.embeddings[index],
+                network_.lstm,
+                call_.present,
+                call_.hidden,
+                call_.cell,
+                decision(index),
+                list(index) ? decision(index - 1).executed : nullptr,
+                workspace_.lists[(index + 1) % 2],
+                workspace_.arrivals};
+    }
+
+    // A feed-forward gate, in launches of its own.
     void gate_step(int index) {
-        const std::int64_t row = static_cast<std::int64_t>(index) * call_.batch;
-        const bool decides = index < static_cast<int>(network_.blocks.size()) - 1;
-        const Decision decision{call_.gate_logits + row, call_.probabilities + row, call_.executed + row,
-                                call_.forced && decides ? call_.forced + row : nullptr};
-        if (!network_.embeddings.empty())
-            return cuda::gate_step(network_.embeddings[index], network_.lstm, call_.batch, call_.present, sums_,
-                                   call_.hidden, call_.cell, decision, workspace_.list, workspace_.arrivals, stream_);
         const CompactedGate& gate = network_.gates[index];
         Shape seen = network_.gates_pool ? max_pool<Element, float, kGateWindow>(shape_, workspace_.x, workspace_.inner)
                                          : max_pool<Element, float, kNoWindow>(shape_, workspace_.x, workspace_.inner);
@@ -340,14 +359,15 @@ private:
             seen = convolved(layer, seen);
             std::swap(from, to);
         }
-        cuda::gate_step(gate.tail, call_.batch, call_.present, sums, decision, workspace_.list, workspace_.arrivals,
-                        stream_);
+        cuda::gate_step(gate.tail, call_.batch, call_.present, sums, decision(index), workspace_.lists[(index + 1) % 2],
+                        workspace_.arrivals + call_.batch, true, stream_);
     }
 
-    // For the images of the list, in place; without one for all that are present. Where the block projects, the others
+    // For the images that execute it, in place. Where the block projects, the others
     // take its shortcut.
-    void run_block(int index, const RowList* list) {
+    void run_block(int index) {
         const CompactedBlock& block = network_.blocks[index];
+        const RowList* executing = list(index);
         void *from = workspace_.x, *to = workspace_.inner;
         Shape shape = shape_;
         if (!block.projection.empty()) {
@@ -356,19 +376,23 @@ private:
         }
         const std::size_t last = block.convolutions.size() - 1;
         for (std::size_t i = 0; i < last; ++i) {
-            convolve(block.convolutions[i], shape, {.list = list, .gathers = i == 0, .relu = true, .x = from, .y = to});
+            convolve(block.convolutions[i], shape, {.list = executing, .gathers = i == 0, .relu = true, .x = from, .y = to});
             shape = convolved(block.convolutions[i], shape);
             from = to;
             to = to == workspace_.inner ? workspace_.other : workspace_.inner;
         }
+        GateTail gate{};
+        const bool gates = index < call_.num_gates && network_.gates.empty();
+        if (gates) gate = gate_tail(index);
         sums_ = convolve(block.convolutions[last], shape,
-                         {.list = list,
+                         {.list = executing,
                           .scatters = true,
                           .relu = true,
                           .x = from,
                           .residual = workspace_.x,
                           .y = workspace_.x,
-                          .sums = workspace_.sums});
+                          .sums = workspace_.sums,
+                          .gate = gates ? &gate : nullptr});
         shape_ = convolved(block.convolutions[last], shape);
     }
 
@@ -395,6 +419,7 @@ private:
         const void *x = nullptr, *residual = nullptr;
         void* y = nullptr;
         float* sums = nullptr;
+        const GateTail* gate = nullptr;
     };
 
     PooledSums convolve(const Convolution& layer, const Shape& from, const ConvolutionOptions& options,
@@ -404,7 +429,8 @@ private:
         gathered_conv(
             type, layer,
             {call_.batch, from.height, from.width, options.list ? options.list : all, options.gathers, options.scatters,
-             options.relu, options.x, options.residual, options.y, options.sums, workspace_.partial, false, true},
+             options.relu, options.x, options.residual, options.y, options.sums, workspace_.partial, false,
+             options.gate, true},
             stream_);
         return {options.sums, pooled_tiles(layer, from.height, from.width),
                 static_cast<int>(convolved(layer, from).pixels())};

@@ -13,8 +13,10 @@
 #include <type_traits>
 
 #include "../check.h"
+#include "arrival.cuh"
 #include "channels.cuh"
 #include "divisor.cuh"
+#include "gate_step.cuh"
 #include "launch.cuh"
 #include "ptx.cuh"
 
@@ -24,6 +26,7 @@ namespace {
 constexpr int kStages = 4;         // of the cp.async pipeline
 constexpr int kChunk = 16;         // bytes of one cp.async
 constexpr int kChunks = 4;         // of a row of a stage: K advances by 32 16-bit or 16 float32 elements
+constexpr int kTailThreads = 128;  // of a thread block that may evaluate gates
 constexpr int kPooledPixels = 64;  // of a pooled tile, whatever the tile of the product is
 
 // Sums over K are taken in ascending order; with splitK each slice of K is summed by itself, and slices are
@@ -40,6 +43,8 @@ struct Tile {
     // Threads that a multiprocessor shall hold at least. Split-K needs a second set of sums, float32 products more
     // registers, and no kernel may spill.
     static constexpr int kBlocksAtOnce = (!kOnTensorCores || (kSplitK && kSums > 32) ? 256 : 512) / kThreads;
+    // A gate has many loads under way, the more so the fewer warps there are for it.
+    static constexpr int kGatingBlocksAtOnce = std::min(kBlocksAtOnce, 3);
     static constexpr int kPerChunk = kChunk / static_cast<int>(sizeof(Element));
     static constexpr int kBlockK = kChunks * kPerChunk;
     static constexpr int kStageBytes = (blockM + blockN) * kChunks * kChunk;
@@ -57,6 +62,8 @@ struct Tile {
     static_assert(kSharedBytes <= 99 * 1024, "what a block can have on every architecture");
     static_assert(kBlockN <= kThreads, "a thread finishes a column's pooled sum");
 
+    // What is worth a register between K steps, where there are enough of them.
+    __device__ static int keep(int value) { return sizeof(Element) == 2 ? in_register(value) : value; }
     // Where a column of the product lies in a staged row.
     __host__ __device__ static constexpr int staged(int column) { return column + column / 32 * 4; }
     static_assert(staged(kBlockN - 1) < kStagingStride, "a row has room for its columns");
@@ -82,6 +89,7 @@ struct Arguments {
     int pooled_tiles;
     int max_slices;  // that can be in memory at a time
     PartialSums partial;
+    GateTail gate;
     bool flat;  // tiles go on from one image to the next
     bool gathers, scatters;
     float least;  // of a result: 0 is the ReLU
@@ -111,7 +119,7 @@ class Loader {
 public:
     __device__ Loader(const Arguments& call, const Place& place, int first_step) : call_(call) {
         const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks, column = place.first_channel + row;
-        in_stage_ = in_register(stage_offset(row, chunk));
+        in_stage_ = Tile::keep(stage_offset(row, chunk));
         channel_ = first_step * Tile::kBlockK + chunk * Tile::kPerChunk;
         weight_ = (column * call.depth + channel_) / Tile::kPerChunk;
         tap_x_ = call.in.divide(channel_);
@@ -246,8 +254,8 @@ class TensorCores {
 public:
     __device__ TensorCores(int row, int column) : row_(row), column_(column) {
         const int lane = threadIdx.x % 32;
-        a_ = in_register(stage_offset(row + lane % 16, lane / 16));
-        b_ = in_register(stage_offset(column + lane / 16 * 8 + lane % 8, lane / 8 % 2));
+        a_ = Tile::keep(stage_offset(row + lane % 16, lane / 16));
+        b_ = Tile::keep(stage_offset(column + lane / 16 * 8 + lane % 8, lane / 8 % 2));
     }
 
     __device__ void multiply(const unsigned char* a, const unsigned char* b, Sums<Tile>& sums) const {
@@ -354,15 +362,7 @@ __device__ bool reduce_split_k(const Arguments& call, int tile, int slice, Sums<
     const int slices = call.slices.value();
     float* partial = call.partial.sums + static_cast<std::int64_t>(tile) * slices * kTileSums;
     sums.store_partial(partial + slice * kTileSums);
-    __syncthreads();
-    bool last = false;
-    if (threadIdx.x == 0) {
-        __threadfence();  // the block's sums before its arrival
-        last = atomicAdd(call.partial.arrivals + tile, 1) == slices - 1;
-        __threadfence();  // all arrivals before the others' sums, which the barrier passes on to the block
-    }
-    if (!__syncthreads_or(last)) return false;
-    if (threadIdx.x == 0) call.partial.arrivals[tile] = 0;
+    if (!comes_last(call.partial.arrivals + tile, slices)) return false;
     sums = Sums<Tile>(kNegativeZero);
 #pragma unroll 2
     for (int i = 0; i < slices; ++i) sums.add_partial(partial + i * kTileSums);
@@ -433,7 +433,8 @@ __device__ void finish(const Arguments& call, float* staging, const Place& place
                 sum += staging[(pool_row + row) * Tile::kStagingStride + Tile::staged(mine)];
             const std::int64_t tile = static_cast<std::int64_t>(place.out_image) * call.pooled_tiles +
                                       (place.first_row + pool_row) / kPooledPixels;
-            call.sums[tile * call.out + place.first_channel + mine] = sum;
+            // Past L1, where the thread block looks for it that does the image's gate.
+            __stcg(call.sums + tile * call.out + place.first_channel + mine, sum);
         }
     }
 }
@@ -450,8 +451,9 @@ __device__ void prefetch_weights(const Arguments& call) {
                        kChunk * static_cast<unsigned>(chunks - first < share ? chunks - first : share));
 }
 
-template <typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksAtOnce) gathered_conv_kernel(Arguments call) {
+template <typename Tile, bool kGates>
+__global__ void __launch_bounds__(Tile::kThreads, kGates ? Tile::kGatingBlocksAtOnce : Tile::kBlocksAtOnce)
+    gathered_conv_kernel(Arguments call) {
     using Product = std::conditional_t<Tile::kOnTensorCores, TensorCores<Tile>, FusedMultiplyAdds<Tile>>;
     unsigned char* shared = shared_memory();  // [kStages, kStageBytes], then the product
     let_next_grid();
@@ -467,8 +469,20 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksAtOnce) gathered_
     const bool splits = Tile::kSplitK && tiles * call.slices.value() <= call.max_slices;
     const int slices = Tile::kSplitK ? call.slices.value() : 1;
     const int items = splits ? tiles * slices : tiles;
-    // Neighbouring thread blocks share an image's pixels: they meet in the cache.
-    for (int item = blockIdx.x; item < items; item += gridDim.x) {
+    const int images = kGates ? images_of(call.gate.present, call.batch) : 0;
+    const auto gate_step = [&](int image) {
+        decide_and_compact(Rnn<kTailThreads / 32>(call.gate.embedding, call.gate.lstm, call.gate.hidden, call.gate.cell),
+                           {call.sums, call.pooled_tiles, call.out_pixels.value()}, call.gate.decision, image, images,
+                           call.gate.list, call.gate.arrivals + call.batch, reinterpret_cast<float*>(shared));
+    };
+    // Neighbouring thread blocks share an image's pixels: they meet in the cache. After the tiles come the gates of
+    // images that skip the block: they have kept their sums.
+    for (int item = blockIdx.x; item < items + images; item += gridDim.x) {
+        if (kGates && item >= items) {
+            const int image = item - items;
+            if (call.gate.executed && !call.gate.executed[image]) gate_step(image);
+            continue;
+        }
         int first_slice = splits ? item : 0;
         const int tile = splits ? call.slices.divide(first_slice) : item;
         const int end_slice = splits ? first_slice + 1 : slices;
@@ -514,12 +528,17 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksAtOnce) gathered_
         float* staging = reinterpret_cast<float*>(shared);
         product.store(total, staging);
         __syncthreads();
-        if (call.sums)
+        if (kGates || call.sums)
             finish<Tile, true>(call, staging, place);
         else
             finish<Tile, false>(call, staging, place);
         __syncthreads();  // the product's place becomes the next tile's stages
+        if constexpr (kGates) {
+            const int own_tiles = call.row_tiles.value() * call.column_tiles.value();
+            if (comes_last(call.gate.arrivals + place.out_image, own_tiles)) gate_step(place.out_image);
+        }
     }
+    if (kGates && images == 0 && blockIdx.x == 0 && threadIdx.x == 0) *call.gate.list.count = 0;
 }
 
 int divided_up(int value, int by) { return (value + by - 1) / by; }
@@ -541,20 +560,29 @@ struct Rows {
 };
 
 template <typename Tile>
-void launch_tiles(Arguments call, const Rows& rows, int slices, bool dependent, Stream stream) {
+void launch_tiles(Arguments call, const Rows& rows, int slices, const GatheredConv& asked, Stream stream) {
     call.row_tiles = Divisor(divided_up(rows.of_each, Tile::kBlockM));
     call.column_tiles = Divisor(divided_up(call.out, Tile::kBlockN));
     if (!Tile::kSplitK) slices = 1;
     call.slices = Divisor(slices);
-    const auto kernel = gathered_conv_kernel<Tile>;
+    auto kernel = gathered_conv_kernel<Tile, false>;
+    // Where there are tiles enough to be large, what every tile adds to a gate in the tail is more than a launch.
+    constexpr bool kHasTail = Tile::kThreads == kTailThreads;
+    if constexpr (kHasTail)
+        if (asked.gate) kernel = gathered_conv_kernel<Tile, true>;
     const int resident = multiprocessors() * resident_blocks(kernel, Tile::kThreads, Tile::kSharedBytes);
     constexpr int kMaxSlices = kPartialSums / (Tile::kBlockM * Tile::kBlockN);
     static_assert(kMaxSlices / 2 <= kPartialTiles, "there are at least two slices of a tile");
     call.max_slices = slices > 1 && call.partial.sums ? std::min(kMaxSlices, resident) : 0;
     const int blocks = std::min(rows.tiles<Tile>(call.out) * slices, resident);
     Grid grid{blocks, Tile::kThreads, Tile::kSharedBytes};
-    grid.dependent = dependent;
+    grid.dependent = asked.dependent;
     launch("gathered_conv", kernel, grid, stream, call);
+    if (!asked.gate || kHasTail) return;
+    const GateTail& gate = call.gate;
+    gate_step(gate.embedding, gate.lstm, call.batch, gate.present,
+              {call.sums, call.pooled_tiles, call.out_pixels.value()}, gate.hidden, gate.cell, gate.decision, gate.list,
+              gate.arrivals + call.batch, true, stream);
 }
 
 template <typename Element>
@@ -590,11 +618,11 @@ void launch_element(const Convolution& layer, const Arguments& call, const Gathe
     const int pixels = call.out_pixels.value();
     const Rows rows = call.flat ? Rows{1, call.batch * pixels} : Rows{call.batch, pixels};
     const int slices = split_k_slices<Element>(layer, asked.pixels_are_images ? 1 : pixels);
-    if (call.out <= Narrow<Element>::kBlockN) return launch_tiles<Narrow<Element>>(call, rows, slices, asked.dependent, stream);
+    if (call.out <= Narrow<Element>::kBlockN) return launch_tiles<Narrow<Element>>(call, rows, slices, asked, stream);
     if (!wants_large_tiles(rows.of_each, call.out) || rows.tiles<Serial>(call.out) < multiprocessors())
-        return launch_tiles<Small<Element>>(call, rows, slices, asked.dependent, stream);
-    if (slices > 1) return launch_tiles<SplitK>(call, rows, slices, asked.dependent, stream);
-    launch_tiles<Serial>(call, rows, slices, asked.dependent, stream);
+        return launch_tiles<Small<Element>>(call, rows, slices, asked, stream);
+    if (slices > 1) return launch_tiles<SplitK>(call, rows, slices, asked, stream);
+    launch_tiles<Serial>(call, rows, slices, asked, stream);
 }
 
 // Floats of a call's partial sums, whatever its tiles are and whether its rows are flat.
@@ -651,6 +679,8 @@ void gathered_conv(ElementType type, const Convolution& layer, const GatheredCon
     check(layer.kernel <= 15, "kernel: expected 15 at most, got ", layer.kernel);
     check(call.batch >= 0 && call.height >= 1 && call.width >= 1, "x: got ", call.batch, " images of ", call.height,
           "x", call.width);
+    check(!call.gate || (call.sums && (call.scatters || !call.list || !call.list->rows)),
+          "gate: expected pooled sums, at the images' places");
     if (call.batch == 0) return;
     const int out_width = layer.out_side(call.width), out_pixels = layer.out_side(call.height) * out_width;
     check(static_cast<std::int64_t>(call.batch) * std::max(out_pixels, call.height * call.width) < 1ll << 31,
@@ -680,6 +710,7 @@ void gathered_conv(ElementType type, const Convolution& layer, const GatheredCon
     arguments.out_pixels = Divisor(out_pixels);
     arguments.pooled_tiles = pooled_tiles(layer, call.height, call.width);
     arguments.partial = call.partial;
+    if (call.gate) arguments.gate = *call.gate;
     arguments.flat = !call.sums && !(call.scatters && arguments.rows);
     arguments.gathers = call.gathers;
     arguments.scatters = call.scatters;

@@ -4,6 +4,7 @@
 
 #include "compaction.h"
 #include "element.h"
+#include "gate_step.h"
 #include "stream.h"
 
 namespace skipnet::cuda {
@@ -45,7 +46,8 @@ struct GatheredConv {
     float* sums;             // [batch, pooled_tiles, out], of y over a tile's pixels, at y's places; may be null
     PartialSums partial;     // without them a thread block computes all slices of K, to the same result
     bool pixels_are_images;  // each pixel is an image of its own: the order of its sums depends on the layer alone
-    bool dependent = false;  // the stream's last launch was another kernel of this strategy: see launch.cuh
+    const GateTail* gate = nullptr;  // of y's images and all others, with `sums`, in place; null: none
+    bool dependent = false;          // the stream's last launch was another kernel of this strategy: see launch.cuh
 };
 
 // How many tiles' sums an image's pool consists of.
