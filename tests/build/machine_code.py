@@ -15,7 +15,9 @@ from nvcc import FLAGS, find_nvcc
 from object_cache import ROOT, compiled
 
 _KERNEL = re.compile(r"^\.text\.(?P<name>\w+):")
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(?P<text>[A-Z].*?) *;")
+_LABEL = re.compile(r"^(?P<label>\.L_x_\d+):")
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?P<predicate>@!?U?P\w+ )?(?P<text>[A-Z].*?) *;")
+_BRANCH = re.compile(r"(?P<condition>@\S+ )?BRA.*`\((?P<label>\.L_x_\d+)\)")
 _WIDTHS = {"64": 2, "128": 4}  # registers that a load fills, by its suffix
 
 
@@ -28,8 +30,8 @@ def find_nvdisasm() -> str | None:
 
 
 @cache
-def kernels(source: str) -> dict[str, list[str]]:
-    """The instructions of each kernel in csrc/cuda/SOURCE, without their predicates."""
+def listings(source: str) -> dict[str, list[str]]:
+    """The code of each kernel in csrc/cuda/SOURCE: instructions with their predicates, and labels."""
     nvcc, nvdisasm = find_nvcc(), find_nvdisasm()
     assert nvcc is not None
     assert nvdisasm is not None
@@ -39,10 +41,46 @@ def kernels(source: str) -> dict[str, list[str]]:
     listing: dict[str, list[str]] = {}
     for line in text.splitlines():
         if kernel := _KERNEL.match(line):
-            listing[readable(kernel["name"])] = instructions = []
+            listing[readable(kernel["name"])] = code = []
+        elif label := _LABEL.match(line):
+            code.append(label["label"])
         elif instruction := _INSTRUCTION.match(line):
-            instructions.append(instruction["text"])
+            code.append((instruction["predicate"] or "") + instruction["text"])
     return listing
+
+
+def without_predicates(code: list[str]) -> list[str]:
+    """Instructions alone."""
+    return [re.sub(r"^@\S+ ", "", line) for line in code if not line.startswith(".L")]
+
+
+@cache
+def kernels(source: str) -> dict[str, list[str]]:
+    """The instructions of each kernel in csrc/cuda/SOURCE, without their predicates."""
+    return {name: without_predicates(code) for name, code in listings(source).items()}
+
+
+def loops(code: list[str]) -> Iterator[list[str]]:
+    """What lies between a label and each branch back to it."""
+    places = {line: place for place, line in enumerate(code) if line.startswith(".L")}
+    for place, line in enumerate(code):
+        branch = _BRANCH.match(line)
+        if branch and places.get(branch["label"], place) < place:
+            yield code[places[branch["label"]]:place + 1]
+
+
+def main_path(loop: list[str], keep: str) -> list[str]:
+    """A loop's instructions when branches are taken over what has a loop of its own, but for what holds ``keep``."""
+    places = {line: place for place, line in enumerate(loop) if line.startswith(".L")}
+    path, place = [], 0
+    while place < len(loop):
+        path.append(loop[place])
+        branch = _BRANCH.match(loop[place])
+        target = places.get(branch["label"], 0) if branch else 0
+        skipped = loop[place:target]
+        rare = any(True for _ in loops(skipped)) and not any(keep in line for line in skipped)
+        place = target if rare else place + 1
+    return without_predicates(path)
 
 
 def count(instructions: list[str], pattern: str) -> int:
