@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from skipnet_rt.checkpoint import CheckpointError, convert, load, save
+from skipnet_rt.checkpoint import CheckpointError, convert, from_resnet, load, save
 from skipnet_rt.engines.registry import EngineError, engines
 from skipnet_rt.model.arch import ArchError, BlockPlan, SkipNetArch, arch
 from skipnet_rt.model.card import ModelCard
@@ -32,6 +32,7 @@ __all__ = [
     "convert",
     "count_operations",
     "engines",
+    "from_resnet",
     "load",
     "save",
 ]

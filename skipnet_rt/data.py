@@ -156,6 +156,19 @@ def _svhn(root: Path) -> Data:
     return Data(cast(Split, ConcatDataset([train, extra])), test, tuple("0123456789"), SVHN)
 
 
+def read_picture(path: str) -> Image.Image:
+    """A picture from a file, in RGB.
+
+    Raises:
+        DataError: the file is no picture, or a damaged one.
+    """
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:  # all of which PIL raises for damaged files
+        raise DataError(f"{path} is no picture that can be read: {error}") from None
+
+
 def _image_folder(root: Path) -> Data:
     """ImageNet's usual preprocessing: random crops of any scale and flips; centre crops of 224 when held out."""
     for split in ("train", "val"):
@@ -165,10 +178,12 @@ def _image_folder(root: Path) -> Data:
     augmented = transforms.Compose([transforms.RandomResizedCrop(IMAGENET.image_size),
                                     transforms.RandomHorizontalFlip(), IMAGENET.normalise])
     try:
-        train = datasets.ImageFolder(str(root / "train"), augmented)
-        test = datasets.ImageFolder(str(root / "val"), IMAGENET)
+        train = datasets.ImageFolder(str(root / "train"), augmented, loader=read_picture)
+        test = datasets.ImageFolder(str(root / "val"), IMAGENET, loader=read_picture)
     except FileNotFoundError as error:
         raise DataError(str(error)) from None
+    if len(train.classes) < 2:
+        raise DataError(f"{root / 'train'} holds one class, {train.classes[0]}: there is nothing to tell apart")
     if train.classes != test.classes:
         raise DataError(f"{root / 'train'} and {root / 'val'} hold different classes: "
                         f"{', '.join(sorted(set(train.classes) ^ set(test.classes)))}")

@@ -475,14 +475,8 @@ __global__ void __launch_bounds__(Tile::kThreads, kGates ? Tile::kGatingBlocksAt
                            {call.sums, call.pooled_tiles, call.out_pixels.value()}, call.gate.decision, image, images,
                            call.gate.list, call.gate.arrivals + call.batch, reinterpret_cast<float*>(shared));
     };
-    // Neighbouring thread blocks share an image's pixels: they meet in the cache. After the tiles come the gates of
-    // images that skip the block: they have kept their sums.
-    for (int item = blockIdx.x; item < items + images; item += gridDim.x) {
-        if (kGates && item >= items) {
-            const int image = item - items;
-            if (call.gate.executed && !call.gate.executed[image]) gate_step(image);
-            continue;
-        }
+    // Computes a tile, or a slice of one. Whose gate is to come next: the image's all of which is there, or -1.
+    const auto compute = [&](int item) {
         int first_slice = splits ? item : 0;
         const int tile = splits ? call.slices.divide(first_slice) : item;
         const int end_slice = splits ? first_slice + 1 : slices;
@@ -523,7 +517,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kGates ? Tile::kGatingBlocksAt
             total.add(sums);
         }
         if constexpr (Tile::kSplitK)
-            if (splits && !reduce_split_k(call, tile, first_slice, total)) continue;
+            if (splits && !reduce_split_k(call, tile, first_slice, total)) return -1;
         __syncthreads();  // the stages become the product's place; all of theirs has landed
         float* staging = reinterpret_cast<float*>(shared);
         product.store(total, staging);
@@ -535,8 +529,19 @@ __global__ void __launch_bounds__(Tile::kThreads, kGates ? Tile::kGatingBlocksAt
         __syncthreads();  // the product's place becomes the next tile's stages
         if constexpr (kGates) {
             const int own_tiles = call.row_tiles.value() * call.column_tiles.value();
-            if (comes_last(call.gate.arrivals + place.out_image, own_tiles)) gate_step(place.out_image);
+            if (comes_last(call.gate.arrivals + place.out_image, own_tiles)) return place.out_image;
         }
+        return -1;
+    };
+    // Neighbouring thread blocks share an image's pixels: they meet in the cache. After the tiles come the gates of
+    // images that skip the block: they have kept their sums.
+    for (int item = blockIdx.x; item < items + images; item += gridDim.x) {
+        int image = -1;
+        if (item < items)
+            image = compute(item);
+        else if (call.gate.executed && !call.gate.executed[item - items])
+            image = item - items;
+        if (kGates && image >= 0) gate_step(image);
     }
     if (kGates && images == 0 && blockIdx.x == 0 && threadIdx.x == 0) *call.gate.list.count = 0;
 }

@@ -5,6 +5,7 @@ What is in a file, what may be wrong with it and what network it makes; how a ne
 
 from skipnet_rt.checkpoint.error import CheckpointError
 from skipnet_rt.checkpoint.loading import as_skipnet, load
+from skipnet_rt.checkpoint.resnets import from_resnet
 from skipnet_rt.checkpoint.saving import convert, save
 
-__all__ = ["CheckpointError", "as_skipnet", "convert", "load", "save"]
+__all__ = ["CheckpointError", "as_skipnet", "convert", "from_resnet", "load", "save"]

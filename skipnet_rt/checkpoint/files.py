@@ -4,7 +4,7 @@ Two formats, told apart by their content and not by their extension:
 
 - the published one, written by ``torch.save`` (zip archives and the older plain pickles): a dictionary of ``iter`` or
   ``epoch``, ``arch``, ``state_dict`` and ``best_prec1``. Source: the published code's training scripts. A bare state
-  dictionary is read too;
+  dictionary is read too, and one under ``model``, where torchvision's training script puts it;
 - our own: safetensors, with the architecture and the card as JSON in its metadata.
 """
 
@@ -84,9 +84,12 @@ def _torch_contents(path: Path) -> Contents:
     except Exception as error:  # a broken or hostile pickle can raise anything
         raise CheckpointError(str(path), [f"unreadable, and nothing in it was run: {_reason(error)}"]) from None
     entries = _dictionary(path, "content", content)
-    if "state_dict" not in entries:
-        return Contents(str(path), entries)
-    return Contents(str(path), _dictionary(path, "state_dict", entries["state_dict"]),
+    name = "state_dict"
+    if name not in entries:
+        if not (isinstance(entries.get("model"), dict) and entries["model"]):
+            return Contents(str(path), entries)
+        name = "model"
+    return Contents(str(path), _dictionary(path, name, entries[name]),
                     _dictionary(path, VERSION_KEY, entries[VERSION_KEY]) if VERSION_KEY in entries else None,
                     published_training(entries))
 

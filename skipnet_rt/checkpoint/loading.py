@@ -17,6 +17,7 @@ from skipnet_rt.checkpoint.files import Contents, read_contents
 from skipnet_rt.checkpoint.inference import inferred_architecture
 from skipnet_rt.checkpoint.metadata import from_metadata
 from skipnet_rt.checkpoint.validation import checked_weights, differences, empty_network, own_name
+from skipnet_rt.checkpoint.variants import variants_by_weights
 from skipnet_rt.model.arch import ArchError, SkipNetArch, arch, published_name
 from skipnet_rt.model.card import ModelCard
 from skipnet_rt.model.network import SkipNet
@@ -60,7 +61,7 @@ def load(source: str | os.PathLike[str] | nn.Module) -> SkipNet:
     if isinstance(source, nn.Module):
         return as_skipnet(source)
     if isinstance(source, (str, os.PathLike)):
-        return _assembled(read_contents(Path(source)))
+        return assembled(read_contents(Path(source)))
     raise TypeError(f"source must be a path or a torch.nn.Module, got {type(source).__name__}")
 
 
@@ -70,11 +71,12 @@ def as_skipnet(module: nn.Module) -> SkipNet:
     Raises:
         CheckpointError: its names, shapes or values are not those of a published network.
     """
-    module = _unwrapped(module)
-    return module if isinstance(module, SkipNet) else _assembled(_module_contents(module))
+    module = unwrapped(module)
+    return module if isinstance(module, SkipNet) else assembled(_module_contents(module))
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What a parallel wrapper holds."""
     while isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         module = module.module
     return module
@@ -87,11 +89,14 @@ def _module_contents(module: nn.Module) -> Contents:
     return Contents(kind, module.state_dict(), stage="reinforced" if reinforced else "supervised")
 
 
-def _assembled(contents: Contents) -> SkipNet:
+def assembled(contents: Contents) -> SkipNet:
     """The network that weights and metadata make, or all that is wrong with them."""
     state, problems = checked_weights(contents.state)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if variants := variants_by_weights(shapes):
+        raise CheckpointError(contents.where, [*problems, *variants])
     try:
-        inferred = inferred_architecture({name: tuple(tensor.shape) for name, tensor in state.items()})
+        inferred = inferred_architecture(shapes)
         if contents.metadata is None:
             architecture, card = _named(inferred, contents), ModelCard(training=contents.training)
         else:

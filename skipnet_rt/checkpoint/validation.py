@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from skipnet_rt.model.arch import PUBLISHED, SkipNetArch
 from skipnet_rt.model.network import SkipNet
-from skipnet_rt.model.preprocessing import Preprocessing
+from skipnet_rt.model.preprocessing import Interpolation, Preprocessing
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -123,6 +123,7 @@ def _preprocessing_fits(values: Any, architecture: SkipNetArch) -> bool:
     try:
         given = Preprocessing.from_dict(values)
         return (given.image_size == architecture.image_size
+                and given.interpolation in get_args(Interpolation)
                 and len(given.mean) == len(given.std) == 3
                 and all(math.isfinite(value) for value in given.mean)
                 and all(math.isfinite(value) and value > 0 for value in given.std)

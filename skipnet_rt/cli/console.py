@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from skipnet_rt.model.arch import BlockPlan, SkipNetArch
+from skipnet_rt.training.distributed import place
 
 UNSTEADY = "Times vary a lot from round to round: something else is running, and these figures are rough."
 
@@ -30,8 +31,9 @@ out, err = _console(stderr=False), _console(stderr=True)
 
 
 def fail(message: str) -> NoReturn:
-    """End with status 1 and one line that says why."""
-    say("error", message)
+    """End with status 1 and one line that says why, and of several ranks which one says it."""
+    here = place()
+    say(f"error (rank {here.rank} of {here.count})" if here.count > 1 else "error", message)
     raise SystemExit(1)
 
 
@@ -61,10 +63,13 @@ def print_json(document: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def progress(beginning: str) -> Iterator[Callable[[str, float], None]]:
-    """A bar, if there is a terminal; the result is told what is being done and the share of it that is done, 0 to 1."""
+def progress(beginning: str, *, shown: bool = True) -> Iterator[Callable[[str, float], None]]:
+    """A bar, if there is a terminal and it is to be shown.
+
+    The result is told what is being done and the share of it that is done, 0 to 1.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err if err.is_terminal else Console(quiet=True), transient=True) as bar:
+    with Progress(*columns, console=err if shown and err.is_terminal else Console(quiet=True), transient=True) as bar:
         task = bar.add_task(beginning, total=1.0)
         yield lambda what, share: bar.update(task, description=what, completed=share)
 

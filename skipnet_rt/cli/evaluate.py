@@ -96,6 +96,9 @@ def results_table(evaluation: Evaluation) -> Table:
     table.add_row("Blocks run", f"{ran.double().mean().item():.1f}",
                   f"of {evaluation.arch.num_blocks} on average, from {int(ran.min())} to {int(ran.max())}")
     table.add_row("Distinct routes", str(evaluation.stats.distinct_routes), "")
+    if evaluation.arch.gated:
+        table.add_row("Decision entropy", f"{stats.decision_entropy:.3f} bits",
+                      "per gate; 0: all images take one route, 1: every gate runs its block for half of them")
     if (agreement := evaluation.agreement) is not None:
         error = "" if agreement.logits_error is None else f"; relative error of the logits {agreement.logits_error:.1e}"
         table.add_row("Decision flips", str(agreement.flips),

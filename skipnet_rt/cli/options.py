@@ -70,7 +70,7 @@ def field_options(kind: type, helps: Mapping[str, str]) -> list[inspect.Paramete
         option = typer.Option(f"--{field.name.replace('_', '-')}", help=explained[field.name],
                               show_default=False if field.default in (None, False) else str(field.default))
         options.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None,
-                                         annotation=Annotated[_option_type(hints[field.name]) | None, option]))
+                                         annotation=Annotated[option_type(hints[field.name]) | None, option]))
     return options
 
 
@@ -87,8 +87,8 @@ def _attribute_help(kind: type) -> dict[str, str]:
     return helps
 
 
-def _option_type(hint: Any) -> Any:
-    """What typer parses for a field: for a choice an enumeration; of a union the first member, the one to be typed."""
+def option_type(hint: Any) -> Any:
+    """What typer parses for a type: for a choice an enumeration; of a union the first member, the one to be typed."""
     if get_origin(hint) is Literal:
         return Enum("Choice", {value: value for value in get_args(hint)})
     return get_args(hint)[0] if get_args(hint) else hint

@@ -119,7 +119,7 @@ class Evaluation:
         return torch.argsort(order, stable=True).tolist()
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; accuracies, computation, shares and rates in percent, multiply-adds per image."""
+        """For JSON; accuracies, computation, shares and rates in percent, multiply-adds per image, entropy in bits."""
         stats, ran = self.stats, self.blocks_run
         return {
             "architecture": str(self.arch), "engine": self.engine, "device": self.device,
@@ -133,6 +133,7 @@ class Evaluation:
             "blocks": self.arch.num_blocks,
             "blocks_run": {"min": int(ran.min()), "mean": ran.double().mean().item(), "max": int(ran.max())},
             "distinct_routes": self.stats.distinct_routes,
+            "decision_entropy": stats.decision_entropy,
             "execution_rates": (100 * stats.execution_rates).tolist(),
             "agreement": None if self.agreement is None else self.agreement.to_dict(),
         }

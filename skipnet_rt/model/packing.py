@@ -164,7 +164,7 @@ class _Packer:
 
     def convolution(self, convolution: nn.Module, norm: nn.Module, *, gate: bool = False) -> PackedConvolution:
         assert isinstance(convolution, nn.Conv2d)
-        assert isinstance(norm, nn.BatchNorm2d)
+        assert isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm))
         mean, variance = cast(Tensor, norm.running_mean).double(), cast(Tensor, norm.running_var).double()
         scale = norm.weight.detach().double() / torch.sqrt(variance + norm.eps)
         weight = convolution.weight.detach().double() * scale.view(-1, 1, 1, 1)

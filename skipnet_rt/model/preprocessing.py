@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+Interpolation = Literal["bilinear", "bicubic"]
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,14 @@ class Preprocessing:
         resize_shorter: first resize the shorter side to this many pixels and crop the centre (ImageNet); None
             resizes straight to ``image_size`` (CIFAR-scale).
         mean, std: of each RGB channel, for pixels in [0, 1].
+        interpolation: how pictures are resized.
     """
 
     image_size: tuple[int, int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     resize_shorter: int | None = None
+    interpolation: Interpolation = "bilinear"
 
     def __call__(self, picture: Image.Image) -> Tensor:
         """A picture of any mode and size to a normalised float32 image ``[3, H, W]``."""
@@ -35,18 +39,19 @@ class Preprocessing:
         """The RGB picture of ``image_size`` that the network will see, before normalisation."""
         picture = picture.convert("RGB")
         height, width = self.image_size
+        resampling = Image.Resampling[self.interpolation.upper()]
         if self.resize_shorter is None:
-            return picture.resize((width, height), Image.Resampling.BILINEAR)
+            return picture.resize((width, height), resampling)
         scale = self.resize_shorter / min(picture.size)
         picture = picture.resize((max(width, round(picture.width * scale)), max(height, round(picture.height * scale))),
-                                 Image.Resampling.BILINEAR)
+                                 resampling)
         left, top = (picture.width - width) // 2, (picture.height - height) // 2
         return picture.crop((left, top, left + width, top + height))
 
     def normalise(self, picture: Image.Image) -> Tensor:
         """An RGB picture to a float32 tensor ``[3, H, W]`` with the channels' mean and deviation taken out."""
-        pixels = torch.from_numpy(np.array(picture, dtype=np.float32) / 255).permute(2, 0, 1)
-        return ((pixels - torch.tensor(self.mean).view(3, 1, 1)) / torch.tensor(self.std).view(3, 1, 1)).contiguous()
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float()
+        return pixels.div_(255).sub_(torch.tensor(self.mean).view(3, 1, 1)).div_(torch.tensor(self.std).view(3, 1, 1))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for metadata."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -112,6 +113,18 @@ class RoutingStats:
     def execution_rates(self) -> Tensor:
         """Share of the images that ran each gated block, float64 ``[G]``."""
         return self.executed.double().mean(dim=0)
+
+    @property
+    def decision_entropy(self) -> float:
+        """How dynamic the network is: the entropy of its gates' decisions over the images, in bits, mean of the gates.
+
+        0 where every gate does the same for all images (a static network), 1 where each runs its block for half of
+        them. A gate that decides by the image alone tells so many bits of it. 0 without gates or images.
+        """
+        rates = self.execution_rates
+        if not self.images or not len(rates):
+            return 0.0
+        return float((-torch.xlogy(rates, rates) - torch.xlogy(1 - rates, 1 - rates)).mean()) / math.log(2)
 
     @property
     def computation(self) -> float:

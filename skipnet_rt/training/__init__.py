@@ -1,7 +1,8 @@
 """The paper's Algorithm 1: supervised training, then hybrid reinforcement learning.
 
-What a training is (config), what it minimises (policy_gradient), how gates begin (gate_init), how it runs (loop). Data
-sets, and evaluation of what was trained, are elsewhere.
+What a training is (config), what it begins with (start), what it minimises (policy_gradient, distillation,
+route_diversity), what moves alpha (computation_target), the gates' own stage (gates_alone), how it runs (loop), by one
+process or several (distributed, batches). Data sets, and evaluation of what was trained, are elsewhere.
 """
 
 from skipnet_rt.training.config import RECIPES, TrainConfig, TrainError

@@ -8,14 +8,15 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from skipnet_rt.model.arch import SkipNetArch
 
-Stages = Literal["supervised+hybrid", "supervised", "hybrid", "pure"]
-Objective = Literal["supervised", "hybrid", "pure"]
+Stages = Literal["supervised+hybrid", "supervised", "hybrid", "pure", "gates+hybrid"]
+Objective = Literal["supervised", "gates", "hybrid", "pure"]
+Recipe = Literal["scratch", "finetune"]
 Schedule = Literal["cosine", "constant", "cifar", "imagenet"]
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -36,28 +37,36 @@ class TrainError(ValueError):
 @dataclass(frozen=True)
 class TrainConfig:
     """What to train, on what, and how. The defaults are the recipe of the bundled demo model; :meth:`for_data` has
-    those of the other data sets.
+    those of the other data sets, and those that begin with a trained ResNet.
 
     Attributes:
         data: name of the data set, see :func:`skipnet_rt.data.load_dataset`.
         root: the data set's folder.
         arch: a published name, or an architecture. Under a name, the classes are as many as the data set has.
+            ``"init"`` is what the network of ``init`` has, with RNNGates if it has none.
         output: folder of the run: ``model.safetensors`` at the end, ``supervised.safetensors`` after
             pre-training, ``log.jsonl`` (a line per epoch) and ``state.pt`` (to resume from).
-        init: a checkpoint whose weights to begin with.
+        init: a checkpoint whose weights to begin with. A dense network (a ResNet of torchvision or timm, too) gets
+            gates if the architecture has them, see :func:`skipnet_rt.from_resnet`.
         stages: ``"supervised+hybrid"`` is the paper's Algorithm 1; ``"supervised"`` its first stage alone;
             ``"hybrid"`` its second stage alone, from scratch or from ``init``; ``"pure"`` is reinforcement learning
-            without a supervised loss: the class is sampled as one more action and an error costs a reward of 1.
+            without a supervised loss: the class is sampled as one more action and an error costs a reward of 1;
+            ``"gates+hybrid"`` trains the gates of a trained network alone first, everything else frozen.
             A dense base network has no gates to reinforce: the hybrid loss is its supervised one.
         gate_mode: ``"hard"`` gates with a straight-through gradient in supervised training, or ``"soft"`` ones
             (the paper's Table 3). The reinforced stage samples in either case.
-        supervised_epochs, reinforce_epochs: passes over the training split.
-        batch_size: images per step.
-        supervised_lr, reinforce_lr: SGD's learning rates.
+        supervised_epochs, gates_epochs, reinforce_epochs: passes over the training split.
+        batch_size: images per step, all ranks' together.
+        accumulate: pieces into which a rank cuts its share of a batch, one after the other, where memory does not
+            reach for all of it at once; the gradients are added up. Batch normalisation, and the baseline of the
+            rewards, then see a piece at a time.
+        supervised_lr, gates_lr, reinforce_lr: SGD's learning rates.
         supervised_schedule, reinforce_schedule: how the learning rate falls within a stage, see :data:`SCHEDULES`.
         warmup_steps: first steps of the supervised stage, at a tenth of the learning rate.
         momentum, weight_decay: SGD's.
         alpha: reward for skipping all gated blocks; a skipped block earns ``alpha / G`` (section 3.3).
+        target_computation: the computation wanted, in percent of the blocks: ``alpha`` is where a controller begins
+            that moves it during the reinforced stages until as much is executed.
         gamma: discount of future rewards, from 0 to 1.
         rl_weight: factor of the policy gradient. At 1 (and gamma 1) the objective is the paper's. The published
             CIFAR code sums the policy gradient over a batch where it averages the supervised one: its 0.01 with
@@ -65,15 +74,22 @@ class TrainConfig:
         temperature, final_temperature: what divides the gates' last linear layers in a reinforced stage's first epoch,
             and in its last; geometrically in between. Above 1 routes are explored, below 1 the sampled decisions
             come close to the hard ones, which are the same at any temperature.
-        gate_start: the gates when the hybrid stage begins: ``"kept"`` as they are, or ``"standardised"`` over 256
-            training images (RNNGate only), see :func:`~skipnet_rt.training.gate_init.standardise_gates`; again before
-            each of the next epochs as long as the policy gradient has not set in.
+        route_diversity: factor of what the decisions tell of the images (their mutual information, in nats per gate),
+            a bonus in the reinforced stages: routes then differ where accuracy does not suffer.
+        distill_weight: share of the dense network of ``init`` in the supervised loss, 0 to 1: so much of the
+            cross-entropy is with its predictions, not with the labels.
+        distill_temperature: what divides both networks' logits for that.
+        gate_start: the gates when the first reinforced stage begins: ``"kept"`` as they are, or ``"standardised"`` over
+            256 training images (RNNGate only), see :func:`~skipnet_rt.model.gate_init.standardise_gates`; again before
+            each of the next epochs as long as the policy gradient has not set in. Gates trained alone keep their
+            order then, and are opened as far as the target (half of the blocks without one).
         policy_warmup_epochs: first epochs of the hybrid stage without policy gradient: blocks get used to sampled
             routes first. A network that has never skipped would teach its gates to run everything.
-        gate_bias: added to the gates' last biases before training from scratch. Above 0 the blocks begin open;
+        gate_bias: added to the gates' last biases before training from scratch, and after they are standardised for
+            training alone. Above 0 the blocks begin open;
             at 0 the gates may all close before the blocks have learned anything worth running.
         seed: of the weights, the data order, the augmentation and the sampled actions.
-        device: a torch device.
+        device: a torch device; ``"cuda"`` gives each of several ranks a GPU of its own.
         precision: ``"bfloat16"`` or ``"float16"`` (with loss scaling) trains under :func:`torch.autocast`.
         workers: processes that load data; 0 loads in this one. Their number changes the augmentation's random numbers.
         resume: go on from ``output/state.pt`` if it is there.
@@ -90,9 +106,12 @@ class TrainConfig:
     stages: Stages = "supervised+hybrid"
     gate_mode: Literal["hard", "soft"] = "hard"
     supervised_epochs: int = 16
+    gates_epochs: int = 0
     reinforce_epochs: int = 44
     batch_size: int = 64
+    accumulate: int = 1
     supervised_lr: float = 0.05
+    gates_lr: float = 0.005
     reinforce_lr: float = 0.03
     supervised_schedule: Schedule = "cosine"
     reinforce_schedule: Schedule = "cosine"
@@ -100,10 +119,14 @@ class TrainConfig:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     alpha: float = 0.45
+    target_computation: float | None = None
     gamma: float = 1.0
     rl_weight: float = 0.3
     temperature: float = 1.0
     final_temperature: float = 0.1
+    route_diversity: float = 0.0
+    distill_weight: float = 0.0
+    distill_temperature: float = 2.0
     gate_start: Literal["kept", "standardised"] = "standardised"
     policy_warmup_epochs: int = 4
     gate_bias: float = 1.0
@@ -114,11 +137,19 @@ class TrainConfig:
     resume: bool = False
 
     @classmethod
-    def for_data(cls, data: str, **changes: Any) -> TrainConfig:
-        """The recipe of a data set, with some fields changed."""
+    def for_data(cls, data: str, *, recipe: Recipe = "scratch", **changes: Any) -> TrainConfig:
+        """The recipe of a data set, with some fields changed.
+
+        Args:
+            data: the data set's name.
+            recipe: ``"scratch"``, or ``"finetune"`` for a network that begins with the trained ResNet in ``init``.
+            **changes: fields and their values.
+        """
         if data not in RECIPES:
             raise TrainError(f"data must be one of {', '.join(RECIPES)}, got {data!r}")
-        return cls(**{"data": data, **RECIPES[data], **changes})
+        if recipe not in get_args(Recipe):
+            raise TrainError(f"recipe must be one of {', '.join(get_args(Recipe))}, got {recipe!r}")
+        return cls(**{"data": data, **RECIPES[data], **(FINETUNE[data] if recipe == "finetune" else {}), **changes})
 
     def __post_init__(self) -> None:
         for field in ("root", "output", "init"):
@@ -129,15 +160,23 @@ class TrainConfig:
                                ("gate_start", ("kept", "standardised")), ("precision", PRECISIONS)):
             if getattr(self, field) not in allowed:
                 raise TrainError(f"{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
-        for field, low, high in (("supervised_epochs", 0, math.inf), ("reinforce_epochs", 0, math.inf),
-                                 ("batch_size", 1, math.inf), ("supervised_lr", 0, math.inf),
-                                 ("reinforce_lr", 0, math.inf), ("warmup_steps", 0, math.inf), ("momentum", 0, 1),
-                                 ("weight_decay", 0, math.inf), ("alpha", -math.inf, math.inf), ("gamma", 0, 1),
-                                 ("rl_weight", 0, math.inf), ("temperature", 1e-6, math.inf),
-                                 ("final_temperature", 1e-6, math.inf), ("policy_warmup_epochs", 0, math.inf),
-                                 ("seed", 0, math.inf), ("workers", 0, math.inf)):
-            if not low <= getattr(self, field) <= high:
-                raise TrainError(f"{field} must be from {low:g} to {high:g}, got {getattr(self, field)!r}")
+        for field, low, high in (("supervised_epochs", 0, math.inf), ("gates_epochs", 0, math.inf),
+                                 ("reinforce_epochs", 0, math.inf), ("gates_lr", 0, math.inf),
+                                 ("batch_size", 1, math.inf), ("accumulate", 1, math.inf),
+                                 ("supervised_lr", 0, math.inf), ("reinforce_lr", 0, math.inf),
+                                 ("warmup_steps", 0, math.inf), ("momentum", 0, 1), ("weight_decay", 0, math.inf),
+                                 ("alpha", -math.inf, math.inf), ("gamma", 0, 1), ("rl_weight", 0, math.inf),
+                                 ("temperature", 1e-6, math.inf), ("final_temperature", 1e-6, math.inf),
+                                 ("policy_warmup_epochs", 0, math.inf), ("target_computation", 0, 100),
+                                 ("route_diversity", 0, math.inf), ("distill_weight", 0, 1),
+                                 ("distill_temperature", 1e-6, math.inf), ("seed", 0, math.inf),
+                                 ("workers", 0, math.inf)):
+            value = getattr(self, field)
+            if value is not None and not low <= value <= high:
+                raise TrainError(f"{field} must be from {low:g} to {high:g}, got {value!r}")
+        if self.init is None and (self.arch == "init" or self.distill_weight):
+            what = "arch is init" if self.arch == "init" else "distill_weight is above 0"
+            raise TrainError(f"{what}: name the network to begin with in init (--init)")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -146,12 +185,18 @@ class TrainConfig:
 
     def command(self) -> str:
         """The command line that repeats this training (an architecture without a name cannot be written there)."""
-        recipe, words = TrainConfig.for_data(self.data), ["skipnet-rt", "train"]
+        scratch, finetune = (self._words(recipe) for recipe in get_args(Recipe))
+        return shlex.join(finetune if len(finetune) < len(scratch) else scratch)
+
+    def _words(self, recipe: Recipe) -> list[str]:
+        """The command line as what differs from a recipe."""
+        usual = TrainConfig.for_data(self.data, recipe=recipe, init=self.init if self.init else Path())
+        words = ["skipnet-rt", "train", *([] if recipe == "scratch" else ["--recipe", recipe])]
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name == "data" or (value != getattr(recipe, field.name) and field.name != "resume"):
+            value, shown = getattr(self, field.name), field.name in ("data", "init")
+            if value is not None and field.name != "resume" and (shown or value != getattr(usual, field.name)):
                 words += [f"--{field.name.replace('_', '-')}", str(value)]
-        return shlex.join(words)
+        return words
 
 
 OBJECTIVES: dict[Stages, tuple[Objective, ...]] = {
@@ -159,6 +204,7 @@ OBJECTIVES: dict[Stages, tuple[Objective, ...]] = {
     "supervised": ("supervised",),
     "hybrid": ("hybrid",),
     "pure": ("pure",),
+    "gates+hybrid": ("gates", "hybrid"),
 }
 """What each choice of ``stages`` optimises, one stage after the other."""
 
@@ -185,3 +231,14 @@ RECIPES: dict[str, dict[str, Any]] = {
         final_temperature=0.05, policy_warmup_epochs=0, gate_start="kept", gate_bias=0.0),
 }
 """Per data set, what differs from :class:`TrainConfig`'s defaults, which are those of digits."""
+
+_FINETUNE: dict[str, Any] = dict(
+    arch="init", stages="gates+hybrid", supervised_epochs=0, gates_epochs=2, reinforce_epochs=18, gates_lr=0.005,
+    reinforce_lr=0.01, reinforce_schedule="cosine", alpha=0.0, target_computation=50.0, rl_weight=0.3,
+    temperature=1.0, final_temperature=0.1, distill_weight=0.5, distill_temperature=2.0, policy_warmup_epochs=3,
+    gate_start="standardised", gate_bias=2.0)
+
+FINETUNE: dict[str, dict[str, Any]] = dict.fromkeys(RECIPES, _FINETUNE)
+FINETUNE["digits"] = dict(_FINETUNE, reinforce_lr=0.03, target_computation=43.0)
+"""Per data set, what differs from its recipe in :data:`RECIPES` where training begins with a trained ResNet. Those of
+the data sets other than digits have not been trained to the end by us."""

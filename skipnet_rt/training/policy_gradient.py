@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from skipnet_rt.model.network import Trace
 from skipnet_rt.training.config import Objective
+from skipnet_rt.training.distributed import ALONE, Ranks
 
 
 def cumulative_rewards(actions: Tensor, loss: Tensor, alpha: float, gamma: float) -> Tensor:
@@ -40,7 +41,7 @@ def cumulative_rewards(actions: Tensor, loss: Tensor, alpha: float, gamma: float
     return torch.stack(rewards[::-1], dim=1) if rewards else torch.zeros_like(skipped)
 
 
-def leave_one_out(rewards: Tensor) -> Tensor:
+def leave_one_out(rewards: Tensor, ranks: Ranks = ALONE) -> Tensor:
     """Advantages: each image's reward less the mean reward of the *other* images of the batch, gate by gate.
 
     The baseline leaves the gradient unbiased: the other images' rewards don't depend on this image's action, so
@@ -51,12 +52,16 @@ def leave_one_out(rewards: Tensor) -> Tensor:
 
     Args:
         rewards: ``[N, G]``.
+        ranks: who shares the batch; the others are those of all ranks.
 
     Returns:
         ``[N, G]``; of a batch of one, the rewards themselves.
     """
-    images = rewards.shape[0]
-    return rewards if images == 1 else (rewards - rewards.mean(0)) * (images / (images - 1))
+    images, mean = len(rewards), rewards.mean(0)
+    if ranks.count > 1:
+        sums = ranks.sum(torch.cat((rewards.sum(0), rewards.new_tensor([images]))))
+        images, mean = int(sums[-1]), sums[:-1] / sums[-1]
+    return rewards if images == 1 else (rewards - mean) * (images / (images - 1))
 
 
 def policy_loss(log_probabilities: Tensor, advantages: Tensor) -> Tensor:
@@ -69,27 +74,34 @@ def policy_loss(log_probabilities: Tensor, advantages: Tensor) -> Tensor:
     return -(advantages.detach() * log_probabilities).sum(1).mean()
 
 
+def _unrounded(tensor: Tensor) -> Tensor:
+    """In at least float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def objective_loss(objective: Objective, trace: Trace, labels: Tensor, *, alpha: float, gamma: float,
-                   rl_weight: float) -> Tensor:
-    """The scalar to minimise for one batch.
+                   rl_weight: float, losses: Tensor | None = None, ranks: Ranks = ALONE) -> Tensor:
+    """The scalar to minimise for one batch, or one rank's share of it: a mean over these images.
 
     Args:
         objective: the stage.
         trace: a pass in training mode, ``trace.masks`` sampled in the reinforced stages.
         labels: ``[N]``, class numbers.
         alpha, gamma, rl_weight: as in :class:`TrainConfig`.
+        losses: ``[N]``, each image's prediction loss, differentiable; the cross-entropy where not given.
+        ranks: who shares the batch, for the baseline.
     """
-    logits, gates = trace.logits.float(), trace.masks.shape[1]
+    logits, gates = _unrounded(trace.logits), trace.masks.shape[1]
+    losses = F.cross_entropy(logits, labels, reduction="none") if losses is None else losses
     if objective == "supervised":
-        return F.cross_entropy(logits, labels)
-    actions, gate_logits = trace.masks.float(), trace.gate_logits[:, :gates].float()
+        return losses.mean()
+    actions, gate_logits = _unrounded(trace.masks), _unrounded(trace.gate_logits[:, :gates])
     log_probabilities = -F.binary_cross_entropy_with_logits(gate_logits, actions, reduction="none")
-    if objective == "hybrid":
-        losses = F.cross_entropy(logits, labels, reduction="none")
+    if objective in ("gates", "hybrid"):
         rewards = cumulative_rewards(actions, losses, alpha, gamma)
-        return losses.mean() + rl_weight * policy_loss(log_probabilities, leave_one_out(rewards))
+        return losses.mean() + rl_weight * policy_loss(log_probabilities, leave_one_out(rewards, ranks))
     predicted = torch.multinomial(logits.detach().softmax(1), 1)
     wrong = (predicted.squeeze(1) != labels).float()
     rewards = torch.cat((cumulative_rewards(actions, wrong, alpha, gamma), -wrong[:, None]), dim=1)
     log_probabilities = torch.cat((log_probabilities, logits.log_softmax(1).gather(1, predicted)), dim=1)
-    return rl_weight * policy_loss(log_probabilities, leave_one_out(rewards))
+    return rl_weight * policy_loss(log_probabilities, leave_one_out(rewards, ranks))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 
 import numpy as np
 import pytest
 import torch
+import torchvision_schemas
 from PIL import Image
 
 from skipnet_rt.data import DIGIT_SHIFT, DIGITS, DataError, augment_digit, digits_pictures, load_dataset
@@ -102,8 +102,8 @@ def test_an_image_folder_says_which_part_is_missing(tmp_path):
         load_dataset("imagenet", tmp_path)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed")
 def test_an_image_folder_is_cropped_and_labelled(tmp_path):
+    torchvision_schemas.torchvision()
     picture = Image.effect_noise((300, 260), 60)  # grey: becomes RGB
     for split in ("train", "val"):
         for label in ("cat", "dog"):
@@ -120,3 +120,33 @@ def test_an_image_folder_is_cropped_and_labelled(tmp_path):
     (tmp_path / "val" / "dog").rename(tmp_path / "val" / "cow")
     with pytest.raises(DataError, match="different classes: cow, dog"):
         load_dataset("imagenet", tmp_path)
+
+
+def test_an_image_folder_that_cannot_be_trained_on_is_refused(tmp_path):
+    torchvision_schemas.torchvision()
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+    with pytest.raises(DataError, match="class folder"):
+        load_dataset("imagenet", tmp_path)
+    for split in ("train", "val"):
+        (tmp_path / split / "cat").mkdir()
+    with pytest.raises(DataError, match="cat"):  # no pictures
+        load_dataset("imagenet", tmp_path)
+    for split in ("train", "val"):
+        Image.effect_noise((30, 20), 60).save(tmp_path / split / "cat" / "1.png")
+    with pytest.raises(DataError, match=r"train holds one class, cat: there is nothing to tell apart"):
+        load_dataset("imagenet", tmp_path)
+    for split in ("train", "val"):
+        (tmp_path / split / "dog").mkdir()
+        (tmp_path / split / "dog" / "2.png").write_bytes((tmp_path / split / "cat" / "1.png").read_bytes()[:200])
+    with pytest.raises(DataError, match=r"2\.png is no picture that can be read"):
+        load_dataset("imagenet", tmp_path).test[1]
+
+
+def test_normalising_is_plain_float32_arithmetic_for_every_level():
+    levels = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
+    mean, deviation = (np.array(values, dtype=np.float32) for values in (IMAGENET.mean, IMAGENET.std))
+    expected = ((levels.astype(np.float32) / 255 - mean) / deviation).transpose(2, 0, 1)
+    got = IMAGENET.normalise(Image.fromarray(levels))
+    assert torch.equal(got, torch.from_numpy(expected))
+    assert got.is_contiguous()

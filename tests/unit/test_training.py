@@ -20,11 +20,11 @@ from torch.nn import functional as F
 from skipnet_rt import checkpoint
 from skipnet_rt.data import DATASETS, DIGITS, Data, Pictures, digits_pictures, load_dataset
 from skipnet_rt.model.arch import SkipNetArch
+from skipnet_rt.model.gate_init import open_gates, sharpen_gates, standardise_gates
 from skipnet_rt.model.gates import FeedforwardGate, RNNGate
 from skipnet_rt.model.network import Trace, build
 from skipnet_rt.training import RECIPES, TrainConfig, TrainError, train
 from skipnet_rt.training.config import SCHEDULES
-from skipnet_rt.training.gate_init import open_gates, sharpen_gates, standardise_gates
 from skipnet_rt.training.loop import memory_format
 from skipnet_rt.training.policy_gradient import cumulative_rewards, leave_one_out, objective_loss, policy_loss
 
