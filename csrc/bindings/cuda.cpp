@@ -208,8 +208,8 @@ void bind_cuda(py::module_& module) {
                       std::size_t>(),
              py::arg("device"), py::arg("element"), py::arg("in_channels"), py::arg("image_size"),
              py::arg("stem_pools"), py::arg("gates_pool"), py::arg("stem"), py::arg("stem_pairs"), py::arg("blocks"),
-             py::arg("head"), py::arg("embed"), py::arg("hidden"), py::arg("projection_bias"), py::arg("gates"), py::arg("elements"),
-             py::arg("elements_count"), py::arg("floats"), py::arg("floats_count"))
+             py::arg("head"), py::arg("embed"), py::arg("hidden"), py::arg("projection_bias"), py::arg("gates"),
+             py::arg("elements"), py::arg("elements_count"), py::arg("floats"), py::arg("floats_count"))
         .def("workspace_bytes", &CudaCompacted::workspace_bytes, py::arg("batch"))
         .def(
             "run",
@@ -253,8 +253,7 @@ void bind_cuda(py::module_& module) {
                 pointer<float>(cell),
                 {pointer<float>(logit), pointer<float>(probability), pointer<bool>(executed),
                  pointer<const bool>(forced)},
-                {pointer<int>(rows), pointer<int>(count)}, pointer<int>(arrivals), false,
-                pointer<CUstream_st>(stream));
+                {pointer<int>(rows), pointer<int>(count)}, pointer<int>(arrivals), false, pointer<CUstream_st>(stream));
         },
         py::arg("channels"), py::arg("embed"), py::arg("hidden_size"), py::arg("embedding_weight"),
         py::arg("embedding_bias"), py::arg("input_weight"), py::arg("hidden_weight"), py::arg("bias"),

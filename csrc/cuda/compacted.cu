@@ -258,7 +258,7 @@ struct Workspace {
     float* features;          // [batch, channels]
     RowList lists[2];         // who executes a block, and who the next one, in turn
     int* arrivals;            // [batch + 1]
-    PartialSums partial;  // of whichever convolution runs
+    PartialSums partial;      // of whichever convolution runs
 
     Workspace(const CompactedNetwork& network, int batch, Arena& arena) {
         const ImageBytes per_image = bytes_per_image(network, batch);
@@ -313,8 +313,9 @@ private:
                             Divisor(places.width)};
         const auto kernel =
             network_.stem.pairs ? load_images_kernel<Element, true> : load_images_kernel<Element, false>;
-        launch("load_images", kernel, pointwise_grid((loaded.places + kPlacesPerThread - 1) / kPlacesPerThread, call_.batch),
-               stream_, loaded, call_.batch, call_.present);
+        launch("load_images", kernel,
+               pointwise_grid((loaded.places + kPlacesPerThread - 1) / kPlacesPerThread, call_.batch), stream_, loaded,
+               call_.batch, call_.present);
         shape_ = convolved(network_.stem, images);
         void* y = network_.stem_pools ? workspace_.next : workspace_.x;
         convolve(network_.stem, images, {.relu = true, .x = workspace_.inner, .y = y});
@@ -376,7 +377,8 @@ private:
         }
         const std::size_t last = block.convolutions.size() - 1;
         for (std::size_t i = 0; i < last; ++i) {
-            convolve(block.convolutions[i], shape, {.list = executing, .gathers = i == 0, .relu = true, .x = from, .y = to});
+            convolve(block.convolutions[i], shape,
+                     {.list = executing, .gathers = i == 0, .relu = true, .x = from, .y = to});
             shape = convolved(block.convolutions[i], shape);
             from = to;
             to = to == workspace_.inner ? workspace_.other : workspace_.inner;
@@ -398,8 +400,8 @@ private:
 
     void head() {
         launch("finish_pool", finish_pool_kernel,
-               dependent(pointwise_grid(static_cast<std::int64_t>(call_.batch) * shape_.channels)), stream_, sums_, call_.batch,
-               call_.present, shape_.channels, workspace_.features);
+               dependent(pointwise_grid(static_cast<std::int64_t>(call_.batch) * shape_.channels)), stream_, sums_,
+               call_.batch, call_.present, shape_.channels, workspace_.features);
         // The batch is the pixels of one image: a matrix product.
         GatheredConv classify{};
         classify.batch = 1;
@@ -426,12 +428,11 @@ private:
                         ElementType type) {
         const RowList present{nullptr, call_.present};
         const RowList* all = call_.present ? &present : nullptr;
-        gathered_conv(
-            type, layer,
-            {call_.batch, from.height, from.width, options.list ? options.list : all, options.gathers, options.scatters,
-             options.relu, options.x, options.residual, options.y, options.sums, workspace_.partial, false,
-             options.gate, true},
-            stream_);
+        gathered_conv(type, layer,
+                      {call_.batch, from.height, from.width, options.list ? options.list : all, options.gathers,
+                       options.scatters, options.relu, options.x, options.residual, options.y, options.sums,
+                       workspace_.partial, false, options.gate, true},
+                      stream_);
         return {options.sums, pooled_tiles(layer, from.height, from.width),
                 static_cast<int>(convolved(layer, from).pixels())};
     }

@@ -48,7 +48,8 @@ void gate_step(const Embedding& embedding, const Lstm& lstm, int batch, const in
 
 void gate_step(const FeedforwardTail& tail, int batch, const int* present, const PooledSums& pooled,
                const Decision& decision, const RowList& list, int* arrivals, bool dependent, Stream stream) {
-    launch_gate_step(Feedforward(tail), kGateWarps, batch, present, pooled, decision, list, arrivals, dependent, stream);
+    launch_gate_step(Feedforward(tail), kGateWarps, batch, present, pooled, decision, list, arrivals, dependent,
+                     stream);
 }
 
 }  // namespace skipnet::cuda

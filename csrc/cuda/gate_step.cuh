@@ -16,10 +16,16 @@ constexpr int kGateWarps = 8, kGateThreads = 32 * kGateWarps;
 // Loads of pooled sums that a thread has under way: each is a trip to L2, and there is little else to do meanwhile.
 constexpr int kLoads = 16;
 
+// A pooled sum; past L1 if this grid has written it.
+template <bool kPastL1>
+__device__ float load_sum(const float* from) {
+    return kPastL1 ? __ldcg(from) : *from;
+}
+
 // totals[row] += sum_c weight[row, c] * sums[c] over a thread's channels, kGateThreads apart; sums[c] over an image's
 // tiles. Of the last rows there may be fewer; what is in their places then has no meaning. All loads of kAtOnce
 // channels are issued before the first is waited for.
-template <int kRows, int kAtOnce>
+template <int kRows, int kAtOnce, bool kPastL1>
 __device__ void add_products(const float* weight, int rows, int channels, const float* sums, int tiles, int thread,
                              float (&totals)[kRows]) {
     constexpr int kTiles = kLoads / kAtOnce;
@@ -40,7 +46,9 @@ __device__ void add_products(const float* weight, int rows, int channels, const 
             for (int t = 0; t < kTiles; ++t, from += channels)
 #pragma unroll
                 for (int i = 0; i < kAtOnce; ++i)
-                    loaded[t][i] = t < left && first + i * kGateThreads < channels ? __ldcg(from + i * kGateThreads) : 0.0f;
+                    loaded[t][i] = t < left && first + i * kGateThreads < channels
+                                       ? load_sum<kPastL1>(from + i * kGateThreads)
+                                       : 0.0f;
 #pragma unroll
             for (int t = 0; t < kTiles; ++t)
 #pragma unroll
@@ -59,6 +67,7 @@ __device__ void add_products(const float* weight, int rows, int channels, const 
 template <int kRows, int kWarps>
 __device__ void multiply(const float* weight, int rows, int channels, const PooledSums& pooled, int image,
                          float* partial) {
+    constexpr bool kPastL1 = kWarps != kGateWarps;  // in a launch of its own a gate has so many
     const int lane = threadIdx.x % 32, tiles = pooled.tiles;
     const float* sums = pooled.sums + static_cast<std::int64_t>(image) * tiles * channels;
     for (int first = 0; first < rows; first += kRows, weight += kRows * channels) {
@@ -68,11 +77,11 @@ __device__ void multiply(const float* weight, int rows, int channels, const Pool
             const int thread = 32 * warp + lane;
             float totals[kRows] = {};
             if (channels <= kGateThreads)
-                add_products<kRows, 1>(weight, left, channels, sums, tiles, thread, totals);
+                add_products<kRows, 1, kPastL1>(weight, left, channels, sums, tiles, thread, totals);
             else if (channels <= 2 * kGateThreads)
-                add_products<kRows, 2>(weight, left, channels, sums, tiles, thread, totals);
+                add_products<kRows, 2, kPastL1>(weight, left, channels, sums, tiles, thread, totals);
             else
-                add_products<kRows, 4>(weight, left, channels, sums, tiles, thread, totals);
+                add_products<kRows, 4, kPastL1>(weight, left, channels, sums, tiles, thread, totals);
 #pragma unroll
             for (int row = 0; row < kRows; ++row) totals[row] = warp_sum(totals[row]);
 #pragma unroll
@@ -148,7 +157,7 @@ public:
     }
 
 private:
-    static constexpr int kFeatures = 10;       // of the embedding, at a time; as many as there are in the published networks
+    static constexpr int kFeatures = 10;  // of the embedding, at a time; as many as there are in the published networks
     static constexpr int kRows = 40 / kWarps;  // of the LSTM's 4 * hidden sums, at a time in a warp; the same
 
     // What a lane multiplies: the embedded feature, the hidden state, and a one for the bias.

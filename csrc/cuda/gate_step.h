@@ -1,5 +1,6 @@
 // The gate step on the GPU: finishes the pool, embeds, advances the LSTM, decides and compacts, for any batch; in a
-// launch of its own, or in that of the block's last convolution (gathered_conv.h). All pointers are to the device's memory, those inside of the structs of network.h as well.
+// launch of its own, or in that of the block's last convolution (gathered_conv.h). All pointers are to the device's
+// memory, those inside of the structs of network.h as well.
 #pragma once
 
 #include "../network.h"
@@ -36,7 +37,6 @@ void gate_step(const Embedding& embedding, const Lstm& lstm, int batch, const in
 
 // The same for the tail of a feed-forward gate.
 void gate_step(const FeedforwardTail& tail, int batch, const int* present /* [1] */, const PooledSums& pooled,
-               const Decision& decision, const RowList& list, int* arrivals /* [1] */,
-               bool dependent, Stream stream);
+               const Decision& decision, const RowList& list, int* arrivals /* [1] */, bool dependent, Stream stream);
 
 }  // namespace skipnet::cuda

@@ -41,8 +41,11 @@ struct Tile {
     static constexpr int kWarpM = blockM / warpsM, kWarpN = blockN / warpsN;  // a warp's part of the tile
     static constexpr int kSums = kWarpM * kWarpN / 32;                        // of a thread
     // Threads that a multiprocessor shall hold at least. Split-K needs a second set of sums, float32 products more
-    // registers, and no kernel may spill.
-    static constexpr int kBlocksAtOnce = (!kOnTensorCores || (kSplitK && kSums > 32) ? 256 : 512) / kThreads;
+    // registers, and no kernel may spill on any architecture.
+    static constexpr int kThreadsAtOnce = !kOnTensorCores || (kSums > 32 && (kSplitK || sizeof(Element) == 4)) ? 256
+                                          : kSplitK                                                            ? 384
+                                                                                                               : 512;
+    static constexpr int kBlocksAtOnce = kThreadsAtOnce / kThreads;
     // A gate has many loads under way, the more so the fewer warps there are for it.
     static constexpr int kGatingBlocksAtOnce = std::min(kBlocksAtOnce, 3);
     static constexpr int kPerChunk = kChunk / static_cast<int>(sizeof(Element));
@@ -80,12 +83,12 @@ struct Arguments {
     const int* rows;   // null: all images in order
     const int* count;  // null: batch
     int batch, height, width, out;
-    int kernel, stride, padding;                    // of rows
-    int stride_x, padding_x;                        // of columns
-    int depth;                                      // K
-    Divisor in, columns;                            // channels, and the kernel's columns: K = kernel * columns * in
-    Divisor out_width, out_pixels;                  // of one image
-    Divisor row_tiles, column_tiles, slices;        // of one image or, if they are flat, of all at most; of K
+    int kernel, stride, padding;              // of rows
+    int stride_x, padding_x;                  // of columns
+    int depth;                                // K
+    Divisor in, columns;                      // channels, and the kernel's columns: K = kernel * columns * in
+    Divisor out_width, out_pixels;            // of one image
+    Divisor row_tiles, column_tiles, slices;  // of one image or, if they are flat, of all at most; of K
     int pooled_tiles;
     int max_slices;  // that can be in memory at a time
     PartialSums partial;
@@ -97,8 +100,8 @@ struct Arguments {
 
 // A tile of the product.
 struct Place {
-    int image, out_image;             // where its pixels are read, if rows are not flat; where they are written
-    int first_row, end_row;           // of the product: pixels of that image or, if they are flat, of all; the end of all
+    int image, out_image;    // where its pixels are read, if rows are not flat; where they are written
+    int first_row, end_row;  // of the product: pixels of that image or, if they are flat, of all; the end of all
     int first_channel;
 };
 
@@ -138,8 +141,8 @@ public:
             }
             const int top = call.out_width.divide(pixel) * call.stride - call.padding;
             const int left = pixel * call.stride_x - call.padding_x;
-            inside_[i] = there ? inside(top, call.kernel, call.height) |
-                                     inside(left, call.columns.value(), call.width) << 16
+            inside_[i] = there ? inside(top, call.kernel, call.height) | inside(left, call.columns.value(), call.width)
+                                                                             << 16
                                : 0;
             x_[i] = ((image * call.height + top + tap_y_) * call.width + left + tap_x_) *
                         (call.in.value() / Tile::kPerChunk) +
@@ -184,8 +187,7 @@ private:
             tap_x_ = 0;
             ++tap_y_;
 #pragma unroll
-            for (unsigned& x : x_)
-                x += (call_.width - call_.columns.value()) * (call_.in.value() / Tile::kPerChunk);
+            for (unsigned& x : x_) x += (call_.width - call_.columns.value()) * (call_.in.value() / Tile::kPerChunk);
         } while (channel_ >= call_.in.value());
         test();
     }
@@ -374,7 +376,7 @@ template <typename Tile, bool kPools>
 __device__ void finish(const Arguments& call, float* staging, const Place& place) {
     using Element = std::conditional_t<sizeof(typename Tile::Element) == 4, float, typename Tile::Element>;
     constexpr int kRows = kPooledPixels / Tile::kRowsAtOnce;  // of a thread in a pooled tile
-    constexpr int kAhead = sizeof(Element) == 2 ? kRows : 2;                // of the residual, loaded at once
+    constexpr int kAhead = sizeof(Element) == 2 ? kRows : 1;  // of the residual, loaded at once
     static_assert(kRows % kAhead == 0);
     const int column = threadIdx.x % Tile::kColumns * kChannels, first = threadIdx.x / Tile::kColumns;
     const int channel = place.first_channel + column;
@@ -460,8 +462,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kGates ? Tile::kGatingBlocksAt
     prefetch_weights<Tile>(call);
     wait_for_previous_grid();
     const int count = call.count ? *call.count : call.batch, pixels = count * call.out_pixels.value();
-    const int row_tiles =
-        call.flat ? (pixels + Tile::kBlockM - 1) / Tile::kBlockM : count * call.row_tiles.value();
+    const int row_tiles = call.flat ? (pixels + Tile::kBlockM - 1) / Tile::kBlockM : count * call.row_tiles.value();
     const int tiles = row_tiles * call.column_tiles.value();
     const int steps = (call.depth + Tile::kBlockK - 1) / Tile::kBlockK;
     const int warp = threadIdx.x / 32;
@@ -471,9 +472,10 @@ __global__ void __launch_bounds__(Tile::kThreads, kGates ? Tile::kGatingBlocksAt
     const int items = splits ? tiles * slices : tiles;
     const int images = kGates ? images_of(call.gate.present, call.batch) : 0;
     const auto gate_step = [&](int image) {
-        decide_and_compact(Rnn<kTailThreads / 32>(call.gate.embedding, call.gate.lstm, call.gate.hidden, call.gate.cell),
-                           {call.sums, call.pooled_tiles, call.out_pixels.value()}, call.gate.decision, image, images,
-                           call.gate.list, call.gate.arrivals + call.batch, reinterpret_cast<float*>(shared));
+        decide_and_compact(
+            Rnn<kTailThreads / 32>(call.gate.embedding, call.gate.lstm, call.gate.hidden, call.gate.cell),
+            {call.sums, call.pooled_tiles, call.out_pixels.value()}, call.gate.decision, image, images, call.gate.list,
+            call.gate.arrivals + call.batch, reinterpret_cast<float*>(shared));
     };
     // Computes a tile, or a slice of one. Whose gate is to come next: the image's all of which is there, or -1.
     const auto compute = [&](int item) {
@@ -641,7 +643,8 @@ std::int64_t all_partial_sums(const Convolution& layer, int batch, int pixels) {
                Tile::kBlockN;
     };
     std::int64_t most = sums(Small<Element>{}, batch, pixels);
-    if (wants_large_tiles(batch * pixels, layer.out)) most = std::max(most, sums(Large<Element, true>{}, 1, batch * pixels));
+    if (wants_large_tiles(batch * pixels, layer.out))
+        most = std::max(most, sums(Large<Element, true>{}, 1, batch * pixels));
     if (wants_large_tiles(pixels, layer.out)) most = std::max(most, sums(Large<Element, true>{}, batch, pixels));
     return most;
 }
@@ -666,8 +669,8 @@ auto with_element(ElementType type, Work work) {
 
 int partial_sums(ElementType type, const Convolution& layer, int batch, int height, int width) {
     const int pixels = layer.out_side(height) * layer.out_side(width);
-    const std::int64_t sums = with_element(
-        type, [&](auto element) { return all_partial_sums<decltype(element)>(layer, batch, pixels); });
+    const std::int64_t sums =
+        with_element(type, [&](auto element) { return all_partial_sums<decltype(element)>(layer, batch, pixels); });
     return static_cast<int>(std::min<std::int64_t>(sums, kPartialSums));
 }
 
@@ -720,9 +723,7 @@ void gathered_conv(ElementType type, const Convolution& layer, const GatheredCon
     arguments.gathers = call.gathers;
     arguments.scatters = call.scatters;
     arguments.least = call.relu ? 0.0f : -INFINITY;
-    with_element(type, [&](auto element) {
-        launch_element<decltype(element)>(layer, arguments, call, stream);
-    });
+    with_element(type, [&](auto element) { launch_element<decltype(element)>(layer, arguments, call, stream); });
 }
 
 }  // namespace skipnet::cuda

@@ -176,11 +176,10 @@ __device__ inline unsigned shared_address(const void* in_shared) {
 // With `filled` 0 nothing is read and zeros land. It is not a bool: of one bit among others that would take two
 // instructions more.
 __device__ inline void cp_async16(void* to_shared, const void* from, unsigned filled = 1) {
-    asm volatile(
-        "{.reg .pred empty; setp.eq.b32 empty, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, empty;}" ::"r"(
-            shared_address(to_shared)),
-        "l"(from), "r"(filled)
-        : "memory");
+    asm volatile("{.reg .pred empty; setp.eq.b32 empty, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, empty;}" ::"r"(
+                     shared_address(to_shared)),
+                 "l"(from), "r"(filled)
+                 : "memory");
 }
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits for the calling thread's groups but the `pending` newest; other threads see them after a barrier.

@@ -145,7 +145,8 @@ const char* run_pass_along(const int* from, int* to /* [4, blocks, 32] */, int b
     return simt::report([=] {
         for (int grid = 0; grid < 4; ++grid) {
             const bool waits = !(fault == no_wait && grid == 3) && !(fault == hasty_middle && grid == 2);
-            const int* before = grid == 0 ? from : to + (fault == hasty_middle && grid == 3 ? 1 : grid - 1) * 32 * blocks;
+            const int* before =
+                grid == 0 ? from : to + (fault == hasty_middle && grid == 3 ? 1 : grid - 1) * 32 * blocks;
             Grid launched{blocks, 32, 0};
             launched.dependent = grid > 0;
             launch("pass_along", pass_along, launched, nullptr, before, to + grid * 32 * blocks, waits);

@@ -21,8 +21,7 @@ const char* run_rnn(int batch, const int* present, int channels, int embed, int 
     const Lstm lstm{embed, hidden_size, input_weight, hidden_weight, bias, projection_weight, projection_bias};
     return simt::report([=] {
         cuda::gate_step({channels, embedding_weight, embedding_bias}, lstm, batch, present, {sums, tiles, pixels},
-                        hidden, cell, {logit, probability, executed, forced}, {rows, count}, arrivals, false,
-                        nullptr);
+                        hidden, cell, {logit, probability, executed, forced}, {rows, count}, arrivals, false, nullptr);
     });
 }
 

@@ -66,10 +66,10 @@ struct Launch {
     std::function<void()> body;
     Launch* before;  // that it may begin before the end of; null: all others have ended
     int first, blocks;
-    std::vector<int> order;                    // of the clusters that have not started
-    std::size_t resident = 0, running = 0;     // clusters at a time
-    int let_next = 0, ended = 0;               // blocks
-    std::vector<Fiber*> waiting;               // for the end of the grid before
+    std::vector<int> order;                 // of the clusters that have not started
+    std::size_t resident = 0, running = 0;  // clusters at a time
+    int let_next = 0, ended = 0;            // blocks
+    std::vector<Fiber*> waiting;            // for the end of the grid before
     bool complete() const { return ended == blocks; }
 };
 
