@@ -165,7 +165,7 @@ def gate_step(code: Code, units: Units, warps: int) -> list[int]:
 
 
 # By a tile's sides: warps per scheduler of a thread block, thread blocks at once, pooled tiles.
-TILES = {"128, 128, 2, 4, false": (2, 2, 2), "128, 128, 2, 4, true": (2, 1, 2), "64, 64, 2, 2, true": (1, 4, 1),
+TILES = {"128, 128, 2, 4, false": (2, 2, 2), "128, 128, 2, 4, true": (2, 1, 2), "64, 64, 2, 2, true": (1, 3, 1),
          "128, 32, 4, 1, false": (1, 4, 2)}
 
 

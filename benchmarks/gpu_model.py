@@ -247,7 +247,8 @@ def compacted(arch: SkipNetArch, device: Device, batch: int, share: float) -> Pr
     head = Convolution(arch.blocks[-1].out_channels, arch.num_classes, 1, batch)
     parts.append(_convolve("head", head, device, 1, 1, pieces))
     launches += 2
-    return Prediction(arch.name or "", device.name, batch, (*parts, Part("launch", device.launch + (launches - 1) * device.chained, "launches")))
+    chain = Part("launch", device.launch + (launches - 1) * device.chained, "launches")
+    return Prediction(arch.name or "", device.name, batch, (*parts, chain))
 
 
 RUNS = {"cifar10_rnn_gate_110": (resident, (1, 8, 128, 1024, 4096)),

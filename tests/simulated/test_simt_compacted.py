@@ -206,7 +206,7 @@ def test_more_images_than_a_grid_is_long(monkeypatch):
         assert torch.equal(value, wanted)
 
 
-WAITS = places(r"wait_for_previous_grid\(\);", *(f"cuda/{name}.cu" for name in ("compacted", "gate_step", "gathered_conv")))
+WAITS = places(r"wait_for_previous_grid\(\);", "cuda/compacted.cu", "cuda/gate_step.cu", "cuda/gathered_conv.cu")
 
 
 @pytest.mark.parametrize(("source", "line"), WAITS)
