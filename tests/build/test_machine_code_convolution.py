@@ -1,5 +1,7 @@
 """What was cured in the convolution's machine code stays cured: budgets per K step and per row that is finished."""
 
+from itertools import pairwise
+
 import pytest
 from gpu_cycles import Code
 from machine_code import count, find_nvdisasm, kernels
@@ -43,7 +45,7 @@ def test_a_row_is_finished_in_few_instructions(code, tile):
     added = code.having(HADD2=8, STG=0, FADD=8)
     rows = 2 if ", 32," in tile else 4
     assert len(flat) == len(pooling) == rows
-    for first, second in zip(flat, flat[1:], strict=False):
+    for first, second in pairwise(flat):
         assert second.end - first.end <= 60, "with the residual's"
     for residual, row in zip(added, pooling, strict=False):
         assert residual.end - residual.start <= 18
