@@ -174,8 +174,9 @@ def pieces(units: Units) -> dict[str, object]:
     conv = kernels("gathered_conv.cu")
     return {
         "resident": resident(Code(kernels("resident.cu")["resident<Half, false>"]), units),
-        "gathered_conv": {name: gathered_conv(Code(conv[f"gathered_conv_kernel<Tile<Half, {name}>, false>"]), units, *tile)
-                          for name, tile in TILES.items()},
+        "gathered_conv": {
+            name: gathered_conv(Code(conv[f"gathered_conv_kernel<Tile<Half, {name}>, false>"]), units, *tile)
+            for name, tile in TILES.items()},
         "gate_step": gate_step(Code(kernels("gate_step.cu")["gate_step_kernel<Rnn<8>>"]), units, 2),
         # In the tail of a block's last convolution, of an image that skips the block.
         "gate_tail": gate_step(Code(conv["gathered_conv_kernel<Tile<Half, 64, 64, 2, 2, true>, true>"]), units, 1),
