@@ -127,9 +127,9 @@ def resident(code: Code, units: Units) -> dict[str, object]:
     return {"start": start, "stages": stages, "head": cycles(code.way(decided, code.barrier, code.ends)[0])}
 
 
-def gathered_conv(code: Code, units: Units, warps: int, at_once: int, rounds: int) -> dict[str, object]:
+def gathered_conv(code: Code, units: Units, warps: int, at_once: int, pools: int) -> dict[str, object]:
     """A tile's pieces; ``warps`` to a scheduler in a thread block, of which a multiprocessor has up to ``at_once``, and
-    ``rounds`` of the loop that finishes."""
+    ``pools`` pooled tiles."""
     (products,) = code.having(HMMA=8)
     before = max(at for at in range(products.start) if code.barrier(at))
     loads = [block for block in code.having(LDGSTS=1) if before < block.start < products.start]
@@ -137,26 +137,35 @@ def gathered_conv(code: Code, units: Units, warps: int, at_once: int, rounds: in
     several = 4  # steps, so that what is in flight at a step's end counts
     first, _ = code.way(0, products)
     staged, at = code.way(products.end - 1, code.having(STS=8)[0], code.barrier)
-    stores = code.having(STG=1, F2FP=4)[0]
-    finished, _ = code.way(at, *[stores] * rounds, code.ends)
+    # A row of 8 channels at a time, each in blocks of its own: the code that takes pooled sums lies first.
+    pooling, flat = code.having(STG=1, F2FP=4, HADD2=8), code.having(STG=1, F2FP=4, HADD2=0)
+    added = code.having(HADD2=8, STG=0, FADD=8)  # the residual
+    closing = [block for row in zip(added, pooling, strict=False) for block in row]
+
+    def finish(rows: list[Block]) -> list[int]:
+        finished, _ = code.way(at, *rows * pools, code.ends)
+        return [round(replay(staged + finished, units, warps * blocks, blocks).cycles)
+                for blocks in range(1, at_once + 1)]
+
     return {
         "start": round(replay(first, units, warps).cycles),
         "step": [round(replay(step * several, units, warps * blocks, blocks).cycles / several)
                  for blocks in range(1, at_once + 1)],
-        "finish": [round(replay(staged + finished, units, warps * blocks, blocks).cycles)
-                   for blocks in range(1, at_once + 1)],
+        "finish": finish(flat),
+        "close": finish(closing),  # with a residual and pooled sums
     }
 
 
-def gate_step(code: Code, units: Units) -> list[int]:
-    """One image's RNNGate, by how many channels a thread takes at a time: one, two, four."""
+def gate_step(code: Code, units: Units, warps: int) -> list[int]:
+    """One image's RNNGate from a kernel's start to its end, by how many channels a thread takes at a time: one, two,
+    four. Four warps, one to a scheduler, do so twice."""
     loads = sorted(code.blocks, key=lambda block: code.count(block, "LDG"))[-3:]
-    return [round(replay(code.way(0, block, code.ends)[0], units, 2).cycles)
+    return [round(replay(code.way(0, *[block] * (2 // warps), code.ends)[0], units, warps).cycles)
             for block in sorted(loads, key=lambda block: code.count(block, "LDG"))]
 
 
-# By a tile's sides: warps per scheduler of a thread block, thread blocks at once, rounds of the finishing loop.
-TILES = {"128, 128, 2, 4, false": (2, 2, 4), "128, 128, 2, 4, true": (2, 1, 4), "64, 64, 2, 2, true": (1, 4, 2),
+# By a tile's sides: warps per scheduler of a thread block, thread blocks at once, pooled tiles.
+TILES = {"128, 128, 2, 4, false": (2, 2, 2), "128, 128, 2, 4, true": (2, 1, 2), "64, 64, 2, 2, true": (1, 3, 1),
          "128, 32, 4, 1, false": (1, 4, 2)}
 
 
@@ -165,9 +174,12 @@ def pieces(units: Units) -> dict[str, object]:
     conv = kernels("gathered_conv.cu")
     return {
         "resident": resident(Code(kernels("resident.cu")["resident<Half, false>"]), units),
-        "gathered_conv": {name: gathered_conv(Code(conv[f"gathered_conv_kernel<Tile<Half, {name}>>"]), units, *tile)
-                          for name, tile in TILES.items()},
-        "gate_step": gate_step(Code(kernels("gate_step.cu")["gate_step_kernel<Rnn>"]), units),
+        "gathered_conv": {
+            name: gathered_conv(Code(conv[f"gathered_conv_kernel<Tile<Half, {name}>, false>"]), units, *tile)
+            for name, tile in TILES.items()},
+        "gate_step": gate_step(Code(kernels("gate_step.cu")["gate_step_kernel<Rnn<8>>"]), units, 2),
+        # In the tail of a block's last convolution, of an image that skips the block.
+        "gate_tail": gate_step(Code(conv["gathered_conv_kernel<Tile<Half, 64, 64, 2, 2, true>, true>"]), units, 1),
     }
 
 

@@ -24,6 +24,9 @@ from skipnet_rt.model.arch import BlockPlan, SkipNetArch
 CYCLES = Path(__file__).parent / "results" / "predicted" / "cycles.json"
 
 
+TO_L2 = 280  # cycles
+
+
 @dataclass(frozen=True)
 class Device:
     """A GPU's public figures.
@@ -165,12 +168,17 @@ class Convolution:
         tiles = ceil(self.pixels / 64) * ceil(self.outputs / 64)
         return max(1, min(int(math.sqrt(self.steps // 2)), 128 // tiles))
 
+    def tiles(self, images: float, rows: int, columns: int) -> float:
+        """Of so many images; where no pooled sums are written, they go on from one image to the next."""
+        of_rows = images * ceil(self.pixels / rows) if self.pools else ceil(images * self.pixels / rows)
+        return of_rows * ceil(self.outputs / columns)
+
     def tile(self, batch: int, device: Device) -> tuple[str, int, int]:
         """The tile that a batch takes: its name, rows, columns."""
         if self.outputs <= 32:
             return "128, 32, 4, 1, false", 128, 32
-        large = ceil(self.pixels / 128) * ceil(self.outputs / 128)
-        if self.pixels <= 64 or self.outputs <= 64 or batch * large < device.multiprocessors:
+        rows = self.pixels if self.pools else batch * self.pixels
+        if rows <= 64 or self.outputs <= 64 or self.tiles(batch, 128, 128) < device.multiprocessors:
             return "64, 64, 2, 2, true", 64, 64
         return f"128, 128, 2, 4, {'true' if self.slices > 1 else 'false'}", 128, 128
 
@@ -190,15 +198,15 @@ def _convolve(phase: str, layer: Convolution, device: Device, batch: int, execut
     """One launch for the images of a list."""
     name, rows, columns = layer.tile(batch, device)
     piece = pieces[name]
-    tiles = executing * ceil(layer.pixels / rows) * ceil(layer.outputs / columns)
+    tiles = layer.tiles(executing, rows, columns)
     at_once = len(piece["step"])
     slices = layer.slices if tiles * layer.slices <= device.multiprocessors * at_once else 1
     each = tiles * slices / device.multiprocessors  # thread blocks' work that falls to a multiprocessor
     side_by_side = min(at_once, max(1, ceil(each)))
     rounds = max(1.0, each / side_by_side)
     steps = layer.steps / slices
-    step, finish = piece["step"][side_by_side - 1], piece["finish"][side_by_side - 1]
-    reduce = slices > 1 and 2 * 280 + slices * rows * columns * 4 / 64  # 64 bytes per cycle and multiprocessor
+    step, finish = piece["step"][side_by_side - 1], piece["close" if layer.pools else "finish"][side_by_side - 1]
+    reduce = slices > 1 and 2 * TO_L2 + slices * rows * columns * 4 / 64  # 64 bytes per cycle and multiprocessor
     work = piece["start"] + rounds * (steps * step + finish + reduce)
     weights = layer.inputs * layer.outputs * layer.kernel ** 2 * 2
     moved = executing * layer.pixels * (layer.inputs + layer.outputs * (2 if layer.pools else 1)) * 2
@@ -212,7 +220,7 @@ def compacted(arch: SkipNetArch, device: Device, batch: int, share: float) -> Pr
     cycles = json.loads(CYCLES.read_text())[device.arch]
     pieces = cycles["gathered_conv"]
     stem_pixels = 4 * math.prod(arch.blocks[0].in_size)  # before the max pool
-    stem = Convolution(8, arch.widths[0], 7, stem_pixels)
+    stem = Convolution(7 * 4 * 8, arch.widths[0], 1, stem_pixels)  # of pixel pairs
     moved = batch * stem_pixels * arch.widths[0] * 2 / device.memory
     parts = [Part("stem", 2e-6 + moved / 4, "memory"), _convolve("stem", stem, device, batch, batch, pieces),
              Part("stem", 2e-6 + moved, "memory")]
@@ -227,15 +235,20 @@ def compacted(arch: SkipNetArch, device: Device, batch: int, share: float) -> Pr
                     part = (_convolve("run_block", layer, device, batch, count, pieces) if count
                             else Part("run_block", device.seconds(600), "latency"))
                     parts.append(replace(part, seconds=part.seconds * probability))
-        launches += len(convolutions) + len(projection) + 1
-        gate = cycles["gate_step"][min(2, (plan.out_channels - 1).bit_length() - 8)]
+        launches += len(convolutions) + len(projection)
+        channels = min(2, (plan.out_channels - 1).bit_length() - 8)
         rounds = ceil(batch / (2 * device.multiprocessors))
-        parts.append(Part("gate_step", device.seconds(gate * rounds) + device.launch, "latency"))
+        if convolutions[-1].tile(batch, device)[1] == 128:  # a launch of its own after large tiles
+            gate = device.seconds(cycles["gate_step"][channels] * rounds) + device.chained
+        else:  # the last of the image's tiles finds out that it is, the last of the images likewise
+            arrival = 2 * TO_L2
+            gate = device.seconds((cycles["gate_tail"][channels] + arrival) * rounds)
+        parts.append(Part("gate_step", gate, "latency"))
     head = Convolution(arch.blocks[-1].out_channels, arch.num_classes, 1, batch)
     parts.append(_convolve("head", head, device, 1, 1, pieces))
-    launches += 2 - arch.num_blocks  # a gate's is the gate's
-    return Prediction(arch.name or "", device.name, batch, (*parts, Part("launch", launches * device.launch,
-                                                                         "launches")))
+    launches += 2
+    chain = Part("launch", device.launch + (launches - 1) * device.chained, "launches")
+    return Prediction(arch.name or "", device.name, batch, (*parts, chain))
 
 
 RUNS = {"cifar10_rnn_gate_110": (resident, (1, 8, 128, 1024, 4096)),

@@ -86,7 +86,7 @@ using Shape = std::tuple<int, int, int, int>;
 
 cuda::Convolution shaped(const Shape& shape) {
     const auto [in, out, kernel, stride] = shape;
-    return {in, out, kernel, stride, nullptr, nullptr};
+    return {in, out, kernel, stride, nullptr, nullptr, false};
 }
 
 std::vector<cuda::Convolution> shaped(const std::vector<Shape>& shapes) {
@@ -99,7 +99,7 @@ std::vector<cuda::Convolution> shaped(const std::vector<Shape>& shapes) {
 class CudaCompacted {
 public:
     CudaCompacted(int device, const std::string& element, int in, std::pair<int, int> image_size, bool stem_pools,
-                  bool gates_pool, const Shape& stem,
+                  bool gates_pool, const Shape& stem, bool stem_pairs,
                   const std::vector<std::pair<std::vector<Shape>, std::vector<Shape>>>& blocks, const Shape& head,
                   int embed, int hidden, float projection_bias,
                   const std::vector<std::pair<std::vector<Shape>, float>>& gates, Address elements,
@@ -112,6 +112,7 @@ public:
         network_.in = in, network_.height = image_size.first, network_.width = image_size.second;
         network_.stem_pools = stem_pools, network_.gates_pool = gates_pool;
         network_.stem = shaped(stem), network_.head = shaped(head);
+        network_.stem.pairs = stem_pairs;
         int channels = network_.stem.out;
         for (const auto& [convolutions, projection] : blocks) {
             check(!convolutions.empty() && convolutions.size() <= 3 && projection.size() <= 1,
@@ -201,14 +202,14 @@ void bind_cuda(py::module_& module) {
     py::class_<CudaCompacted>(module, "CudaCompacted",
                               "Any network, block by block. Weights and arrays are addresses "
                               "of device memory, as csrc/cuda/compacted.h describes them.")
-        .def(py::init<int, const std::string&, int, std::pair<int, int>, bool, bool, const Shape&,
+        .def(py::init<int, const std::string&, int, std::pair<int, int>, bool, bool, const Shape&, bool,
                       const std::vector<std::pair<std::vector<Shape>, std::vector<Shape>>>&, const Shape&, int, int,
                       float, const std::vector<std::pair<std::vector<Shape>, float>>&, Address, std::size_t, Address,
                       std::size_t>(),
              py::arg("device"), py::arg("element"), py::arg("in_channels"), py::arg("image_size"),
-             py::arg("stem_pools"), py::arg("gates_pool"), py::arg("stem"), py::arg("blocks"), py::arg("head"),
-             py::arg("embed"), py::arg("hidden"), py::arg("projection_bias"), py::arg("gates"), py::arg("elements"),
-             py::arg("elements_count"), py::arg("floats"), py::arg("floats_count"))
+             py::arg("stem_pools"), py::arg("gates_pool"), py::arg("stem"), py::arg("stem_pairs"), py::arg("blocks"),
+             py::arg("head"), py::arg("embed"), py::arg("hidden"), py::arg("projection_bias"), py::arg("gates"),
+             py::arg("elements"), py::arg("elements_count"), py::arg("floats"), py::arg("floats_count"))
         .def("workspace_bytes", &CudaCompacted::workspace_bytes, py::arg("batch"))
         .def(
             "run",
@@ -252,7 +253,7 @@ void bind_cuda(py::module_& module) {
                 pointer<float>(cell),
                 {pointer<float>(logit), pointer<float>(probability), pointer<bool>(executed),
                  pointer<const bool>(forced)},
-                {pointer<int>(rows), pointer<int>(count)}, pointer<int>(arrivals), pointer<CUstream_st>(stream));
+                {pointer<int>(rows), pointer<int>(count)}, pointer<int>(arrivals), false, pointer<CUstream_st>(stream));
         },
         py::arg("channels"), py::arg("embed"), py::arg("hidden_size"), py::arg("embedding_weight"),
         py::arg("embedding_bias"), py::arg("input_weight"), py::arg("hidden_weight"), py::arg("bias"),

@@ -6,7 +6,9 @@
 
 #include "../check.h"
 #include "../gate.h"
+#include "channels.cuh"
 #include "compaction.cuh"
+#include "divisor.cuh"
 #include "gate_step.h"
 #include "launch.cuh"
 #include "ptx.cuh"
@@ -15,8 +17,7 @@ namespace skipnet::cuda {
 namespace {
 
 constexpr int kPointwiseThreads = 256;
-constexpr int kPixelsPerThread = 2;    // where images are brought in: their loads overlap
-constexpr int kChannelsPerThread = 8;  // channels of a pixel, in a pointwise kernel: in memory 16 or 32 bytes
+constexpr int kPlacesPerThread = 2;  // where images are brought in: their loads overlap
 
 __device__ std::int64_t global_thread() {
     return static_cast<std::int64_t>(blockIdx.x) * kPointwiseThreads + threadIdx.x;
@@ -25,6 +26,11 @@ __device__ std::int64_t global_thread() {
 Grid pointwise_grid(std::int64_t threads) {
     return {static_cast<unsigned>((threads + kPointwiseThreads - 1) / kPointwiseThreads), kPointwiseThreads};
 }
+// Of a kernel that follows another one of this file or of a convolution.
+Grid dependent(Grid grid) {
+    grid.dependent = true;
+    return grid;
+}
 // With an image's threads along x. Images go along y, of which there is a limit; so a thread may take several.
 Grid pointwise_grid(std::int64_t threads, int batch) {
     Grid grid = pointwise_grid(threads);
@@ -32,81 +38,58 @@ Grid pointwise_grid(std::int64_t threads, int batch) {
     return grid;
 }
 
-// Eight neighbouring channels of a pixel as they lie in memory, moved 16 bytes at a time.
-template <typename Element>
-struct Channels {
-    static constexpr int kWords = kChannelsPerThread * sizeof(Element) / 4;
-    unsigned words[kWords];
-
-    Channels() = default;
-    __device__ explicit Channels(const Element (&values)[kChannelsPerThread]) {
-#pragma unroll
-        for (int i = 0; i < kChannelsPerThread; ++i) {
-            if constexpr (sizeof(Element) == 4)
-                words[i] = __float_as_uint(values[i]);
-            else if (i % 2 == 0)
-                words[i / 2] = values[i].bits | static_cast<unsigned>(values[i + 1].bits) << 16;
-        }
-    }
-
-    __device__ void load(const Element* from) {
-#pragma unroll
-        for (int i = 0; i < kWords; i += 4) {
-            const uint4 piece = reinterpret_cast<const uint4*>(from)[i / 4];
-            words[i] = piece.x, words[i + 1] = piece.y, words[i + 2] = piece.z, words[i + 3] = piece.w;
-        }
-    }
-    __device__ void store(Element* to) const {
-#pragma unroll
-        for (int i = 0; i < kWords; i += 4)
-            reinterpret_cast<uint4*>(to)[i / 4] = make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]);
-    }
-    __device__ float value(int channel) const {
-        if constexpr (sizeof(Element) == 4)
-            return __uint_as_float(words[channel]);
-        else
-            return to_float(Element{static_cast<std::uint16_t>(words[channel / 2] >> channel % 2 * 16)});
-    }
-};
-
 // A call's images, and what the gates need zeros in.
 struct Loaded {
-    const void* images;     // [batch, in, pixels]
-    void* y;                // [batch, pixels, padded]
+    const void* images;     // [batch, in, height, width]
+    void* y;                // [batch, places, padded]; a place is a pixel or a pair of them
     float *hidden, *cell;   // [batch, units]
-    int* arrivals;          // [1]
+    int* arrivals;          // [batch + 1]
     int* partial_arrivals;  // [kPartialTiles]
-    int in, padded, pixels, units;
+    int in, padded, pixels, width, places, units;
+    Divisor columns;  // places in a row
 };
 
 // What a call begins with: images to channels-last, zeros for the channels that there are not; and zeros where the
-// gates need them.
-template <typename Element>
+// gates need them. In pairs of pixels each has four channels.
+template <typename Element, bool kPairs>
 __global__ void __launch_bounds__(kPointwiseThreads) load_images_kernel(Loaded loaded, int batch, const int* present) {
-    const int thread = threadIdx.x, first = blockIdx.x * kPointwiseThreads * kPixelsPerThread + thread;
-    const int images = images_of(present, batch), pixels = loaded.pixels;
+    let_next_grid();
+    const int thread = threadIdx.x, first = blockIdx.x * kPointwiseThreads * kPlacesPerThread + thread;
+    const int images = images_of(present, batch), places = loaded.places;
     if (blockIdx.x == 0 && blockIdx.y == 0) {
         static_assert(kPartialTiles <= kPointwiseThreads, "a thread block reaches them all");
-        if (thread == 0) *loaded.arrivals = 0;
+        if (thread == 0) loaded.arrivals[batch] = 0;
         if (thread < kPartialTiles) loaded.partial_arrivals[thread] = 0;
     }
     for (std::int64_t image = blockIdx.y; image < images; image += gridDim.y) {
+        if (blockIdx.x == 0 && thread == 0) loaded.arrivals[image] = 0;
         for (int i = blockIdx.x * kPointwiseThreads + thread; i < loaded.units; i += gridDim.x * kPointwiseThreads)
             loaded.hidden[image * loaded.units + i] = loaded.cell[image * loaded.units + i] = 0.0f;
-        const Element* plane = static_cast<const Element*>(loaded.images) + image * loaded.in * pixels + first;
-        Element* to = static_cast<Element*>(loaded.y) + (image * pixels + first) * loaded.padded;
-        for (int start = 0; start < loaded.padded; start += kChannelsPerThread, to += kChannelsPerThread) {
-            Element values[kPixelsPerThread][kChannelsPerThread];
+        const Element* from = static_cast<const Element*>(loaded.images) + image * loaded.in * loaded.pixels;
+        Element* to = static_cast<Element*>(loaded.y) + (image * places + first) * loaded.padded;
+        for (int start = 0; start < loaded.padded; start += kChannels, to += kChannels) {
+            Element values[kPlacesPerThread][kChannels];
 #pragma unroll
-            for (int channel = 0; channel < kChannelsPerThread; ++channel, plane += pixels)
+            for (int c = 0; c < kChannels; ++c)
 #pragma unroll
-                for (int i = 0; i < kPixelsPerThread; ++i) {
-                    const bool there = start + channel < loaded.in && first + i * kPointwiseThreads < pixels;
-                    values[i][channel] = there ? plane[i * kPointwiseThreads] : from_float<Element>(0.0f);
+                for (int i = 0; i < kPlacesPerThread; ++i) {
+                    const int place = first + i * kPointwiseThreads;
+                    int channel = start + c, pixel = place;
+                    bool there = place < places;
+                    if constexpr (kPairs) {
+                        int column = place;
+                        const int row = loaded.columns.divide(column);
+                        channel = c % 4;
+                        column = 2 * column + c / 4;
+                        pixel = row * loaded.width + column;
+                        there = there && column < loaded.width;
+                    }
+                    there = there && channel < loaded.in;
+                    values[i][c] = there ? from[channel * loaded.pixels + pixel] : from_float<Element>(0.0f);
                 }
 #pragma unroll
-            for (int i = 0; i < kPixelsPerThread; ++i)
-                if (first + i * kPointwiseThreads < pixels)
+            for (int i = 0; i < kPlacesPerThread; ++i)
+                if (first + i * kPointwiseThreads < places)
                     Channels<Element>(values[i]).store(to + i * kPointwiseThreads * loaded.padded);
         }
     }
@@ -133,12 +116,14 @@ template <typename From, typename To, int kSide>
 __global__ void __launch_bounds__(kPointwiseThreads, sizeof(From) == 2 ? 4 : 2)
     max_pool_kernel(const From* x, int batch, const int* present, Shape from, int stride, int padding, Shape to,
                     To* y) {
-    const int place = blockIdx.x * kPointwiseThreads + threadIdx.x, vectors = to.channels / kChannelsPerThread;
+    let_next_grid();
+    wait_for_previous_grid();
+    const int place = blockIdx.x * kPointwiseThreads + threadIdx.x, vectors = to.channels / kChannels;
     const int images = images_of(present, batch), pixel = place / vectors;
     if (pixel >= to.pixels()) return;
     const int top = pixel / to.width * stride - padding, left = pixel % to.width * stride - padding;
-    x += place % vectors * kChannelsPerThread;
-    y += place * kChannelsPerThread;
+    x += place % vectors * kChannels;
+    y += place * kChannels;
     for (std::int64_t image = blockIdx.y; image < images; image += gridDim.y) {
         Channels<From> values[kSide][kSide];
 #pragma unroll
@@ -158,9 +143,9 @@ __global__ void __launch_bounds__(kPointwiseThreads, sizeof(From) == 2 ? 4 : 2)
         if constexpr (std::is_same_v<From, To>) {
             most.store(y + image * to.size());
         } else {
-            To result[kChannelsPerThread];
-#pragma unroll
-            for (int i = 0; i < kChannelsPerThread; ++i) result[i] = from_float<To>(most.value(i));
+            static_assert(std::is_same_v<To, float>);
+            float result[kChannels];
+            most.floats(result);
             Channels<To>(result).store(y + image * to.size());
         }
     }
@@ -169,6 +154,8 @@ __global__ void __launch_bounds__(kPointwiseThreads, sizeof(From) == 2 ? 4 : 2)
 // pooled[batch, channels] = the sums [batch, tiles, channels] over an image's tiles, divided by its pixels. Zeros where
 // there is no image: the classifier takes all places, as the pixels of one.
 __global__ void finish_pool_kernel(PooledSums pooled, int batch, const int* present, int channels, float* features) {
+    let_next_grid();
+    wait_for_previous_grid();
     const std::int64_t place = global_thread(), image = place / channels;
     if (image >= batch) return;
     const float* sums = pooled.sums + image * pooled.tiles * channels + place % channels;
@@ -188,40 +175,46 @@ Shape pooled(const Window& window, const Shape& image) {
     return {window.out(image.height), window.out(image.width), image.channels};
 }
 
+// What the stem finds: the image's pixels, or pairs of them.
+Shape taken_in(const CompactedNetwork& network) {
+    return {network.height, network.stem.pairs ? (network.width + 1) / 2 : network.width, network.stem.in};
+}
+
 // How much of each part of the workspace an image needs, in bytes.
 struct ImageBytes {
-    std::int64_t activation = 0, inner = 0, sums = 0, features = 0, partial = 0;
+    std::int64_t activation = 0, inner = 0, sums = 0, features = 0;
+    std::int64_t partial = 0;  // of all images
 
     void fit_activation(std::int64_t bytes) { activation = std::max(activation, bytes); }
     void fit_inner(std::int64_t bytes) { inner = std::max(inner, bytes); }
     void fit_sums(const Convolution& layer, const Shape& from) {
         sums = std::max<std::int64_t>(sums, 4ll * pooled_tiles(layer, from.height, from.width) * layer.out);
     }
-    void fit_partial(ElementType type, const Convolution& layer, const Shape& from) {
-        partial = std::max<std::int64_t>(partial, 4ll * partial_sums(type, layer, 1, from.height, from.width));
+    void fit_partial(ElementType type, const Convolution& layer, int batch, const Shape& from) {
+        partial = std::max<std::int64_t>(partial, 4ll * partial_sums(type, layer, batch, from.height, from.width));
     }
 };
 
-ImageBytes bytes_per_image(const CompactedNetwork& network) {
+ImageBytes bytes_per_image(const CompactedNetwork& network, int batch) {
     const int bytes = element_bytes(network.element);
     ImageBytes per_image;
+    per_image.fit_inner(taken_in(network).size() * bytes);
     Shape x{network.height, network.width, network.stem.in};
-    per_image.fit_inner(x.size() * bytes);
-    per_image.fit_partial(network.element, network.stem, x);
+    per_image.fit_partial(network.element, network.stem, batch, x);
     x = convolved(network.stem, x);
     per_image.fit_activation(x.size() * bytes);
     if (network.stem_pools) x = pooled(kStemWindow, x);
     for (std::size_t index = 0; index < network.blocks.size(); ++index) {
         const std::vector<Convolution>& layers = network.blocks[index].convolutions;
         for (const Convolution& layer : network.blocks[index].projection)
-            per_image.fit_partial(network.element, layer, x);
+            per_image.fit_partial(network.element, layer, batch, x);
         for (std::size_t i = 0; i + 1 < layers.size(); ++i) {
-            per_image.fit_partial(network.element, layers[i], x);
+            per_image.fit_partial(network.element, layers[i], batch, x);
             x = convolved(layers[i], x);
             per_image.fit_inner(x.size() * bytes);
         }
         per_image.fit_sums(layers.back(), x);
-        per_image.fit_partial(network.element, layers.back(), x);
+        per_image.fit_partial(network.element, layers.back(), batch, x);
         x = convolved(layers.back(), x);
         per_image.fit_activation(x.size() * bytes);
         if (network.gates.empty()) continue;
@@ -229,13 +222,13 @@ ImageBytes bytes_per_image(const CompactedNetwork& network) {
         per_image.fit_inner(seen.size() * 4);
         for (const Convolution& layer : network.gates[index].convolutions) {
             per_image.fit_sums(layer, seen);
-            per_image.fit_partial(ElementType::float32, layer, seen);
+            per_image.fit_partial(ElementType::float32, layer, batch, seen);
             seen = convolved(layer, seen);
             per_image.fit_inner(seen.size() * 4);
         }
     }
     per_image.features = 4ll * x.channels;
-    per_image.fit_partial(ElementType::float32, network.head, {1, 1, x.channels});
+    per_image.fit_partial(ElementType::float32, network.head, batch, {1, 1, x.channels});
     return per_image;
 }
 
@@ -263,12 +256,12 @@ struct Workspace {
     void *inner, *other;      // inside of a block or a gate
     float *sums, *gate_sums;  // pooled sums of x, of a feed-forward gate's last convolution
     float* features;          // [batch, channels]
-    RowList list;
-    int* arrivals;
-    PartialSums partial;  // of whichever convolution runs
+    RowList lists[2];         // who executes a block, and who the next one, in turn
+    int* arrivals;            // [batch + 1]
+    PartialSums partial;      // of whichever convolution runs
 
     Workspace(const CompactedNetwork& network, int batch, Arena& arena) {
-        const ImageBytes per_image = bytes_per_image(network);
+        const ImageBytes per_image = bytes_per_image(network, batch);
         x = arena.allocate<void>(batch * per_image.activation);
         next = arena.allocate<void>(batch * per_image.activation);
         inner = arena.allocate<void>(batch * per_image.inner);
@@ -276,10 +269,12 @@ struct Workspace {
         sums = arena.allocate<float>(batch * per_image.sums);
         gate_sums = arena.allocate<float>(network.gates.empty() ? 0 : batch * per_image.sums);
         features = arena.allocate<float>(batch * per_image.features);
-        list.rows = arena.allocate<int>(batch * 4ll);
-        list.count = arena.allocate<int>(4);
-        arrivals = arena.allocate<int>(4);
-        partial.sums = arena.allocate<float>(std::min<std::int64_t>(batch * per_image.partial, 4ll * kPartialSums));
+        for (RowList& list : lists) {
+            list.rows = arena.allocate<int>(batch * 4ll);
+            list.count = arena.allocate<int>(4);
+        }
+        arrivals = arena.allocate<int>((batch + 1) * 4ll);
+        partial.sums = arena.allocate<float>(per_image.partial);
         partial.arrivals = arena.allocate<int>(4ll * kPartialTiles);
     }
 };
@@ -292,25 +287,34 @@ public:
 
     void run() {
         stem();
-        run_block(0, nullptr);
-        const int blocks = static_cast<int>(network_.blocks.size());
-        for (int index = 1; index < blocks; ++index) {
-            if (call_.num_gates > 0) gate_step(index - 1);  // which compacts, too
-            run_block(index, call_.num_gates > 0 ? &workspace_.list : nullptr);
+        for (int index = 0; index < static_cast<int>(network_.blocks.size()); ++index) {
+            run_block(index);
+            if (index < call_.num_gates && !network_.gates.empty()) gate_step(index);
         }
-        if (call_.num_gates == blocks) gate_step(blocks - 1);
         head();
     }
 
 private:
     void stem() {
         const Shape images{network_.height, network_.width, network_.stem.in};
-        const Loaded loaded{call_.images,        workspace_.inner,    call_.hidden,
-                            call_.cell,          workspace_.arrivals, workspace_.partial.arrivals,
-                            network_.in,         images.channels,     static_cast<int>(images.pixels()),
-                            network_.lstm.hidden};
-        const std::int64_t threads = (images.pixels() + kPixelsPerThread - 1) / kPixelsPerThread;
-        launch("load_images", load_images_kernel<Element>, pointwise_grid(threads, call_.batch), stream_, loaded,
+        const Shape places = taken_in(network_);
+        const Loaded loaded{call_.images,
+                            workspace_.inner,
+                            call_.hidden,
+                            call_.cell,
+                            workspace_.arrivals,
+                            workspace_.partial.arrivals,
+                            network_.in,
+                            places.channels,
+                            images.height * images.width,
+                            images.width,
+                            places.height * places.width,
+                            network_.lstm.hidden,
+                            Divisor(places.width)};
+        const auto kernel =
+            network_.stem.pairs ? load_images_kernel<Element, true> : load_images_kernel<Element, false>;
+        launch("load_images", kernel,
+               pointwise_grid((loaded.places + kPlacesPerThread - 1) / kPlacesPerThread, call_.batch), stream_, loaded,
                call_.batch, call_.present);
         shape_ = convolved(network_.stem, images);
         void* y = network_.stem_pools ? workspace_.next : workspace_.x;
@@ -318,14 +322,33 @@ private:
         if (network_.stem_pools) shape_ = max_pool<Element, Element, kStemWindow>(shape_, y, workspace_.x);
     }
 
+    Decision decision(int gate) const {
+        const std::int64_t row = static_cast<std::int64_t>(gate) * call_.batch;
+        const bool decides = gate < static_cast<int>(network_.blocks.size()) - 1;
+        return {call_.gate_logits + row, call_.probabilities + row, call_.executed + row,
+                call_.forced && decides ? call_.forced + row : nullptr};
+    }
+
+    // Who executes a block; null: everybody.
+    const RowList* list(int block) const {
+        return block > 0 && call_.num_gates > 0 ? &workspace_.lists[block % 2] : nullptr;
+    }
+
+    // RNNGate, which the block's last convolution evaluates in its tail; it compacts, too.
+    GateTail gate_tail(int index) const {
+        return {network_.embeddings[index],
+                network_.lstm,
+                call_.present,
+                call_.hidden,
+                call_.cell,
+                decision(index),
+                list(index) ? decision(index - 1).executed : nullptr,
+                workspace_.lists[(index + 1) % 2],
+                workspace_.arrivals};
+    }
+
+    // A feed-forward gate, in launches of its own.
     void gate_step(int index) {
-        const std::int64_t row = static_cast<std::int64_t>(index) * call_.batch;
-        const bool decides = index < static_cast<int>(network_.blocks.size()) - 1;
-        const Decision decision{call_.gate_logits + row, call_.probabilities + row, call_.executed + row,
-                                call_.forced && decides ? call_.forced + row : nullptr};
-        if (!network_.embeddings.empty())
-            return cuda::gate_step(network_.embeddings[index], network_.lstm, call_.batch, call_.present, sums_,
-                                   call_.hidden, call_.cell, decision, workspace_.list, workspace_.arrivals, stream_);
         const CompactedGate& gate = network_.gates[index];
         Shape seen = network_.gates_pool ? max_pool<Element, float, kGateWindow>(shape_, workspace_.x, workspace_.inner)
                                          : max_pool<Element, float, kNoWindow>(shape_, workspace_.x, workspace_.inner);
@@ -337,14 +360,15 @@ private:
             seen = convolved(layer, seen);
             std::swap(from, to);
         }
-        cuda::gate_step(gate.tail, call_.batch, call_.present, sums, decision, workspace_.list, workspace_.arrivals,
-                        stream_);
+        cuda::gate_step(gate.tail, call_.batch, call_.present, sums, decision(index), workspace_.lists[(index + 1) % 2],
+                        workspace_.arrivals + call_.batch, true, stream_);
     }
 
-    // For the images of the list, in place; without one for all that are present. Where the block projects, the others
+    // For the images that execute it, in place. Where the block projects, the others
     // take its shortcut.
-    void run_block(int index, const RowList* list) {
+    void run_block(int index) {
         const CompactedBlock& block = network_.blocks[index];
+        const RowList* executing = list(index);
         void *from = workspace_.x, *to = workspace_.inner;
         Shape shape = shape_;
         if (!block.projection.empty()) {
@@ -353,26 +377,31 @@ private:
         }
         const std::size_t last = block.convolutions.size() - 1;
         for (std::size_t i = 0; i < last; ++i) {
-            convolve(block.convolutions[i], shape, {.list = list, .gathers = i == 0, .relu = true, .x = from, .y = to});
+            convolve(block.convolutions[i], shape,
+                     {.list = executing, .gathers = i == 0, .relu = true, .x = from, .y = to});
             shape = convolved(block.convolutions[i], shape);
             from = to;
             to = to == workspace_.inner ? workspace_.other : workspace_.inner;
         }
+        GateTail gate{};
+        const bool gates = index < call_.num_gates && network_.gates.empty();
+        if (gates) gate = gate_tail(index);
         sums_ = convolve(block.convolutions[last], shape,
-                         {.list = list,
+                         {.list = executing,
                           .scatters = true,
                           .relu = true,
                           .x = from,
                           .residual = workspace_.x,
                           .y = workspace_.x,
-                          .sums = workspace_.sums});
+                          .sums = workspace_.sums,
+                          .gate = gates ? &gate : nullptr});
         shape_ = convolved(block.convolutions[last], shape);
     }
 
     void head() {
         launch("finish_pool", finish_pool_kernel,
-               pointwise_grid(static_cast<std::int64_t>(call_.batch) * shape_.channels), stream_, sums_, call_.batch,
-               call_.present, shape_.channels, workspace_.features);
+               dependent(pointwise_grid(static_cast<std::int64_t>(call_.batch) * shape_.channels)), stream_, sums_,
+               call_.batch, call_.present, shape_.channels, workspace_.features);
         // The batch is the pixels of one image: a matrix product.
         GatheredConv classify{};
         classify.batch = 1;
@@ -381,7 +410,7 @@ private:
         classify.x = workspace_.features;
         classify.y = call_.logits;
         classify.partial = workspace_.partial;
-        classify.pixels_are_images = true;
+        classify.pixels_are_images = classify.dependent = true;
         gathered_conv(ElementType::float32, network_.head, classify, stream_);
     }
 
@@ -392,17 +421,18 @@ private:
         const void *x = nullptr, *residual = nullptr;
         void* y = nullptr;
         float* sums = nullptr;
+        const GateTail* gate = nullptr;
     };
 
     PooledSums convolve(const Convolution& layer, const Shape& from, const ConvolutionOptions& options,
                         ElementType type) {
         const RowList present{nullptr, call_.present};
         const RowList* all = call_.present ? &present : nullptr;
-        gathered_conv(
-            type, layer,
-            {call_.batch, from.height, from.width, options.list ? options.list : all, options.gathers, options.scatters,
-             options.relu, options.x, options.residual, options.y, options.sums, workspace_.partial, false},
-            stream_);
+        gathered_conv(type, layer,
+                      {call_.batch, from.height, from.width, options.list ? options.list : all, options.gathers,
+                       options.scatters, options.relu, options.x, options.residual, options.y, options.sums,
+                       workspace_.partial, false, options.gate, true},
+                      stream_);
         return {options.sums, pooled_tiles(layer, from.height, from.width),
                 static_cast<int>(convolved(layer, from).pixels())};
     }
@@ -414,7 +444,7 @@ private:
     Shape max_pool(const Shape& from, const void* x, void* y) {
         const Shape to = pooled(window, from);
         launch("max_pool", max_pool_kernel<From, To, window.side>,
-               pointwise_grid(to.size() / kChannelsPerThread, call_.batch), stream_, static_cast<const From*>(x),
+               dependent(pointwise_grid(to.size() / kChannels, call_.batch)), stream_, static_cast<const From*>(x),
                call_.batch, call_.present, from, window.stride, window.padding, to, static_cast<To*>(y));
         return to;
     }
@@ -438,7 +468,7 @@ CompactedWeights lay_out(CompactedNetwork& network, const void* elements, const 
         return piece;
     };
     const auto place = [&](Convolution& layer, bool in_floats) {
-        const std::size_t size = static_cast<std::size_t>(layer.out) * layer.kernel * layer.kernel * layer.in;
+        const std::size_t size = static_cast<std::size_t>(layer.out) * layer.depth();
         if (in_floats) {
             layer.weight = take(size);
         } else {

@@ -27,7 +27,7 @@ struct CompactedNetwork {
     int in, height, width;  // of the images
     bool stem_pools;        // a 3x3 max pool with stride 2 follows the stem
     bool gates_pool;        // a 2x2 max pool comes first in a feed-forward gate
-    Convolution stem;
+    Convolution stem;       // takes pairs of pixels where its stride is 2 and `in` 4 at most
     std::vector<CompactedBlock> blocks;
     std::vector<Embedding> embeddings;  // RNNGate: one per block
     Lstm lstm;                          // RNNGate

@@ -1,6 +1,7 @@
-// A convolution as an implicit matrix product: rows are an image's output pixels, columns output channels, and K runs
-// over the kernel's taps and, within one, the input channels. A tile of the product never reaches over two images, so
-// that pooled sums are an image's own. A thread block goes through four steps:
+// A convolution as an implicit matrix product: rows are output pixels, columns output channels, and K runs over the
+// kernel's taps and, within one, the input channels. Where pooled sums are wanted, a tile of the product never reaches
+// over two images; elsewhere rows are flat, the executing images' pixels one after the other, and only the last tile
+// can be partly empty. A thread block goes through four steps:
 //   Loader          cp.async brings K step after K step of both operands into a ring of stages
 //   multiply        tensor cores, or float32 arithmetic, sum the products in registers
 //   reduce_split_k  if K is split, the last thread block of a tile adds the others' partial sums
@@ -12,6 +13,10 @@
 #include <type_traits>
 
 #include "../check.h"
+#include "arrival.cuh"
+#include "channels.cuh"
+#include "divisor.cuh"
+#include "gate_step.cuh"
 #include "launch.cuh"
 #include "ptx.cuh"
 
@@ -21,8 +26,8 @@ namespace {
 constexpr int kStages = 4;         // of the cp.async pipeline
 constexpr int kChunk = 16;         // bytes of one cp.async
 constexpr int kChunks = 4;         // of a row of a stage: K advances by 32 16-bit or 16 float32 elements
+constexpr int kTailThreads = 128;  // of a thread block that may evaluate gates
 constexpr int kPooledPixels = 64;  // of a pooled tile, whatever the tile of the product is
-constexpr int kPack = 8;           // channels that a thread of the epilogue takes together
 
 // Sums over K are taken in ascending order; with splitK each slice of K is summed by itself, and slices are
 // added in order.
@@ -36,23 +41,35 @@ struct Tile {
     static constexpr int kWarpM = blockM / warpsM, kWarpN = blockN / warpsN;  // a warp's part of the tile
     static constexpr int kSums = kWarpM * kWarpN / 32;                        // of a thread
     // Threads that a multiprocessor shall hold at least. Split-K needs a second set of sums, float32 products more
-    // registers, and no kernel may spill.
-    static constexpr int kBlocksAtOnce = (!kOnTensorCores || (kSplitK && kSums > 32) ? 256 : 512) / kThreads;
+    // registers, and no kernel may spill on any architecture.
+    static constexpr int kThreadsAtOnce = !kOnTensorCores || (kSums > 32 && (kSplitK || sizeof(Element) == 4)) ? 256
+                                          : kSplitK                                                            ? 384
+                                                                                                               : 512;
+    static constexpr int kBlocksAtOnce = kThreadsAtOnce / kThreads;
+    // A gate has many loads under way, the more so the fewer warps there are for it.
+    static constexpr int kGatingBlocksAtOnce = std::min(kBlocksAtOnce, 3);
     static constexpr int kPerChunk = kChunk / static_cast<int>(sizeof(Element));
     static constexpr int kBlockK = kChunks * kPerChunk;
     static constexpr int kStageBytes = (blockM + blockN) * kChunks * kChunk;
-    // The product passes through shared memory on its way out. 8 floats of padding: no bank conflicts.
-    static constexpr int kStagingStride = blockN + 8;
+    // The product passes through shared memory on its way out: rows far enough apart for a warp's stores, and every 32
+    // columns four floats of nothing for its loads, so that no bank is met twice.
+    static constexpr int kStagingStride = blockN == 128 ? 152 : blockN + 8;
     static constexpr int kStagingBytes = blockM * kStagingStride * static_cast<int>(sizeof(float));
     static constexpr int kSharedBytes = std::max(kStages * kStageBytes, kStagingBytes);
     // The epilogue's threads stand side by side over the columns and step over the rows.
-    static constexpr int kColumns = blockN / kPack, kRowsAtOnce = kThreads / kColumns;
+    static constexpr int kColumns = blockN / kChannels, kRowsAtOnce = kThreads / kColumns;
 
     static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0, "a warp's part consists of pairs of 16x8 products");
     static_assert(blockM % kPooledPixels == 0 && kPooledPixels % kRowsAtOnce == 0, "pooled tiles are whole");
     static_assert(blockM * kChunks % kThreads == 0 && blockN * kChunks % kThreads == 0, "every thread loads as much");
     static_assert(kSharedBytes <= 99 * 1024, "what a block can have on every architecture");
     static_assert(kBlockN <= kThreads, "a thread finishes a column's pooled sum");
+
+    // What is worth a register between K steps, where there are enough of them.
+    __device__ static int keep(int value) { return sizeof(Element) == 2 ? in_register(value) : value; }
+    // Where a column of the product lies in a staged row.
+    __host__ __device__ static constexpr int staged(int column) { return column + column / 32 * 4; }
+    static_assert(staged(kBlockN - 1) < kStagingStride, "a row has room for its columns");
 };
 
 // What a kernel gets: the call with everything worked out that does not depend on the count.
@@ -65,13 +82,27 @@ struct Arguments {
     float* sums;
     const int* rows;   // null: all images in order
     const int* count;  // null: batch
-    int batch, height, width, in, out, kernel, stride;
-    int out_width, out_pixels;
-    int row_tiles, column_tiles, pooled_tiles;  // of one image
-    int slices;                                 // of K
-    int max_slices;                             // that can be in memory at a time
+    int batch, height, width, out;
+    int kernel, stride, padding;              // of rows
+    int stride_x, padding_x;                  // of columns
+    int depth;                                // K
+    Divisor in, columns;                      // channels, and the kernel's columns: K = kernel * columns * in
+    Divisor out_width, out_pixels;            // of one image
+    Divisor row_tiles, column_tiles, slices;  // of one image or, if they are flat, of all at most; of K
+    int pooled_tiles;
+    int max_slices;  // that can be in memory at a time
     PartialSums partial;
-    bool gathers, scatters, relu;
+    GateTail gate;
+    bool flat;  // tiles go on from one image to the next
+    bool gathers, scatters;
+    float least;  // of a result: 0 is the ReLU
+};
+
+// A tile of the product.
+struct Place {
+    int image, out_image;    // where its pixels are read, if rows are not flat; where they are written
+    int first_row, end_row;  // of the product: pixels of that image or, if they are flat, of all; the end of all
+    int first_channel;
 };
 
 // Where a chunk lies in a stage: rows of 64 bytes, chunks swizzled so that ldmatrix meets no bank twice. The swizzle
@@ -79,71 +110,105 @@ struct Arguments {
 __device__ int stage_offset(int row, int chunk) { return (row * kChunks + (chunk ^ (row / 2 % kChunks))) * kChunk; }
 constexpr int kEightRows = 8 * kChunks * kChunk;
 
-// One thread's part of bringing the operands in, K step after K step. It always loads the same chunk of a row.
+// One thread's part of bringing the operands in, K step after K step. It always loads the same chunk of a row, and K
+// lies in memory in order but for the end of the kernel's row: in most steps it just moves on. Places in memory are
+// counted in chunks, so that 32 bits reach far enough.
 template <typename Tile>
 class Loader {
-    using Element = typename Tile::Element;
     static constexpr int kRowStep = Tile::kThreads / kChunks;
     static constexpr int kRowsA = Tile::kBlockM / kRowStep, kRowsB = Tile::kBlockN / kRowStep;
+    static constexpr int kRowBytes = kChunks * kChunk;
 
 public:
-    __device__ Loader(const Arguments& call, int image, int first_pixel, int first_channel, int first_step)
-        : call_(call), row_(threadIdx.x / kChunks), chunk_(threadIdx.x % kChunks), first_channel_(first_channel) {
-        x_ =
-            static_cast<const Element*>(call.x) + static_cast<std::int64_t>(image) * call.height * call.width * call.in;
+    __device__ Loader(const Arguments& call, const Place& place, int first_step) : call_(call) {
+        const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks, column = place.first_channel + row;
+        in_stage_ = Tile::keep(stage_offset(row, chunk));
+        channel_ = first_step * Tile::kBlockK + chunk * Tile::kPerChunk;
+        weight_ = (column * call.depth + channel_) / Tile::kPerChunk;
+        tap_x_ = call.in.divide(channel_);
+        tap_y_ = call.columns.divide(tap_x_);
+        filled_ = 0;
+#pragma unroll
+        for (int i = 0; i < kRowsB; ++i)
+            if (column + i * kRowStep < call.out) filled_ |= 1u << (kRowsA + i);
 #pragma unroll
         for (int i = 0; i < kRowsA; ++i) {
-            const int pixel = first_pixel + row_ + i * kRowStep;
-            const int y = pixel / call.out_width, x = pixel % call.out_width;
-            // A pixel past the image's end is above its top for every tap.
-            top_[i] = pixel < call.out_pixels ? y * call.stride - call.kernel / 2 : -call.kernel;
-            left_[i] = x * call.stride - call.kernel / 2;
+            int pixel = place.first_row + row + i * kRowStep, image = place.image;
+            const bool there = pixel < place.end_row;
+            if (call.flat) {
+                image = call.out_pixels.divide(pixel);
+                if (call.rows && call.gathers && there) image = call.rows[image];
+            }
+            const int top = call.out_width.divide(pixel) * call.stride - call.padding;
+            const int left = pixel * call.stride_x - call.padding_x;
+            inside_[i] = there ? inside(top, call.kernel, call.height) | inside(left, call.columns.value(), call.width)
+                                                                             << 16
+                               : 0;
+            x_[i] = ((image * call.height + top + tap_y_) * call.width + left + tap_x_) *
+                        (call.in.value() / Tile::kPerChunk) +
+                    channel_ / Tile::kPerChunk;
         }
-        channel_ = first_step * Tile::kBlockK + chunk_ * Tile::kPerChunk;
-        settle();
+        test();
     }
 
-    // Starts loading the next K step.
+    // Starts loading the next K step. Where there is nothing to load the address has no meaning, and is not used.
     __device__ void load(unsigned char* stage) {
-        const bool inside = tap_y_ < call_.kernel;
+        stage += in_stage_;
 #pragma unroll
         for (int i = 0; i < kRowsA; ++i) {
-            const int y = top_[i] + tap_y_, x = left_[i] + tap_x_;
-            const bool filled = inside && y >= 0 && y < call_.height && x >= 0 && x < call_.width;
-            const Element* from = filled ? x_ + (y * call_.width + x) * call_.in + channel_ : x_;
-            cp_async16(stage + stage_offset(row_ + i * kRowStep, chunk_), from, filled);
+            cp_async16(stage + i * kRowStep * kRowBytes, at(call_.x, x_[i]), filled_ & 1u << i);
+            x_[i] += kChunks;
         }
-        stage += Tile::kBlockM * kChunks * kChunk;
-        const Element* weight = static_cast<const Element*>(call_.weight);
-        const int taps = call_.kernel * call_.kernel, tap = tap_y_ * call_.kernel + tap_x_;
+        stage += Tile::kBlockM * kRowBytes;
 #pragma unroll
-        for (int i = 0; i < kRowsB; ++i) {
-            const int column = first_channel_ + row_ + i * kRowStep;
-            const bool filled = inside && column < call_.out;
-            const Element* from =
-                filled ? weight + (static_cast<std::int64_t>(column) * taps + tap) * call_.in + channel_ : weight;
-            cp_async16(stage + stage_offset(row_ + i * kRowStep, chunk_), from, filled);
-        }
+        for (int i = 0; i < kRowsB; ++i)
+            cp_async16(stage + i * kRowStep * kRowBytes,
+                       at(call_.weight, weight_ + i * kRowStep * (call_.depth / Tile::kPerChunk)),
+                       filled_ & 1u << (kRowsA + i));
+        weight_ += kChunks;
         channel_ += Tile::kBlockK;
-        settle();
+        if (channel_ >= call_.in.value()) next_tap();
     }
 
 private:
-    // Moves on by taps until the channel is one.
-    __device__ void settle() {
-        while (channel_ >= call_.in) {
-            channel_ -= call_.in;
-            if (++tap_x_ == call_.kernel) {
-                tap_x_ = 0;
-                ++tap_y_;
-            }
-        }
+    __device__ static const void* at(const void* memory, unsigned chunk) {
+        return static_cast<const uint4*>(memory) + chunk;
     }
 
+    // Of a kernel's `taps` from `first` on, as bits, those that are within a side.
+    __device__ static unsigned inside(int first, int taps, int side) {
+        return (1u << min(taps, side - first)) - (1u << max(0, -first));
+    }
+
+    __device__ void next_tap() {
+        do {
+            channel_ -= call_.in.value();
+            if (++tap_x_ < call_.columns.value()) continue;
+            tap_x_ = 0;
+            ++tap_y_;
+#pragma unroll
+            for (unsigned& x : x_) x += (call_.width - call_.columns.value()) * (call_.in.value() / Tile::kPerChunk);
+        } while (channel_ >= call_.in.value());
+        test();
+    }
+
+    // Which rows there are for the tap; none beyond K's end.
+    __device__ void test() {
+        if (tap_y_ >= call_.kernel) {
+            filled_ = 0;
+            return;
+        }
+        filled_ = filled_ >> kRowsA << kRowsA;
+#pragma unroll
+        for (int i = 0; i < kRowsA; ++i) filled_ |= (inside_[i] >> tap_y_ & inside_[i] >> (16 + tap_x_) & 1) << i;
+    }
+
+    static_assert(sizeof(uint4) == kChunk);
     const Arguments& call_;
-    const Element* x_;
-    int row_, chunk_, first_channel_, channel_, tap_x_ = 0, tap_y_ = 0;
-    int top_[kRowsA], left_[kRowsA];
+    unsigned x_[kRowsA], weight_;  // chunks
+    unsigned inside_[kRowsA];      // the taps that are inside of the image: rows, and columns from bit 16 on
+    unsigned filled_;              // a bit for each row of the first operand, then of the second
+    int in_stage_, channel_, tap_x_, tap_y_;
 };
 
 constexpr float kNegativeZero = -0.0f;  // what slices are added to: the only number that changes no other's bits
@@ -189,15 +254,17 @@ struct Sums {
 template <typename Tile>
 class TensorCores {
 public:
-    __device__ TensorCores(int row, int column) : row_(row), column_(column) {}
+    __device__ TensorCores(int row, int column) : row_(row), column_(column) {
+        const int lane = threadIdx.x % 32;
+        a_ = Tile::keep(stage_offset(row + lane % 16, lane / 16));
+        b_ = Tile::keep(stage_offset(column + lane / 16 * 8 + lane % 8, lane / 8 % 2));
+    }
 
     __device__ void multiply(const unsigned char* a, const unsigned char* b, Sums<Tile>& sums) const {
-        const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int k = 0; k < kChunks; k += 2) {  // 16 16-bit or 8 32-bit elements at a time
             unsigned left[kM][4], right[kN / 2][4];
-            const unsigned char* from_a = a + stage_offset(row_ + lane % 16, k + lane / 16);
-            const unsigned char* from_b = b + stage_offset(column_ + lane / 16 * 8 + lane % 8, k + lane / 8 % 2);
+            const unsigned char *from_a = a + (a_ ^ k * kChunk), *from_b = b + (b_ ^ k * kChunk);
 #pragma unroll
             for (int m = 0; m < kM; ++m) ldmatrix_x4(from_a + m * 2 * kEightRows, left[m]);
 #pragma unroll
@@ -228,7 +295,7 @@ public:
 #pragma unroll
                 for (int half = 0; half < 2; ++half)
                     *reinterpret_cast<float2*>(staging + (row_ + 16 * m + 8 * half + lane / 4) * Tile::kStagingStride +
-                                               column_ + 8 * n + lane % 4 * 2) =
+                                               Tile::staged(column_ + 8 * n) + lane % 4 * 2) =
                         make_float2(sums.values[m * kN + n][2 * half], sums.values[m * kN + n][2 * half + 1]);
     }
 
@@ -242,6 +309,7 @@ private:
     }
 
     int row_, column_;
+    int a_, b_;  // where the lane reads in a stage; the next two chunks are at a place that differs in a bit
 };
 
 // The same in float32 arithmetic: a lane has every 8th row and every 4th column.
@@ -279,7 +347,7 @@ public:
         for (int m = 0; m < kM; ++m)
 #pragma unroll
             for (int n = 0; n < kN; ++n)
-                staging[(row_ + 8 * m) * Tile::kStagingStride + column_ + 4 * n] =
+                staging[(row_ + 8 * m) * Tile::kStagingStride + Tile::staged(column_ + 4 * n)] =
                     sums.values[m * kN / 4 + n / 4][n % 4];
     }
 
@@ -293,110 +361,142 @@ private:
 template <typename Tile>
 __device__ bool reduce_split_k(const Arguments& call, int tile, int slice, Sums<Tile>& sums) {
     constexpr int kTileSums = Tile::kBlockM * Tile::kBlockN;
-    float* partial = call.partial.sums + static_cast<std::int64_t>(tile) * call.slices * kTileSums;
+    const int slices = call.slices.value();
+    float* partial = call.partial.sums + static_cast<std::int64_t>(tile) * slices * kTileSums;
     sums.store_partial(partial + slice * kTileSums);
-    __syncthreads();
-    bool last = false;
-    if (threadIdx.x == 0) {
-        __threadfence();  // the block's sums before its arrival
-        last = atomicAdd(call.partial.arrivals + tile, 1) == call.slices - 1;
-    }
-    if (!__syncthreads_or(last)) return false;
-    __threadfence();  // all arrivals before the others' sums
-    if (threadIdx.x == 0) call.partial.arrivals[tile] = 0;
+    if (!comes_last(call.partial.arrivals + tile, slices)) return false;
     sums = Sums<Tile>(kNegativeZero);
 #pragma unroll 2
-    for (int i = 0; i < call.slices; ++i) sums.add_partial(partial + i * kTileSums);
+    for (int i = 0; i < slices; ++i) sums.add_partial(partial + i * kTileSums);
     return true;
 }
 
-// kPack neighbouring channels, to and from memory in units of 16 bytes.
-template <typename Element>
-struct alignas(16) Pack {
-    Element values[kPack];
-
-    __device__ static Pack from(const Element* memory) { return *reinterpret_cast<const Pack*>(memory); }
-    __device__ void to(Element* memory) const { *reinterpret_cast<Pack*>(memory) = *this; }
-};
-
-// From the product in shared memory: + bias + residual, ReLU, out; and the pooled sums of what was stored.
-template <typename Tile>
-__device__ void finish(const Arguments& call, float* staging, int image, int first_pixel, int first_channel) {
-    using Element = typename Tile::Element;
-    const int column = threadIdx.x % Tile::kColumns * kPack, first_row = threadIdx.x / Tile::kColumns;
-    const int channel = first_channel + column;
-    float bias[kPack] = {};
-    if (channel < call.out) {
-#pragma unroll
-        for (int i = 0; i < kPack; ++i) bias[i] = call.bias[channel + i];
-    }
+// From the product in shared memory: + bias + residual, ReLU, out; and, if wanted, the pooled sums of what was stored.
+template <typename Tile, bool kPools>
+__device__ void finish(const Arguments& call, float* staging, const Place& place) {
+    using Element = std::conditional_t<sizeof(typename Tile::Element) == 4, float, typename Tile::Element>;
+    constexpr int kRows = kPooledPixels / Tile::kRowsAtOnce;  // of a thread in a pooled tile
+    constexpr int kAhead = sizeof(Element) == 2 ? kRows : 1;  // of the residual, loaded at once
+    static_assert(kRows % kAhead == 0);
+    const int column = threadIdx.x % Tile::kColumns * kChannels, first = threadIdx.x / Tile::kColumns;
+    const int channel = place.first_channel + column;
+    const int end = channel < call.out ? place.end_row : 0;
+    float bias[kChannels] = {};
+    if (end) Channels<float>::at(call.bias + channel).floats(bias);
 #pragma unroll 1
     for (int pool_row = 0; pool_row < Tile::kBlockM; pool_row += kPooledPixels) {
-        float sums[kPack] = {};
-#pragma unroll 2
-        for (int row = pool_row + first_row; row < pool_row + kPooledPixels; row += Tile::kRowsAtOnce) {
-            const int pixel = first_pixel + row;
-            if (pixel >= call.out_pixels || channel >= call.out) continue;
-            const std::int64_t place =
-                (static_cast<std::int64_t>(image) * call.out_pixels + pixel) * call.out + channel;
-            const float* product = staging + row * Tile::kStagingStride + column;
-            Pack<Element> result, residual{};
-            if (call.residual) residual = Pack<Element>::from(static_cast<const Element*>(call.residual) + place);
+        const int first_pixel = place.first_row + pool_row + first;
+        const std::int64_t out =
+            (static_cast<std::int64_t>(place.out_image) * call.out_pixels.value() + first_pixel) * call.out + channel;
+        float sums[kChannels] = {};
+        Channels<Element> residual[kAhead];
 #pragma unroll
-            for (int i = 0; i < kPack; ++i) {
-                float value = product[i] + bias[i];
-                if (call.residual) value += to_float(residual.values[i]);
-                if (call.relu && value < 0.0f) value = 0.0f;
-                result.values[i] = from_float<Element>(value);
-                sums[i] += to_float(result.values[i]);
+        for (int i = 0; i < kRows; ++i) {
+            if (call.residual && i % kAhead == 0) {
+#pragma unroll
+                for (int j = 0; j < kAhead; ++j)
+                    if (first_pixel + (i + j) * Tile::kRowsAtOnce < end)
+                        residual[j].load(static_cast<const Element*>(call.residual) + out +
+                                         (i + j) * Tile::kRowsAtOnce * call.out);
             }
-            result.to(static_cast<Element*>(call.y) + place);
-        }
-        if (!call.sums) continue;
-        // Into a place of the product that nobody but this thread reads.
+            if (first_pixel + i * Tile::kRowsAtOnce >= end) continue;
+            const float* product = staging + (pool_row + first + i * Tile::kRowsAtOnce) * Tile::kStagingStride;
+            float values[kChannels];
+            Channels<float>::at(product + Tile::staged(column)).floats(values);
 #pragma unroll
-        for (int i = 0; i < kPack; ++i) staging[(pool_row + first_row) * Tile::kStagingStride + column + i] = sums[i];
+            for (int c = 0; c < kChannels; ++c) values[c] += bias[c];
+            if (call.residual) {
+                float added[kChannels];
+                residual[i % kAhead].floats(added);
+#pragma unroll
+                for (int c = 0; c < kChannels; ++c) values[c] += added[c];
+            }
+            auto result = Channels<Element>::rounded(values);
+            result.raise_to(call.least);
+            result.store(static_cast<Element*>(call.y) + out + i * Tile::kRowsAtOnce * call.out);
+            if constexpr (kPools) {
+                result.floats(values);
+#pragma unroll
+                for (int c = 0; c < kChannels; ++c) sums[c] += values[c];
+            }
+        }
+        if constexpr (kPools)  // into a place of the product that nobody but this thread reads
+            Channels<float>(sums).store(staging + (pool_row + first) * Tile::kStagingStride + Tile::staged(column));
     }
-    if (!call.sums) return;
-    __syncthreads();
-    const int mine = threadIdx.x;
-    if (mine >= Tile::kBlockN || first_channel + mine >= call.out) return;
-    for (int pool_row = 0; pool_row < Tile::kBlockM && first_pixel + pool_row < call.out_pixels;
-         pool_row += kPooledPixels) {
-        float sum = 0.0f;
-        for (int row = 0; row < Tile::kRowsAtOnce; ++row)
-            sum += staging[(pool_row + row) * Tile::kStagingStride + mine];
-        const std::int64_t tile =
-            static_cast<std::int64_t>(image) * call.pooled_tiles + (first_pixel + pool_row) / kPooledPixels;
-        call.sums[tile * call.out + first_channel + mine] = sum;
+    if constexpr (kPools) {
+        __syncthreads();
+        const int mine = threadIdx.x;
+        if (mine >= Tile::kBlockN || place.first_channel + mine >= call.out) return;
+        for (int pool_row = 0; pool_row < Tile::kBlockM && place.first_row + pool_row < place.end_row;
+             pool_row += kPooledPixels) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int row = 0; row < Tile::kRowsAtOnce; ++row)
+                sum += staging[(pool_row + row) * Tile::kStagingStride + Tile::staged(mine)];
+            const std::int64_t tile = static_cast<std::int64_t>(place.out_image) * call.pooled_tiles +
+                                      (place.first_row + pool_row) / kPooledPixels;
+            // Past L1, where the thread block looks for it that does the image's gate.
+            __stcg(call.sums + tile * call.out + place.first_channel + mine, sum);
+        }
     }
 }
 
+// The thread block's share of the weights into L2, while the grid before is still at work. A network's weights do not
+// stay there from call to call. They are brought for layers that nobody executes, too: not yet known, and little.
 template <typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksAtOnce) gathered_conv_kernel(Arguments call) {
+__device__ void prefetch_weights(const Arguments& call) {
+    const std::int64_t chunks = static_cast<std::int64_t>(call.out) * (call.depth / Tile::kPerChunk);
+    const int share = static_cast<int>((chunks + gridDim.x - 1) / gridDim.x);
+    const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * share;
+    if (threadIdx.x == 0 && first < chunks)
+        prefetch_to_l2(static_cast<const uint4*>(call.weight) + first,
+                       kChunk * static_cast<unsigned>(chunks - first < share ? chunks - first : share));
+}
+
+template <typename Tile, bool kGates>
+__global__ void __launch_bounds__(Tile::kThreads, kGates ? Tile::kGatingBlocksAtOnce : Tile::kBlocksAtOnce)
+    gathered_conv_kernel(Arguments call) {
     using Product = std::conditional_t<Tile::kOnTensorCores, TensorCores<Tile>, FusedMultiplyAdds<Tile>>;
     unsigned char* shared = shared_memory();  // [kStages, kStageBytes], then the product
-    const int count = call.count ? *call.count : call.batch;
-    const int tiles = count * call.row_tiles * call.column_tiles;
-    const int steps = (call.kernel * call.kernel * call.in + Tile::kBlockK - 1) / Tile::kBlockK;
+    let_next_grid();
+    prefetch_weights<Tile>(call);
+    wait_for_previous_grid();
+    const int count = call.count ? *call.count : call.batch, pixels = count * call.out_pixels.value();
+    const int row_tiles = call.flat ? (pixels + Tile::kBlockM - 1) / Tile::kBlockM : count * call.row_tiles.value();
+    const int tiles = row_tiles * call.column_tiles.value();
+    const int steps = (call.depth + Tile::kBlockK - 1) / Tile::kBlockK;
     const int warp = threadIdx.x / 32;
     // A thread block computes one slice of a tile if there are enough of them, otherwise all of its slices in turn.
-    const bool splits = Tile::kSplitK && tiles * call.slices <= call.max_slices;
-    const int slices = Tile::kSplitK ? call.slices : 1, share = splits ? slices : 1;  // thread blocks of a tile
-    // Neighbouring thread blocks share an image's pixels: they meet in the cache.
-    for (int item = blockIdx.x; item < tiles * share; item += gridDim.x) {
-        const int tile = item / share;
-        const int first_slice = item % share, end_slice = splits ? first_slice + 1 : slices;
-        const int first_channel = tile % call.column_tiles * Tile::kBlockN;
-        const int first_pixel = tile / call.column_tiles % call.row_tiles * Tile::kBlockM;
-        const int index = tile / call.column_tiles / call.row_tiles;
-        const int row = call.rows ? call.rows[index] : index;
+    const bool splits = Tile::kSplitK && tiles * call.slices.value() <= call.max_slices;
+    const int slices = Tile::kSplitK ? call.slices.value() : 1;
+    const int items = splits ? tiles * slices : tiles;
+    const int images = kGates ? images_of(call.gate.present, call.batch) : 0;
+    const auto gate_step = [&](int image) {
+        decide_and_compact(
+            Rnn<kTailThreads / 32>(call.gate.embedding, call.gate.lstm, call.gate.hidden, call.gate.cell),
+            {call.sums, call.pooled_tiles, call.out_pixels.value()}, call.gate.decision, image, images, call.gate.list,
+            call.gate.arrivals + call.batch, reinterpret_cast<float*>(shared));
+    };
+    // Computes a tile, or a slice of one. Whose gate is to come next: the image's all of which is there, or -1.
+    const auto compute = [&](int item) {
+        int first_slice = splits ? item : 0;
+        const int tile = splits ? call.slices.divide(first_slice) : item;
+        const int end_slice = splits ? first_slice + 1 : slices;
+        int column_tile = tile, row_tile = call.column_tiles.divide(column_tile);
+        Place place{0, 0, 0, pixels, column_tile * Tile::kBlockN};
+        if (!call.flat) {
+            const int index = call.row_tiles.divide(row_tile), image = call.rows ? call.rows[index] : index;
+            place.image = call.gathers ? image : index;
+            place.out_image = call.scatters ? image : index;
+            place.end_row = call.out_pixels.value();
+        }
+        place.first_row = row_tile * Tile::kBlockM;
 
         int step = steps * first_slice / slices, loaded = step;
         const int last_step = steps * end_slice / slices;
-        Loader<Tile> loader(call, call.gathers ? row : index, first_pixel, first_channel, step);
+        Loader<Tile> loader(call, place, step);
         const auto load_next = [&] {
-            if (loaded < last_step) loader.load(shared + loaded % kStages * Tile::kStageBytes);
+            if (loaded < last_step) loader.load(shared + unsigned(loaded) % kStages * Tile::kStageBytes);
             ++loaded;
             cp_async_commit();
         };
@@ -413,33 +513,83 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksAtOnce) gathered_
                 cp_async_wait<kStages - 2>();
                 __syncthreads();  // this step has landed for all, and all are done with the stage before
                 load_next();
-                const unsigned char* stage = shared + step % kStages * Tile::kStageBytes;
+                const unsigned char* stage = shared + unsigned(step) % kStages * Tile::kStageBytes;
                 product.multiply(stage, stage + Tile::kBlockM * kChunks * kChunk, sums);
             }
             total.add(sums);
         }
         if constexpr (Tile::kSplitK)
-            if (splits && !reduce_split_k(call, tile, first_slice, total)) continue;
+            if (splits && !reduce_split_k(call, tile, first_slice, total)) return -1;
         __syncthreads();  // the stages become the product's place; all of theirs has landed
         float* staging = reinterpret_cast<float*>(shared);
         product.store(total, staging);
         __syncthreads();
-        finish<Tile>(call, staging, call.scatters ? row : index, first_pixel, first_channel);
+        if (kGates || call.sums)
+            finish<Tile, true>(call, staging, place);
+        else
+            finish<Tile, false>(call, staging, place);
         __syncthreads();  // the product's place becomes the next tile's stages
+        if constexpr (kGates) {
+            const int own_tiles = call.row_tiles.value() * call.column_tiles.value();
+            if (comes_last(call.gate.arrivals + place.out_image, own_tiles)) return place.out_image;
+        }
+        return -1;
+    };
+    // Neighbouring thread blocks share an image's pixels: they meet in the cache. After the tiles come the gates of
+    // images that skip the block: they have kept their sums.
+    for (int item = blockIdx.x; item < items + images; item += gridDim.x) {
+        int image = -1;
+        if (item < items)
+            image = compute(item);
+        else if (call.gate.executed && !call.gate.executed[item - items])
+            image = item - items;
+        if (kGates && image >= 0) gate_step(image);
     }
+    if (kGates && images == 0 && blockIdx.x == 0 && threadIdx.x == 0) *call.gate.list.count = 0;
 }
 
+int divided_up(int value, int by) { return (value + by - 1) / by; }
+
+// How many tiles a product has.
 template <typename Tile>
-void launch_tiles(Arguments call, Stream stream) {
-    call.row_tiles = (call.out_pixels + Tile::kBlockM - 1) / Tile::kBlockM;
-    call.column_tiles = (call.out + Tile::kBlockN - 1) / Tile::kBlockN;
-    const auto kernel = gathered_conv_kernel<Tile>;
+int tiles(int rows, int columns) {
+    return divided_up(rows, Tile::kBlockM) * divided_up(columns, Tile::kBlockN);
+}
+
+// A call's rows: those of one image after the other, or of all as if they were one.
+struct Rows {
+    int images, of_each;
+
+    template <typename Tile>
+    int tiles(int columns) const {
+        return images * cuda::tiles<Tile>(of_each, columns);
+    }
+};
+
+template <typename Tile>
+void launch_tiles(Arguments call, const Rows& rows, int slices, const GatheredConv& asked, Stream stream) {
+    call.row_tiles = Divisor(divided_up(rows.of_each, Tile::kBlockM));
+    call.column_tiles = Divisor(divided_up(call.out, Tile::kBlockN));
+    if (!Tile::kSplitK) slices = 1;
+    call.slices = Divisor(slices);
+    auto kernel = gathered_conv_kernel<Tile, false>;
+    // Where there are tiles enough to be large, what every tile adds to a gate in the tail is more than a launch.
+    constexpr bool kHasTail = Tile::kThreads == kTailThreads;
+    if constexpr (kHasTail)
+        if (asked.gate) kernel = gathered_conv_kernel<Tile, true>;
     const int resident = multiprocessors() * resident_blocks(kernel, Tile::kThreads, Tile::kSharedBytes);
     constexpr int kMaxSlices = kPartialSums / (Tile::kBlockM * Tile::kBlockN);
     static_assert(kMaxSlices / 2 <= kPartialTiles, "there are at least two slices of a tile");
-    call.max_slices = call.slices > 1 && call.partial.sums ? std::min(kMaxSlices, resident) : 0;
-    const int blocks = std::min(call.batch * call.row_tiles * call.column_tiles * call.slices, resident);
-    launch("gathered_conv", kernel, {blocks, Tile::kThreads, Tile::kSharedBytes}, stream, call);
+    call.max_slices = slices > 1 && call.partial.sums ? std::min(kMaxSlices, resident) : 0;
+    const int blocks = std::min(rows.tiles<Tile>(call.out) * slices, resident);
+    Grid grid{blocks, Tile::kThreads, Tile::kSharedBytes};
+    grid.dependent = asked.dependent;
+    launch("gathered_conv", kernel, grid, stream, call);
+    if (!asked.gate || kHasTail) return;
+    const GateTail& gate = call.gate;
+    gate_step(gate.embedding, gate.lstm, call.batch, gate.present,
+              {call.sums, call.pooled_tiles, call.out_pixels.value()}, gate.hidden, gate.cell, gate.decision, gate.list,
+              gate.arrivals + call.batch, true, stream);
 }
 
 template <typename Element>
@@ -449,54 +599,54 @@ using Small = Tile<Element, 64, 64, 2, 2, true>;
 template <typename Element, bool splitK>
 using Large = Tile<Element, 128, 128, 2, 4, splitK>;
 
-// How many tiles an image's product has.
-template <typename Tile>
-int tiles(int pixels, int channels) {
-    return (pixels + Tile::kBlockM - 1) / Tile::kBlockM * ((channels + Tile::kBlockN - 1) / Tile::kBlockN);
-}
-
 // Into how many slices a layer's K is split, for an image of so many pixels. In small tiles with a thread block for
 // every slice, a K step brings in 8 KiB and adding a slice 16 KiB, so steps / slices + 2 slices shall be least. More
 // blocks than a GPU has multiprocessors bring little, and a short K is over before its slices are added.
 template <typename Element>
 int split_k_slices(const Convolution& layer, int pixels) {
     constexpr int kFewestSteps = 32, kMultiprocessors = 128;
-    const int steps = (layer.kernel * layer.kernel * layer.in + Small<Element>::kBlockK - 1) / Small<Element>::kBlockK;
+    const int steps = divided_up(layer.depth(), Small<Element>::kBlockK);
     if (layer.out <= Narrow<Element>::kBlockN || steps < kFewestSteps) return 1;
     const int slices = static_cast<int>(std::sqrt(steps / 2));
     return std::max(1, std::min(slices, kMultiprocessors / tiles<Small<Element>>(pixels, layer.out)));
 }
 
 // Whether a product is too large for small tiles in both directions.
-bool wants_large_tiles(int pixels, int channels) { return pixels > 64 && channels > 64; }
+bool wants_large_tiles(int rows, int columns) { return rows > 64 && columns > 64; }
 
 // The largest tile that still gives every multiprocessor one. Results do not depend on the choice: products are summed
 // over K and pooled sums over pixels in the same order, except in the narrow tile, which the layer alone decides.
 template <typename Element>
-void launch_element(const Convolution& layer, Arguments call, bool pixels_are_images, Stream stream) {
+void launch_element(const Convolution& layer, const Arguments& call, const GatheredConv& asked, Stream stream) {
     using Serial = Large<Element, false>;
     using SplitK = Large<Element, true>;
     static_assert(Small<Element>::kBlockK == SplitK::kBlockK, "slices have as many steps");
     static_assert(Small<Element>::kRowsAtOnce == SplitK::kRowsAtOnce, "the order of pooled sums");
-    call.slices = split_k_slices<Element>(layer, pixels_are_images ? 1 : call.out_pixels);
-    if (call.out <= Narrow<Element>::kBlockN) return launch_tiles<Narrow<Element>>(call, stream);
-    if (!wants_large_tiles(call.out_pixels, call.out) ||
-        call.batch * tiles<Serial>(call.out_pixels, call.out) < multiprocessors())
-        return launch_tiles<Small<Element>>(call, stream);
-    if (call.slices > 1) return launch_tiles<SplitK>(call, stream);
-    launch_tiles<Serial>(call, stream);
+    const int pixels = call.out_pixels.value();
+    const Rows rows = call.flat ? Rows{1, call.batch * pixels} : Rows{call.batch, pixels};
+    const int slices = split_k_slices<Element>(layer, asked.pixels_are_images ? 1 : pixels);
+    if (call.out <= Narrow<Element>::kBlockN) return launch_tiles<Narrow<Element>>(call, rows, slices, asked, stream);
+    if (!wants_large_tiles(rows.of_each, call.out) || rows.tiles<Serial>(call.out) < multiprocessors())
+        return launch_tiles<Small<Element>>(call, rows, slices, asked, stream);
+    if (slices > 1) return launch_tiles<SplitK>(call, rows, slices, asked, stream);
+    launch_tiles<Serial>(call, rows, slices, asked, stream);
 }
 
-// Floats of an image's partial sums, in either tile.
+// Floats of a call's partial sums, whatever its tiles are and whether its rows are flat.
 template <typename Element>
-int partial_sums_per_image(const Convolution& layer, int pixels) {
-    const auto sums = [&](auto tile) {
-        using Tile = decltype(tile);
-        return tiles<Tile>(pixels, layer.out) * Tile::kBlockM * Tile::kBlockN;
-    };
-    const int slices = split_k_slices<Element>(layer, pixels), small = sums(Small<Element>{});
+std::int64_t all_partial_sums(const Convolution& layer, int batch, int pixels) {
+    const int slices = split_k_slices<Element>(layer, pixels);
     if (slices == 1) return 0;
-    return slices * (wants_large_tiles(pixels, layer.out) ? std::max(small, sums(Large<Element, true>{})) : small);
+    const auto sums = [&](auto tile, int images, int rows) {
+        using Tile = decltype(tile);
+        return static_cast<std::int64_t>(slices) * images * tiles<Tile>(rows, layer.out) * Tile::kBlockM *
+               Tile::kBlockN;
+    };
+    std::int64_t most = sums(Small<Element>{}, batch, pixels);
+    if (wants_large_tiles(batch * pixels, layer.out))
+        most = std::max(most, sums(Large<Element, true>{}, 1, batch * pixels));
+    if (wants_large_tiles(pixels, layer.out)) most = std::max(most, sums(Large<Element, true>{}, batch, pixels));
+    return most;
 }
 
 // work(Element{}) for the type that kernels know.
@@ -519,9 +669,9 @@ auto with_element(ElementType type, Work work) {
 
 int partial_sums(ElementType type, const Convolution& layer, int batch, int height, int width) {
     const int pixels = layer.out_side(height) * layer.out_side(width);
-    const std::int64_t one =
-        with_element(type, [&](auto element) { return partial_sums_per_image<decltype(element)>(layer, pixels); });
-    return static_cast<int>(std::min<std::int64_t>(batch * one, kPartialSums));
+    const std::int64_t sums =
+        with_element(type, [&](auto element) { return all_partial_sums<decltype(element)>(layer, batch, pixels); });
+    return static_cast<int>(std::min<std::int64_t>(sums, kPartialSums));
 }
 
 int pooled_tiles(const Convolution& layer, int height, int width) {
@@ -531,11 +681,18 @@ int pooled_tiles(const Convolution& layer, int height, int width) {
 void gathered_conv(ElementType type, const Convolution& layer, const GatheredConv& call, Stream stream) {
     check(layer.in >= 8 && layer.in % 8 == 0 && layer.out >= 8 && layer.out % 8 == 0,
           "channels: expected multiples of 8, got ", layer.in, " and ", layer.out);
+    check(!layer.pairs || layer.stride == 2, "pairs: expected stride 2, got ", layer.stride);
     check(layer.kernel % 2 == 1 && layer.stride >= 1, "kernel and stride: expected an odd kernel, got ", layer.kernel,
           " and ", layer.stride);
+    check(layer.kernel <= 15, "kernel: expected 15 at most, got ", layer.kernel);
     check(call.batch >= 0 && call.height >= 1 && call.width >= 1, "x: got ", call.batch, " images of ", call.height,
           "x", call.width);
+    check(!call.gate || (call.sums && (call.scatters || !call.list || !call.list->rows)),
+          "gate: expected pooled sums, at the images' places");
     if (call.batch == 0) return;
+    const int out_width = layer.out_side(call.width), out_pixels = layer.out_side(call.height) * out_width;
+    check(static_cast<std::int64_t>(call.batch) * std::max(out_pixels, call.height * call.width) < 1ll << 31,
+          "x: expected less than 2^31 pixels, got ", call.batch, " images of ", call.height, "x", call.width);
     Arguments arguments{};
     arguments.x = call.x;
     arguments.weight = layer.weight;
@@ -547,21 +704,26 @@ void gathered_conv(ElementType type, const Convolution& layer, const GatheredCon
     arguments.count = call.list ? call.list->count : nullptr;
     arguments.batch = call.batch;
     arguments.height = call.height;
-    arguments.width = call.width;
-    arguments.in = layer.in;
+    arguments.width = layer.pairs ? divided_up(call.width, 2) : call.width;
     arguments.out = layer.out;
     arguments.kernel = layer.kernel;
     arguments.stride = layer.stride;
-    arguments.out_width = layer.out_side(call.width);
-    arguments.out_pixels = layer.out_side(call.height) * arguments.out_width;
+    arguments.padding = layer.kernel / 2;
+    arguments.stride_x = layer.pairs ? 1 : layer.stride;
+    arguments.padding_x = layer.pairs ? divided_up(layer.kernel / 2, 2) : layer.kernel / 2;
+    arguments.depth = layer.depth();
+    arguments.in = Divisor(layer.in);
+    arguments.columns = Divisor(layer.columns());
+    arguments.out_width = Divisor(out_width);
+    arguments.out_pixels = Divisor(out_pixels);
     arguments.pooled_tiles = pooled_tiles(layer, call.height, call.width);
     arguments.partial = call.partial;
+    if (call.gate) arguments.gate = *call.gate;
+    arguments.flat = !call.sums && !(call.scatters && arguments.rows);
     arguments.gathers = call.gathers;
     arguments.scatters = call.scatters;
-    arguments.relu = call.relu;
-    with_element(type, [&](auto element) {
-        launch_element<decltype(element)>(layer, arguments, call.pixels_are_images, stream);
-    });
+    arguments.least = call.relu ? 0.0f : -INFINITY;
+    with_element(type, [&](auto element) { launch_element<decltype(element)>(layer, arguments, call, stream); });
 }
 
 }  // namespace skipnet::cuda

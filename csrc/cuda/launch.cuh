@@ -19,10 +19,18 @@ struct Grid {
     std::size_t shared = 0;  // bytes of dynamic shared memory
     int cluster = 1;         // thread blocks in a cluster, along x
     bool allowed = false;    // allow_shared_memory has been called: the launch leaves the kernel's limit alone
+    bool dependent = false;  // may begin before the kernel before it ends: calls wait_for_previous_grid (ptx.cuh)
 };
 
 inline void check_cuda(cudaError_t status, const char* what) {
     if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+// Whether a kernel knows of dependent launches. Code that the driver has made of PTX for older GPUs does not wait.
+inline bool knows_dependent_launches(const void* kernel) {
+    cudaFuncAttributes attributes;
+    check_cuda(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+    return attributes.ptxVersion >= 90 && attributes.binaryVersion >= 90;
 }
 
 // kernel(arguments...) on the stream of the current device.
@@ -32,17 +40,22 @@ void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, S
         check_cuda(
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared)),
             name);
-    cudaLaunchAttribute attribute;
+    cudaLaunchAttribute attributes[2];
     cudaLaunchConfig_t config{};
     config.gridDim = grid.blocks;
     config.blockDim = grid.threads;
     config.dynamicSmemBytes = grid.shared;
     config.stream = stream;
-    config.attrs = &attribute;
+    config.attrs = attributes;
     if (grid.cluster > 1) {
+        cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
         attribute.id = cudaLaunchAttributeClusterDimension;
         attribute.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
-        config.numAttrs = 1;
+    }
+    if (grid.dependent && knows_dependent_launches(reinterpret_cast<const void*>(kernel))) {
+        cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+        attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attribute.val.programmaticStreamSerializationAllowed = 1;
     }
     check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), name);
 }

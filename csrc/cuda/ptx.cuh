@@ -52,7 +52,22 @@ __device__ inline unsigned pack<Bfloat16>(float low, float high) {
     return y;
 }
 
-// The same of max(0, low) and max(0, high), but NaN stays NaN; without an instruction of its own.
+// The floats that two neighbouring 16-bit values are.
+template <typename Element>
+__device__ void unpack(unsigned both, float& low, float& high);
+template <>
+__device__ inline void unpack<Half>(unsigned both, float& low, float& high) {
+    asm("{.reg .b16 first, second; mov.b32 {first, second}, %2; cvt.f32.f16 %0, first; cvt.f32.f16 %1, second;}"
+        : "=f"(low), "=f"(high)
+        : "r"(both));
+}
+template <>
+__device__ inline void unpack<Bfloat16>(unsigned both, float& low, float& high) {
+    low = __uint_as_float(both << 16);
+    high = __uint_as_float(both & 0xffff0000);
+}
+
+// pack(max(0, low), max(0, high)), but NaN stays NaN; without an instruction of its own.
 template <typename Element>
 __device__ unsigned pack_relu(float low, float high);
 template <>
@@ -135,6 +150,15 @@ __device__ inline void load_global(uint4& value, const uint4* address, bool load
                  : "l"(address), "r"(static_cast<int>(loads)));
 }
 
+// ---- registers
+
+// The value, computed here and nowhere else: ptxas computes what it finds cheap again wherever it is used, to have a
+// register free in between.
+__device__ inline int in_register(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
 // ---- shared memory
 
 // The thread block's dynamic shared memory, 16-byte aligned; there is no other kind in this project.
@@ -149,10 +173,12 @@ __device__ inline unsigned shared_address(const void* in_shared) {
 
 // ---- cp.async: global to shared memory past the registers, 16 bytes aligned to 16
 
-// Without `filled` nothing is read and zeros land.
-__device__ inline void cp_async16(void* to_shared, const void* from, bool filled = true) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to_shared)), "l"(from),
-                 "r"(filled ? 16 : 0)
+// With `filled` 0 nothing is read and zeros land. It is not a bool: of one bit among others that would take two
+// instructions more.
+__device__ inline void cp_async16(void* to_shared, const void* from, unsigned filled = 1) {
+    asm volatile("{.reg .pred empty; setp.eq.b32 empty, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, empty;}" ::"r"(
+                     shared_address(to_shared)),
+                 "l"(from), "r"(filled)
                  : "memory");
 }
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -196,6 +222,25 @@ __device__ inline void mma_m16n8k8_tf32(float (&d)[4], const unsigned (&a)[4], c
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+
+// ---- dependent launches (compute capability 9.0 and above; elsewhere a grid begins when the one before it has ended)
+
+#if __CUDA_ARCH__ >= 900
+// The next grid of the stream, if it is launched as a dependent one, may begin once all thread blocks have said so or
+// have ended.
+__device__ inline void let_next_grid() { asm volatile("griddepcontrol.launch_dependents;"); }
+// Until the grid before has ended and its stores are seen. Every thread calls it before it reads or writes what other
+// grids do; every grid does, so that the end of one is the end of all before it.
+__device__ inline void wait_for_previous_grid() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// Brings bytes of global memory into L2, in multiples of 16, aligned to 16.
+__device__ inline void prefetch_to_l2(const void* from, unsigned bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)), "r"(bytes));
+}
+#else
+__device__ inline void let_next_grid() {}
+__device__ inline void wait_for_previous_grid() {}
+__device__ inline void prefetch_to_l2(const void*, unsigned) {}
+#endif
 
 // ---- clusters of thread blocks (compute capability 9.0 and above; elsewhere a thread block is alone)
 

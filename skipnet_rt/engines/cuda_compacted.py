@@ -40,6 +40,21 @@ def _weight(layer: PackedConvolution) -> Tensor:
     return F.pad(layer.weight, missing).permute(0, 2, 3, 1).flatten()
 
 
+def _takes_pairs(stem: PackedConvolution) -> bool:
+    """Whether pixels come in pairs, of four channels each: see ``Convolution`` in csrc/cuda/gathered_conv.h."""
+    return stem.stride == 2 and stem.weight.shape[1] <= 4
+
+
+def _stem_weight(stem: PackedConvolution) -> Tensor:
+    """The same; of pairs ``[out, kernel, columns, 2, 4]``, where the first column begins at an even pixel."""
+    if not _takes_pairs(stem):
+        return _weight(stem)
+    out_channels, in_channels, _, _ = stem.weight.shape
+    before, after = stem.padding % 2, 1 - stem.padding % 2
+    missing = (before, after, 0, 0, 0, 4 - in_channels, 0, _padded(out_channels) - out_channels)
+    return F.pad(stem.weight, missing).permute(0, 2, 3, 1).flatten()
+
+
 def _filled(values: Tensor) -> Tensor:
     """Float32, flat, zeros up to a multiple of 8."""
     return F.pad(values.float().flatten(), (0, -values.numel() % 8))
@@ -53,6 +68,7 @@ class Description:
         in_channels, image_size: of the images.
         stem_pools, gates_pool: whether a max pool follows the stem, comes first in a gate.
         stem, head: the first convolution, and the classifier as one.
+        stem_pairs: whether the stem takes pixels in pairs.
         blocks: each one's convolutions, and its projection (one or none).
         embed, hidden, projection_bias: RNNGate's sizes and last bias; 0 without.
         gates: feed-forward gates: each one's convolutions and last bias.
@@ -63,6 +79,7 @@ class Description:
     stem_pools: bool
     gates_pool: bool
     stem: Shape
+    stem_pairs: bool
     blocks: list[tuple[list[Shape], list[Shape]]]
     head: Shape
     embed: int
@@ -77,7 +94,7 @@ class Description:
         gates = [gate for gate in network.gates if isinstance(gate, PackedFeedforwardGate)]
         return cls(
             arch.in_channels, arch.image_size, arch.stem_pools, any(gate.max_pool for gate in gates),
-            _shape(network.stem),
+            _shape(network.stem), _takes_pairs(network.stem),
             [([*map(_shape, block.convolutions)], [] if block.projection is None else [_shape(block.projection)])
              for block in network.blocks],
             (_padded(network.head_weight.shape[1]), _padded(network.head_weight.shape[0]), 1, 1),
@@ -116,7 +133,8 @@ class CompactedWeights:
                 floats.append(_filled(gate.weight))
         if lstm := network.lstm:
             floats += map(_filled, (lstm.input_weight, lstm.hidden_weight, lstm.bias, lstm.projection_weight))
-        return cls(torch.cat([_weight(layer) for layer in layers]), torch.cat(floats))
+        weights = [_stem_weight(network.stem), *map(_weight, layers[1:])]
+        return cls(torch.cat(weights), torch.cat(floats))
 
 
 def element(dtype: torch.dtype) -> str:

@@ -8,14 +8,14 @@ from machine_code import count, find_nvdisasm, kernels, loads_under_way
 pytestmark = pytest.mark.skipif(find_nvdisasm() is None, reason="no nvcc or no nvdisasm")
 
 
-@pytest.mark.parametrize(("gate", "loads"), [("Rnn", [26, 36, 56]), ("Feedforward", [17, 17, 20])])
+@pytest.mark.parametrize(("gate", "loads"), [("Rnn<8>", [26, 36, 56]), ("Feedforward", [17, 17, 20])])
 def test_a_gate_does_not_wait_for_one_load_after_the_other(gate, loads):
     """Issued before the first is waited for, where a thread takes one channel at a time, two, or four."""
     most = sorted(loads_under_way(kernels("gate_step.cu")[f"gate_step_kernel<{gate}>"]))[-3:]
     assert all(issued >= wanted for issued, wanted in zip(most, loads, strict=True)), most
 
 
-@pytest.mark.parametrize("gate", ["Rnn", "Feedforward"])
+@pytest.mark.parametrize("gate", ["Rnn<8>", "Feedforward"])
 def test_fences_are_the_one_threads_around_its_arrival(gate):
     """No fence after the barrier, where every thread would have it."""
     instructions = kernels("gate_step.cu")[f"gate_step_kernel<{gate}>"]
@@ -34,10 +34,11 @@ def test_a_pool_moves_sixteen_bytes_at_a_time_and_loads_its_window_at_once(kerne
     assert not count(instructions, "CALL"), "no division of 64 bits"
 
 
+@pytest.mark.parametrize("pairs", ["false", "true"])
 @pytest.mark.parametrize(("element", "stores"), [("Half", 2), ("Bfloat16", 2), ("float", 4)])
-def test_images_are_stored_sixteen_bytes_at_a_time(element, stores):
-    """Two pixels of eight channels."""
-    instructions = kernels("compacted.cu")[f"load_images_kernel<{element}>"]
+def test_images_are_stored_sixteen_bytes_at_a_time(element, stores, pairs):
+    """Two pixels of eight channels, or two pairs of pixels of four."""
+    instructions = kernels("compacted.cu")[f"load_images_kernel<{element}, {pairs}>"]
     assert count(instructions, r"STG\.E\.128") == stores
     assert max(loads_under_way(instructions)) == 16
     assert not count(instructions, "CALL"), "no division of 64 bits"

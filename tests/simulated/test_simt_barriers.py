@@ -23,7 +23,8 @@ GATE = r"__sync(threads|warp)\(\);|__threadfence\(\);"
 CONVOLUTION = GATE + r"|cp_async_wait<.*>\(\);"
 # But for what `barrier` consists of, and the one that only a cluster has: no order of threads shows the need of it.
 RESIDENT = r"^(?!.*(return|kClustered)).*(\bbarrier|__syncthreads|cp_async_wait<.*>)\(\);"
-GATE_SOURCES, CONVOLUTION_SOURCES = ("cuda/compaction.cuh", "cuda/gate_step.cu"), ("cuda/gathered_conv.cu",)
+GATE_SOURCES = "cuda/compaction.cuh", "cuda/gate_step.cuh"
+CONVOLUTION_SOURCES = "cuda/arrival.cuh", "cuda/gathered_conv.cu"
 
 
 def gate_checks():
@@ -64,15 +65,16 @@ def fails(check):
     return False
 
 
-def build_changed(name, pattern, replacement):
-    """The driver NAME.cpp with some places of cuda/NAME.cu changed."""
-    changed, places = re.subn(pattern, replacement, (CSRC / "cuda" / f"{name}.cu").read_text())
+def build_changed(name, pattern, replacement, source=None):
+    """The driver NAME.cpp with some places of a source in cuda/ changed: NAME.cu, unless another one is named."""
+    source = source or f"{name}.cu"
+    changed, places = re.subn(pattern, replacement, (CSRC / "cuda" / source).read_text())
     assert places
-    folder = Path("build", "changed", name)
+    folder = Path("build", "changed", f"{name}-{source}")
     (ROOT / folder / "cuda").mkdir(parents=True, exist_ok=True)
     unfinished = ROOT / "build" / "changed" / f"{name}.{os.getpid()}"
     unfinished.write_text(changed)
-    unfinished.replace(ROOT / folder / "cuda" / f"{name}.cu")
+    unfinished.replace(ROOT / folder / "cuda" / source)
     return build(name, folder)
 
 
@@ -96,7 +98,7 @@ def test_without_one_the_convolution_fails(source, line):
 @pytest.mark.slow
 def test_without_zeroed_counters_the_convolution_fails(monkeypatch):
     """No call that the harness could leave out: it takes a library of its own."""
-    broken = build_changed("gathered_conv", r"if .*arrivals\[tile\] = 0;", "")
+    broken = build_changed("gathered_conv", r"if .*\*arrivals = 0;", "", source="arrival.cuh")
     monkeypatch.setattr(test_simt_gathered_conv, "library", lambda name: broken)
     assert any(map(fails, convolution_checks()))
 

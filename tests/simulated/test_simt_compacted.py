@@ -16,7 +16,7 @@ from networks import (
     with_seeded_weights,
 )
 from simt import library
-from test_simt_barriers import build_changed
+from test_simt_barriers import build_changed, fails, places
 
 import skipnet_rt as srt
 from skipnet_rt import _C
@@ -204,6 +204,25 @@ def test_more_images_than_a_grid_is_long(monkeypatch):
     monkeypatch.setitem(globals(), "library", lambda name: changed)
     for value, wanted in zip(network.run(images), expected, strict=True):
         assert torch.equal(value, wanted)
+
+
+WAITS = places(r"wait_for_previous_grid\(\);", "cuda/compacted.cu", "cuda/gate_step.cu", "cuda/gathered_conv.cu")
+
+
+@pytest.mark.parametrize(("source", "line"), WAITS)
+def test_without_one_wait_for_the_grid_before_a_result_is_wrong(source, line):
+    """Grids overlap, in one order of threads or another; with all waits nothing shows of it."""
+    networks = [(Compacted(name, torch.float32), small_images(name, 3)) for name in ("bottleneck", "feedforward1")]
+    expected = [network.run(images)[0] for network, images in networks]
+
+    def check(seed, network, images, logits):
+        assert torch.equal(network.run(images, seed)[0], logits)
+
+    checks = [lambda seed=seed, case=(*network, logits): check(seed, *case) for seed in range(1, 9)
+              for network, logits in zip(networks, expected, strict=True)]
+    assert not any(map(fails, checks[:4]))
+    with library("compacted").without(source, line):
+        assert any(map(fails, checks))
 
 
 def test_an_image_with_nan_gets_nan_and_skips():

@@ -10,7 +10,7 @@ from simt import SimtError, library
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 (NONE, BARRIER, COPY_WAIT, SHARED_BOUNDS, GLOBAL_BOUNDS, UNWRITTEN, DIVERGENT, EARLY_EXIT, WARP, MAPA, SPIN, RELEASE,
- ACQUIRE, LATE_RELEASE) = range(14)
+ ACQUIRE, LATE_RELEASE, NO_WAIT, HASTY_MIDDLE) = range(16)
 SEEDS = range(8)
 
 
@@ -124,6 +124,20 @@ def test_what_blocks_leave_one_another_takes_two_fences(fault):
         left, out = faults.empty((7, 64, 4)), faults.empty(64)
         faults("run_join", left, faults.array(np.zeros(1, np.int32)), out, 7, fault)
         assert (out == sum(range(7))).all() if fault == NONE else np.isnan(out).all()
+
+
+@pytest.mark.parametrize("fault", [NONE, NO_WAIT, HASTY_MIDDLE])
+def test_grids_that_overlap(fault):
+    """Without a wait a grid reads what is not there yet; so does one whose forerunner ends without having waited."""
+    faults, wrong = library("faults"), 0
+    for seed in SEEDS:
+        faults.configure(seed)
+        first = np.arange(160, dtype=np.int32)
+        to = faults.empty((4, 160), np.int32)
+        faults("run_pass_along", faults.array(first), to, 5, fault)
+        expected = (first + 3)[::-1] if fault == HASTY_MIDDLE else first + 4  # each reads from the other end
+        wrong += not np.array_equal(to[3], expected)
+    assert (wrong == 0) == (fault == NONE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -25,6 +25,7 @@ public:
         network.stem_pools = next();
         network.gates_pool = next();
         network.stem = layer();
+        network.stem.pairs = next();
         for (int blocks = next(); blocks > 0; --blocks) {
             CompactedBlock block;
             block.convolutions = layers();

@@ -8,14 +8,16 @@
 
 namespace simt {
 
-// Runs a test's entry; null, or what went wrong.
+// Runs a test's entry and all that it launches; null, or what went wrong.
 template <typename Body>
 const char* report(Body body) {
     static std::string message;
     try {
         body();
+        machine.synchronize();
         return nullptr;
     } catch (const std::exception& error) {
+        machine.discard();
         message = error.what();
         return message.c_str();
     }

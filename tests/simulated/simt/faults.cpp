@@ -22,7 +22,9 @@ enum Fault {
     spin,
     release,
     acquire,
-    late_release
+    late_release,
+    no_wait,
+    hasty_middle
 };
 
 // out[i] = the sum of x's 128-element block, rotated by one: through shared memory, cp.async and a warp's shuffles.
@@ -92,6 +94,14 @@ __global__ void join(float4* left /* [blocks, threads] */, int* arrivals, float*
     out[thread] = sum;
 }
 
+// One of a chain of grids: each adds one to what another thread block of the grid before has left.
+__global__ void pass_along(const int* from, int* to, bool waits) {
+    let_next_grid();
+    if (waits) wait_for_previous_grid();
+    const int i = blockIdx.x * blockDim.x + threadIdx.x, size = gridDim.x * blockDim.x;
+    to[i] = from[size - 1 - i] + 1;
+}
+
 // d = a b^T by one warp; all [16, 16] row-major.
 template <typename Element>
 __global__ void multiply(const Element* a, const Element* b, float* d) {
@@ -129,6 +139,19 @@ const char* run_chain(int* ticket, int* sums, int blocks, int fault) {
 const char* run_join(void* left, int* arrivals, float* out, int blocks, int fault) {
     return simt::report(
         [=] { launch("join", join, {blocks, 64}, nullptr, static_cast<float4*>(left), arrivals, out, fault); });
+}
+// Four grids, each from the one before; or the last one from the second, with a third in between that does not wait.
+const char* run_pass_along(const int* from, int* to /* [4, blocks, 32] */, int blocks, int fault) {
+    return simt::report([=] {
+        for (int grid = 0; grid < 4; ++grid) {
+            const bool waits = !(fault == no_wait && grid == 3) && !(fault == hasty_middle && grid == 2);
+            const int* before =
+                grid == 0 ? from : to + (fault == hasty_middle && grid == 3 ? 1 : grid - 1) * 32 * blocks;
+            Grid launched{blocks, 32, 0};
+            launched.dependent = grid > 0;
+            launch("pass_along", pass_along, launched, nullptr, before, to + grid * 32 * blocks, waits);
+        }
+    });
 }
 const char* run_multiply(const void* a, const void* b, float* d, int bfloat16) {
     return simt::report([=] {

@@ -21,7 +21,7 @@ const char* run_rnn(int batch, const int* present, int channels, int embed, int 
     const Lstm lstm{embed, hidden_size, input_weight, hidden_weight, bias, projection_weight, projection_bias};
     return simt::report([=] {
         cuda::gate_step({channels, embedding_weight, embedding_bias}, lstm, batch, present, {sums, tiles, pixels},
-                        hidden, cell, {logit, probability, executed, forced}, {rows, count}, arrivals, nullptr);
+                        hidden, cell, {logit, probability, executed, forced}, {rows, count}, arrivals, false, nullptr);
     });
 }
 
@@ -30,7 +30,7 @@ const char* run_feedforward(int batch, const int* present, int channels, const f
                             const bool* forced, int* rows, int* count, int* arrivals) {
     return simt::report([=] {
         cuda::gate_step(FeedforwardTail{channels, weight, bias}, batch, present, {sums, tiles, pixels},
-                        {logit, probability, executed, forced}, {rows, count}, arrivals, nullptr);
+                        {logit, probability, executed, forced}, {rows, count}, arrivals, false, nullptr);
     });
 }
 }

@@ -10,8 +10,8 @@ extern "C" {
 const char* run_gathered_conv(int type, int in, int out, int kernel, int stride, const void* weight, const float* bias,
                               int batch, int height, int width, int* rows, int* count, bool gathers, bool scatters,
                               bool relu, const void* x, const void* residual, void* y, float* sums, float* partial_sums,
-                              int* partial_arrivals, bool pixels_are_images) {
-    const Convolution layer{in, out, kernel, stride, weight, bias};
+                              int* partial_arrivals, bool pixels_are_images, bool pairs) {
+    const Convolution layer{in, out, kernel, stride, weight, bias, pairs};
     const RowList list{rows, count};
     return simt::report([=] {
         gathered_conv(static_cast<ElementType>(type), layer,

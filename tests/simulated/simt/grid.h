@@ -4,8 +4,10 @@
 #include <ucontext.h>
 
 #include <csetjmp>
+#include <functional>
 #include <map>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "cuda_types.h"
@@ -55,9 +57,27 @@ struct Collective {
 
 struct Cluster;
 
+// A grid on its way. Its blocks' numbers begin with `first`, so that no two grids' are the same.
+struct Launch {
+    std::string name;
+    dim3 grid, block;
+    std::size_t shared;
+    int cluster;
+    std::function<void()> body;
+    Launch* before;  // that it may begin before the end of; null: all others have ended
+    int first, blocks;
+    std::vector<int> order;                 // of the clusters that have not started
+    std::size_t resident = 0, running = 0;  // clusters at a time
+    int let_next = 0, ended = 0;            // blocks
+    std::vector<Fiber*> waiting;            // for the end of the grid before
+    bool complete() const { return ended == blocks; }
+};
+
 struct Block {
     uint3 index{};
     int number = 0, rank = 0, threads = 0, running = 0;
+    Launch* launch = nullptr;
+    bool let_next = false;  // a thread has said that the next grid may begin
     Cluster* cluster = nullptr;
     std::unique_ptr<Guarded> shared;
     std::vector<Fiber*> fibers;

@@ -12,6 +12,7 @@ struct Grid {
     std::size_t shared = 0;
     int cluster = 1;
     bool allowed = false;
+    bool dependent = false;
 };
 
 constexpr std::size_t kSharedWithoutAsking = 48 * 1024;
@@ -26,11 +27,8 @@ void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, S
     const auto allowed = allowed_shared_memory.find(known);
     if (grid.shared > (allowed == allowed_shared_memory.end() ? kSharedWithoutAsking : allowed->second))
         throw simt::Error(std::string(name) + ": more shared memory than the kernel has been allowed");
-    try {
-        simt::machine.run(grid.blocks, grid.threads, grid.shared, grid.cluster, [=] { kernel(arguments...); });
-    } catch (const simt::Error& error) {
-        throw simt::Error(std::string(name) + ": " + error.what());
-    }
+    simt::machine.launch(name, grid.blocks, grid.threads, grid.shared, grid.cluster, grid.dependent,
+                         [=] { kernel(arguments...); });
 }
 
 inline int multiprocessors() { return simt::machine.multiprocessors; }

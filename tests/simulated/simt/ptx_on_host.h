@@ -56,6 +56,11 @@ template <typename Element>
 unsigned pack(float low, float high) {
     return from_float<Element>(low).bits | static_cast<unsigned>(from_float<Element>(high).bits) << 16;
 }
+template <typename Element>
+void unpack(unsigned both, float& low, float& high) {
+    low = to_float(Element{static_cast<std::uint16_t>(both)});
+    high = to_float(Element{static_cast<std::uint16_t>(both >> 16)});
+}
 
 inline float greater(float a, float b) {
     if (std::isnan(a) || std::isnan(b)) return NAN;
@@ -93,13 +98,17 @@ inline void load_global(uint4& value, const uint4* address, bool loads = true) {
     if (loads) value = *address;
 }
 
+// ---- registers
+
+inline int in_register(int value) { return value; }
+
 // ---- shared memory
 
 inline unsigned char* shared_memory() { return simt::shared_memory(); }
 
 // ---- cp.async
 
-inline void cp_async16(void* to_shared, const void* from, bool filled = true, simt::Site site = simt::Site::here()) {
+inline void cp_async16(void* to_shared, const void* from, unsigned filled = 1, simt::Site site = simt::Site::here()) {
     simt::cp_async(to_shared, from, 16, filled, site);
 }
 inline void cp_async_commit() { simt::cp_async_commit(); }
@@ -131,6 +140,16 @@ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
 inline void mma_m16n8k8_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
                              simt::Site site = simt::Site::here()) {
     simt::mma_m16n8k8_tf32(d, a, b, site);
+}
+
+// ---- dependent launches
+
+inline void let_next_grid() { simt::machine.let_next_grid(); }
+inline void wait_for_previous_grid(simt::Site site = simt::Site::here()) {
+    if (!simt::removal.covers(site)) simt::machine.wait_for_previous_grid(site);
+}
+inline void prefetch_to_l2(const void* from, unsigned bytes) {
+    for (unsigned byte : {0u, bytes - 1}) (void)static_cast<const volatile unsigned char*>(from)[byte];
 }
 
 // ---- clusters

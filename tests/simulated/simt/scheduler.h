@@ -13,6 +13,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "error.h"
@@ -23,15 +24,33 @@ namespace simt {
 
 constexpr std::size_t kStack = 128 * 1024;
 
-// The simulated GPU: runs one grid at a time.
+// The simulated GPU, with one stream: a grid runs after the one before it. A dependent one's threads already run once
+// all thread blocks of that have let them, or have ended, but wait for its end where they say so.
 class Machine {
 public:
     unsigned seed = 0;
     int multiprocessors = 3;  // few, so that persistent grids go round
     Fiber* current = nullptr;
 
-    // Runs a grid to its end, or throws an Error.
-    void run(dim3 grid, dim3 block, std::size_t shared, int cluster, std::function<void()> body);
+    // Puts a grid into the stream.
+    void launch(const char* name, dim3 grid, dim3 block, std::size_t shared, int cluster, bool dependent,
+                std::function<void()> body);
+    // Runs all grids to their end, or throws an Error.
+    void synchronize();
+    void discard() { stream_.clear(); }
+
+    void let_next_grid() {
+        Block& block = *current->block;
+        if (!block.let_next) ++block.launch->let_next;
+        block.let_next = true;
+        perhaps_yield();
+    }
+    void wait_for_previous_grid(Site site) {
+        Launch& launch = *current->block->launch;
+        if (!launch.before || launch.before->complete()) return;
+        launch.waiting.push_back(current);
+        wait("the end of the grid before", site);
+    }
 
     void wait(const char* what, Site site) {
         current->waits_for = what;
@@ -70,13 +89,16 @@ private:
         current = fiber;
         threadIdx = fiber->thread;
         blockIdx = fiber->block->index;
+        gridDim = fiber->block->launch->grid;
+        blockDim = fiber->block->launch->block;
         if (_setjmp(scheduler_)) return;
         if (fiber->started) _longjmp(fiber->context, 1);
         fiber->started = true;
         setcontext(&fiber->start);
     }
     Fiber* fresh_fiber();
-    void start_cluster(int index, dim3 grid, dim3 block, std::size_t shared, int size);
+    void start_cluster(Launch& launch);
+    bool start_clusters();
     void end_thread(Fiber* fiber);
     std::string whose() const {
         if (!current) return "";
@@ -90,7 +112,8 @@ private:
     std::jmp_buf scheduler_;
     std::string error_;
     int idle_ = 0;
-    std::function<void()> body_;
+    unsigned persistence_ = 0;  // how often the thread that was woken last goes on: a warp then runs far ahead
+    std::vector<std::unique_ptr<Launch>> stream_;
     std::vector<Fiber*> runnable_, spare_;
     std::vector<std::unique_ptr<Cluster>> active_;
 };
@@ -99,7 +122,7 @@ inline Machine machine;
 
 inline void Machine::enter() {
     for (;;) {  // a fiber outlives its thread and is used for another
-        machine.body_();
+        machine.current->block->launch->body();
         machine.current->finished = true;
         machine.leave();
     }
@@ -129,16 +152,21 @@ inline Fiber* Machine::fresh_fiber() {
     return fiber;
 }
 
-inline void Machine::start_cluster(int index, dim3 grid, dim3 block, std::size_t shared, int size) {
+inline void Machine::start_cluster(Launch& launch) {
     auto cluster = std::make_unique<Cluster>();
+    const dim3 grid = launch.grid, block = launch.block;
+    const int size = launch.cluster, index = launch.order.back();
+    launch.order.pop_back();
+    ++launch.running;
     for (int rank = 0; rank < size; ++rank) {
         auto made = std::make_unique<Block>();
         const unsigned linear = index * size + rank;
         made->index = {linear % grid.x, linear / grid.x % grid.y, linear / grid.x / grid.y};
-        made->number = static_cast<int>(linear);
+        made->number = launch.first + static_cast<int>(linear);
         made->rank = rank;
+        made->launch = &launch;
         made->cluster = cluster.get();
-        made->shared = std::make_unique<Guarded>(shared, random_() % 2 == 0);
+        made->shared = std::make_unique<Guarded>(launch.shared, random_() % 2 == 0);
         made->threads = made->running = block.x * block.y * block.z;
         made->warps.resize((made->threads + warpSize - 1) / warpSize);
         for (int thread = 0; thread < made->threads; ++thread) {
@@ -155,6 +183,17 @@ inline void Machine::start_cluster(int index, dim3 grid, dim3 block, std::size_t
     active_.push_back(std::move(cluster));
 }
 
+// Of every grid that has begun or may begin. Whether there is anything left to do.
+inline bool Machine::start_clusters() {
+    bool left = false;
+    for (const auto& launch : stream_) {
+        if (launch->before && launch->before->let_next < launch->before->blocks) break;
+        while (!launch->order.empty() && launch->running < launch->resident) start_cluster(*launch);
+        left |= !launch->complete();
+    }
+    return left;
+}
+
 inline void Machine::end_thread(Fiber* fiber) {
     Block& block = *fiber->block;
     for (const auto& group : fiber->copy_groups)
@@ -165,10 +204,20 @@ inline void Machine::end_thread(Fiber* fiber) {
     if (--block.running == 0) {
         if (!block.shared->intact()) error_ = "shared memory: written outside the block's" + whose();
         block.shared->forbid();  // no other block of the cluster may look at it any more
+        Launch& launch = *block.launch;
+        if (!block.let_next) ++launch.let_next;
+        if (++launch.ended == launch.blocks) {
+            weak_memory.end_of_grid(launch);
+            for (const auto& next : stream_)
+                if (next->before == &launch)
+                    for (Fiber* waiting : std::exchange(next->waiting, {})) wake(waiting);
+        }
     }
     Cluster* cluster = block.cluster;
-    if (--cluster->running == 0)
-        active_.erase(std::find_if(active_.begin(), active_.end(), [&](auto& one) { return one.get() == cluster; }));
+    Launch* launch = block.launch;
+    if (--cluster->running > 0) return;
+    --launch->running;
+    active_.erase(std::find_if(active_.begin(), active_.end(), [&](auto& one) { return one.get() == cluster; }));
 }
 
 inline std::string Machine::stuck() const {
@@ -219,12 +268,22 @@ inline void Machine::on_fault(int, siginfo_t* info, void*) {
     machine.fail("out of bounds: " + where);
 }
 
-inline void Machine::run(dim3 grid, dim3 block, std::size_t shared, int cluster, std::function<void()> body) {
+inline void Machine::launch(const char* name, dim3 grid, dim3 block, std::size_t shared, int cluster, bool dependent,
+                            std::function<void()> body) {
     const int blocks = grid.x * grid.y * grid.z, threads = block.x * block.y * block.z;
-    if (blocks == 0 || threads == 0 || threads > 1024)
-        throw Error(text("launch: ", blocks, " blocks of ", threads, " threads"));
-    if (grid.x % cluster) throw Error(text("launch: a grid of ", grid.x, " blocks in clusters of ", cluster));
-    if (shared > 227 * 1024) throw Error(text("launch: ", shared, " bytes of shared memory, at most 227 KiB"));
+    const auto refuse = [&](const std::string& why) { throw Error(text(name, ": launch: ", why)); };
+    if (blocks == 0 || threads == 0 || threads > 1024) refuse(text(blocks, " blocks of ", threads, " threads"));
+    if (grid.x % cluster) refuse(text("a grid of ", grid.x, " blocks in clusters of ", cluster));
+    if (shared > 227 * 1024) refuse(text(shared, " bytes of shared memory, at most 227 KiB"));
+    if (!dependent) synchronize();
+    Launch* before = stream_.empty() ? nullptr : stream_.back().get();
+    const int first = before ? before->first + before->blocks : 0;
+    stream_.push_back(std::make_unique<Launch>(
+        Launch{name, grid, block, shared, cluster, std::move(body), before, first, blocks, {}, 0, 0, 0, 0, {}}));
+}
+
+inline void Machine::synchronize() {
+    if (stream_.empty()) return;
     static unsigned char signal_stack[64 * 1024];
     stack_t ours{}, theirs{};
     ours.ss_sp = signal_stack;
@@ -239,34 +298,27 @@ inline void Machine::run(dim3 grid, dim3 block, std::size_t shared, int cluster,
     random_.seed(seed);
     error_.clear();
     idle_ = 0;
-    body_ = std::move(body);
-    gridDim = grid;
-    blockDim = block;
-    std::vector<int> order(blocks / cluster);
-    for (std::size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
-    std::shuffle(order.begin(), order.end(), random_);
-    const std::size_t resident = 1 + random_() % 3;  // clusters at a time
-    // How often the thread that was woken last goes on: a warp then runs far ahead of the others.
-    const unsigned persistence = std::vector<unsigned>{0, 50, 97}[random_() % 3];
-    while (error_.empty() && (!order.empty() || !active_.empty())) {
-        if (!order.empty() && active_.size() < resident) {
-            start_cluster(order.back(), grid, block, shared, cluster);
-            order.pop_back();
-            continue;
-        }
+    persistence_ = std::vector<unsigned>{0, 50, 97}[random_() % 3];
+    for (const auto& launch : stream_) {
+        for (int i = 0; i < launch->blocks / launch->cluster; ++i) launch->order.push_back(i);
+        std::shuffle(launch->order.begin(), launch->order.end(), random_);
+        launch->resident = 1 + random_() % 3;
+    }
+    while (error_.empty() && start_clusters()) {
         if (runnable_.empty()) {
             error_ = stuck();
             break;
         }
-        if (random_() % 100 >= persistence) std::swap(runnable_[random_() % runnable_.size()], runnable_.back());
+        if (random_() % 100 >= persistence_) std::swap(runnable_[random_() % runnable_.size()], runnable_.back());
         Fiber* fiber = runnable_.back();
         runnable_.pop_back();
         resume(fiber);
         if (error_.empty() && fiber->finished) end_thread(fiber);
+        if (!error_.empty()) error_ = fiber->block->launch->name + ": " + error_;
         current = nullptr;
     }
     if (!error_.empty()) abandon();
-    weak_memory.end_of_grid();
+    stream_.clear();
     sigaction(SIGSEGV, &before_segv, nullptr);
     sigaction(SIGBUS, &before_bus, nullptr);
     sigaltstack(&theirs, nullptr);

@@ -23,17 +23,19 @@ public:
             reinterpret_cast<unsigned char*>(to), sizeof value, {}, thread.block->number, thread.linear, false, {}};
         std::memcpy(store.value, &value, sizeof value);
         stores_.push_back(store);
+        ++pending_[store.to];
     }
     // What a store of the same size has left.
     template <typename T>
     T load(const Fiber& thread, const T* from) const {
         const auto* place = reinterpret_cast<const unsigned char*>(from);
         T value = *from;
-        for (const Store& store : stores_)
-            if (store.to == place && comes_before(store, thread)) {
-                std::memcpy(&value, store.value, sizeof value);
-                return value;
-            }
+        if (pending_.count(place))
+            for (const Store& store : stores_)
+                if (store.to == place && comes_before(store, thread)) {
+                    std::memcpy(&value, store.value, sizeof value);
+                    return value;
+                }
         const auto landed = landed_.find(place);
         if (landed != landed_.end() && landed->second.block != thread.block->number &&
             landed->second.when > thread.seen)
@@ -66,10 +68,14 @@ public:
         for (Fiber* thread : block.fibers) thread->observed = observed, thread->seen = seen;
     }
     // The end of a grid makes all its stores known.
-    void end_of_grid() {
-        for (const Store& store : stores_) land(store);
-        stores_.clear();
-        landed_.clear();
+    void end_of_grid(const Launch& launch) {
+        const auto its = [&](int block) { return block >= launch.first && block < launch.first + launch.blocks; };
+        const auto others =
+            std::stable_partition(stores_.begin(), stores_.end(), [&](const Store& store) { return its(store.block); });
+        for (auto store = stores_.begin(); store != others; ++store) land(*store);
+        stores_.erase(stores_.begin(), others);
+        for (auto place = landed_.begin(); place != landed_.end();)
+            place = its(place->second.block) ? landed_.erase(place) : std::next(place);
     }
 
 private:
@@ -91,11 +97,13 @@ private:
         return store.block == thread.block->number && (store.past_barrier || store.thread == thread.linear);
     }
     void land(const Store& store) {
+        if (--pending_[store.to] == 0) pending_.erase(store.to);
         std::memcpy(store.to, store.value, store.size);
         landed_[store.to] = {++landed_count_, store.block};
     }
 
     std::vector<Store> stores_;
+    std::unordered_map<const unsigned char*, int> pending_;    // how many of them, by place
     std::unordered_map<const unsigned char*, Landed> landed_;  // in this grid
     std::size_t landed_count_ = 0;
 };
