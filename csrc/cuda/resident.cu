@@ -34,6 +34,9 @@ constexpr int kStrip = 8;      // columns of a region
 constexpr int kChunk = 16;     // input channels that a tensor core sums over, and output channels of a warp
 constexpr int kLine = 128;     // bytes: planes begin at multiples
 constexpr int kZeros = 0;      // where in shared memory a line of zeros lies, for pixels outside of a plane
+constexpr int kMostChannels = stage_channels(kMaxStages - 1);
+constexpr int kEmbeddings = 4;            // for a gate, the next one, and two more on their way
+constexpr int kProducts = kMaxUnits + 4;  // floats between two images' products: in different banks
 constexpr unsigned kAllLanes = ~0u;
 
 template <typename Element>
@@ -62,11 +65,14 @@ constexpr SKIPNET_HD int plane_bytes(int channels, int height, int width) {
 // Where things lie in shared memory, in bytes.
 struct SharedLayout {
     int lstm;        // a copy of the network's
-    int embeddings;  // two places, for this gate's and the next one's
+    int embeddings;  // kEmbeddings places, taken in turn
     int embedding;   // bytes of a place
+    int features;    // [warps, kMostChannels]: pooled activations, a copy for each warp that computes with them
+    int ahead;       // [2, kMaxImages, kMaxUnits] of float4: what the input adds to the next gate's four sums
+    int products;    // [kMaxImages, kProducts]: whose sum is a logit
     int sums;        // [images, regions, channels]: of each region's pixels
     int sums_of;     // bytes of an image's
-    int pooled;      // [images, channels]
+    int pooled;      // [images, channels], for the head
     int decisions;   // [gates, kMaxImages]: whether an image executes the block after a gate
     int logits;      // [gates, kMaxImages]
     int images;      // [images, image]: their planes
@@ -78,7 +84,7 @@ struct SharedLayout {
 // At the start of shared memory.
 struct Control {
     uint4 zeros[kLine / 16];
-    int first;  // image that the thread block takes next
+    int turn;  // that the thread block takes next
 };
 
 SKIPNET_HD int lstm_floats(const ResidentNetwork& network) {
@@ -113,7 +119,10 @@ SharedLayout shared_layout(const ResidentNetwork& network, int images) {
     const int channels = stage_channels(network.stages - 1);
     layout.lstm = place(lstm_floats(network) * 4);
     layout.embedding = rounded_up(network.embed ? embedding_floats(network, network.stages - 1) * 4 : 0, kLine);
-    layout.embeddings = place(2 * layout.embedding);
+    layout.embeddings = place(kEmbeddings * layout.embedding);
+    layout.features = place(network.embed ? kWarps * kMostChannels * 4 : 0);
+    layout.ahead = place(network.embed ? 2 * kMaxImages * kMaxUnits * 16 : 0);
+    layout.products = place(network.embed ? kMaxImages * kProducts * 4 : 0);
     layout.sums_of = rounded_up(most_sums * 4, kLine);
     layout.sums = place(images * layout.sums_of);
     layout.pooled = place(images * channels * 4);
@@ -162,7 +171,8 @@ struct Weights {
 // What a convolution reads and writes: planes, from the start of an image's memory.
 struct Planes {
     int from, from_height, from_width;
-    int to, height, width;
+    int to;
+    const ResidentStage& stage;  // of the output
 };
 
 // A byte of a plane: 8 channels, `eighth`, of a pixel. Pixels lie one after another; their eighths are swizzled so that
@@ -173,6 +183,20 @@ __device__ inline int byte_of(int row, int column, int pitch, int eighth) {
     // Not / and then &: the columns left of a plane shall follow the same pattern.
     const int swizzled = eighth ^ (column & (kChannels / 8 - 1) * kPixelsOfLine) / kPixelsOfLine;
     return (row * pitch + column) * 2 * kChannels + swizzled * 16;
+}
+
+// Which images a worker, a thread block or a cluster, takes at a time. Rounds in which each has a turn take nearly the
+// same number, so that the last one is not long for a few workers while the others have nothing left.
+struct Turns {
+    int workers;
+    int least;   // images of a turn
+    int larger;  // in so many rounds, the first ones, one more
+};
+
+Turns turns_of(int batch, const ResidentPlan& plan) {
+    const int workers = plan.blocks / plan.cluster, each = quotient_up(batch, workers);
+    const int rounds = quotient_up(each, plan.images);
+    return {workers, each / rounds, each % rounds};
 }
 
 // A thread block on its way through the network.
@@ -188,9 +212,7 @@ struct ForwardPass {
     unsigned executing = 0;            // a bit for each of them: it runs the next block
     int index = 0;                     // of the gate that is next
     int blocks = 0;                    // of the network
-    float features[2] = {};            // warp i has image i's pooled activation, channels lane and lane + 32; of 16
-                                       // channels two lanes have a part each
-    float hidden = 0.0f, cell = 0.0f;  // and its LSTM state, a unit a lane; three lanes have it where rnn_gate says so
+    float hidden = 0.0f, cell = 0.0f;  // warp i has image i's LSTM state, a unit a lane
 
     __device__ int blocks_of_image() const { return kClustered ? cluster_size() : 1; }
     // To all thread blocks that share the image.
@@ -218,10 +240,20 @@ struct ForwardPass {
     // The last block's gate decides nothing that a caller could force.
     __device__ bool is_forced(int gate) const { return call.forced && gate < blocks - 1; }
     __device__ float* embedding_place(int gate) const {
-        return reinterpret_cast<float*>(shared + layout.embeddings + gate % 2 * layout.embedding);
+        return reinterpret_cast<float*>(shared + layout.embeddings + gate % kEmbeddings * layout.embedding);
+    }
+    __device__ float* features() const {
+        return reinterpret_cast<float*>(shared + layout.features) + warp * kMostChannels;
+    }
+    __device__ float4* ahead(int i, int gate) const {
+        return reinterpret_cast<float4*>(shared + layout.ahead) + (gate % 2 * kMaxImages + i) * kMaxUnits;
+    }
+    __device__ float* products(int i) const {
+        return reinterpret_cast<float*>(shared + layout.products) + i * kProducts;
     }
 
-    __device__ void run(int images);
+    __device__ void run(const Turns& turns);
+    __device__ bool take(int turn, const Turns& turns);
     __device__ void stem();
     template <int kStage>
     __device__ void run_stage();
@@ -230,14 +262,19 @@ struct ForwardPass {
     template <int kStage>
     __device__ void gate_step(int block);
     template <int kStage, int kSize>
-    __device__ float rnn_gate(int i, bool changed);
-    __device__ unsigned compact(int gate) const;
+    __device__ unsigned rnn_gate(int block);
+    template <int kStage>
+    __device__ void pool_features(int i) const;
+    template <int kStage, int kSize>
+    __device__ float embedded(int gate) const;
+    __device__ unsigned compact(float logit) const;
     __device__ void stage_forced_decisions();
     __device__ void write_decisions() const;
     __device__ void head();
 
     template <int kStage>
     __device__ void fetch_embedding(int gate, int block);
+    template <int kTogether>
     __device__ float pooled(int stage, int i, int channel, int begin = 0, int step = 1) const;
     template <int kIn, int kOut, int kStride, int kKernel>
     __device__ void convolve(Weights<kIn, kKernel * kKernel>& weights, const uint4* next, unsigned images,
@@ -267,10 +304,9 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(Weigh
 
     const int tile = warp % kTiles;
     const int worker = warp / kTiles * blocks_of_image() + rank, workers = kWorkers * blocks_of_image();
-    const int strips = quotient_up(planes.width, kStrip);
-    const int regions = quotient_up(planes.height, kRows) * strips;
+    const int strips = planes.stage.strips, regions = planes.stage.regions;
     const int from_pitch = rounded_up(planes.from_width, kStrip);
-    const bool whole = planes.height % kRows == 0 && planes.width % kStrip == 0;  // regions have no pixel outside
+    const bool whole = planes.stage.whole;
     float biases[2][2];
 #pragma unroll
     for (int n = 0; n < 4; ++n) biases[n / 2][n % 2] = bias[tile * kChunk + n / 2 * 8 + lane % 4 * 2 + n % 2];
@@ -280,7 +316,8 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(Weigh
     if (region >= regions) left = 0;  // none for this warp, in the whole stage: it has no need of the next weights
     while (left) {
         const int i = __ffs(left) - 1;
-        const int row0 = region / strips * kRows, column0 = region % strips * kStrip;
+        const int row = region * planes.stage.inverse >> 16;  // of regions
+        const int row0 = row * kRows, column0 = (region - row * strips) * kStrip;
         // The regions of an image, then the next image's.
         const int region_after = region + workers;
         const bool image_done = region_after >= regions;
@@ -349,9 +386,11 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::finish_region(
                                                                                 int row0, int column0, int region,
                                                                                 const Planes& planes) {
     constexpr int kRows = 2 * kPairs;
-    const int tile = warp % (kOut / kChunk), pitch = rounded_up(planes.width, kStrip), line = pitch * 2 * kOut;
+    const int tile = warp % (kOut / kChunk), pitch = planes.stage.strips * kStrip, line = pitch * 2 * kOut;
     const int column = column0 + lane / 4;
-    const auto inside = [&](int row) { return kWhole || (row0 + row < planes.height && column < planes.width); };
+    const auto inside = [&](int row) {
+        return kWhole || (row0 + row < planes.stage.height && column < planes.stage.width);
+    };
     // Of 8 channels each.
     unsigned char* places[2];
 #pragma unroll
@@ -414,7 +453,7 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::stem() {
         }
     }
     barrier();
-    const Planes planes{layout.inner[0], height, width, layout.x[0], stage.height, stage.width};
+    const Planes planes{layout.inner[0], height, width, layout.x[0], stage};
     convolve<16, 16, 1, 3>(weights, nullptr, all_images(), planes, network.stem_bias, false);
     barrier();
 }
@@ -428,7 +467,7 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::enter_stage() 
     const ResidentStage &before = network.stage[kStage - 1], &stage = network.stage[kStage];
     const int tile = warp % (kOut / kChunk);
     if (kClustered) barrier();  // others may still be reading the sums that the projection writes
-    Planes planes{layout.x[kStage - 1], before.height, before.width, layout.inner[kStage], stage.height, stage.width};
+    Planes planes{layout.x[kStage - 1], before.height, before.width, layout.inner[kStage], stage};
     if (executing) {
         Weights<kIn, 9> weights;
         weights.load(weights.at(stage.entry, tile, lane));
@@ -457,7 +496,6 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::run_stage() {
                                                  warp % (kChannels / kChunk), lane)
                                      : nullptr;
     };
-    const int height = stage.height, width = stage.width;
 
     Inner weights;
     if (kEntry) enter_stage<kStage == 0 ? 1 : kStage>();
@@ -467,8 +505,8 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::run_stage() {
         if (executing) {
             for (int number = block == 0 ? 0 : end - 2; number < end; ++number) {
                 const bool closes = number == end - 1;
-                const Planes planes{closes ? layout.inner[kStage] : layout.x[kStage], height, width,
-                                    closes ? layout.x[kStage] : layout.inner[kStage], height, width};
+                const Planes planes{closes ? layout.inner[kStage] : layout.x[kStage], stage.height, stage.width,
+                                    closes ? layout.x[kStage] : layout.inner[kStage], stage};
                 convolve<kChannels, kChannels, 1, 3>(weights, fragments(number + 1), executing, planes,
                                                      stage.inner_bias + number * kChannels, closes);
                 if (!closes) barrier();
@@ -480,8 +518,8 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::run_stage() {
     }
 }
 
-// Brings the embedding of the gate after a block under way; every gate begins one copy, so that they can be counted.
-// The block is counted from a stage's first one, and may lie in a later stage.
+// Brings the embedding of the gate after a block under way, by the warps that look ahead; every gate begins one copy,
+// so that they can be counted. The block is counted from a stage's first one, and may lie in a later stage.
 template <typename Element, bool kClustered>
 template <int kStage>
 __device__ __forceinline__ void ForwardPass<Element, kClustered>::fetch_embedding(int gate, int block) {
@@ -492,29 +530,32 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::fetch_embeddin
         const int floats = embedding_floats(network, kStage);
         const float* from = stage.embeddings + static_cast<std::size_t>(block) * floats;
 #pragma unroll 1
-        for (int at = 4 * threadIdx.x; at < floats; at += 4 * kThreads)
+        for (int at = 4 * (threadIdx.x - 32 * kMaxImages); at < floats; at += 4 * (kThreads - 32 * kMaxImages))
             cp_async16(embedding_place(gate) + at, from + at);
     }
     cp_async_commit();
 }
 
-// Average over an image's pixels; or the share that some regions have in it.
+// Average over an image's pixels; or the share that some regions have in it. So many of their sums are loaded before
+// anything waits for one.
 template <typename Element, bool kClustered>
+template <int kTogether>
 __device__ __forceinline__ float ForwardPass<Element, kClustered>::pooled(int stage, int i, int channel, int begin,
                                                                           int step) const {
     const ResidentStage& at = network.stage[stage];
-    const int channels = stage_channels(stage), regions = regions_of(channels, at.height, at.width);
-    constexpr int kTogether = 4;  // loads, before anything waits for one
-    float total = 0.0f;
-#pragma unroll 1
-    for (int region = begin; region < regions; region += kTogether * step) {
-        float parts[kTogether];
+    const int channels = stage_channels(stage), regions = at.regions;
+    const float* sum = sums(i) + channel;
+    float parts[kTogether];
 #pragma unroll
-        for (int k = 0; k < kTogether; ++k)
-            parts[k] = region + k * step < regions ? sums(i)[(region + k * step) * channels + channel] : 0.0f;
-#pragma unroll
-        for (int k = 0; k < kTogether; ++k) total += parts[k];
+    for (int k = 0; k < kTogether; ++k) {
+        const int region = begin + k * step;
+        parts[k] = region < regions ? sum[region * channels] : 0.0f;
     }
+    float total = 0.0f;
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) total += parts[k];
+#pragma unroll 1
+    for (int region = begin + kTogether * step; region < regions; region += step) total += sum[region * channels];
     return total * at.share;
 }
 
@@ -523,120 +564,140 @@ __device__ __forceinline__ float ForwardPass<Element, kClustered>::pooled(int st
 __device__ inline float fast_sigmoid(float x) { return fast_reciprocal(1.0f + fast_exp2(-1.44269504f * x)); }
 __device__ inline float fast_tanh(float x) { return 1.0f - 2.0f * fast_reciprocal(1.0f + fast_exp2(2.88539008f * x)); }
 
-// Pool-finish, embed, LSTM step: the execute logit of a warp's image. Its pooled activation is as it was unless the
-// block has changed it. `kSize` is embed and hidden where they are equal and known; 0 takes any.
+// Adds to an LSTM unit's four sums, a unit a lane, what inputs make of them, an input a lane. `weights` is that of the
+// lane's unit and the first input.
+template <int kUnroll>
+__device__ inline void add_inputs(float4& sums, const float4* weights, float input, int inputs, int units) {
+#pragma unroll kUnroll
+    for (int k = 0; k < inputs; ++k) {
+        const float4 weight = weights[k * units];
+        const float x = __shfl_sync(kAllLanes, input, k);
+        sums.x += weight.x * x;
+        sums.y += weight.y * x;
+        sums.z += weight.z * x;
+        sums.w += weight.w * x;
+    }
+}
+
+// Finishes an image's pool into this warp's features.
+template <typename Element, bool kClustered>
+template <int kStage>
+__device__ __forceinline__ void ForwardPass<Element, kClustered>::pool_features(int i) const {
+    constexpr int kChannels = stage_channels(kStage);
+    constexpr int kLanes = kChannels < 32 ? kChannels : 32;  // that have a channel of their own; others share them
+    constexpr int kTogether = 8 >> kStage;                   // a lane's part of what the published networks have
+#pragma unroll
+    for (int part = 0; part < kChannels; part += kLanes) {
+        const int channel = part + lane % kLanes;
+        float sum = pooled<kTogether>(kStage, i, channel, lane / kLanes, 32 / kLanes);
+        if (kLanes < 32) sum += __shfl_xor_sync(kAllLanes, sum, kLanes);
+        if (lane < kLanes) features()[channel] = sum;
+    }
+    __syncwarp();
+}
+
+// A lane's input to the LSTM: one of the outputs of a gate's embedding of this warp's features. `kSize` is embed and
+// hidden where they are equal and known, so that lanes can share an output and no loop is left; 0 takes any.
 template <typename Element, bool kClustered>
 template <int kStage, int kSize>
-__device__ __forceinline__ float ForwardPass<Element, kClustered>::rnn_gate(int i, bool changed) {
-    constexpr int kChannels = stage_channels(kStage), kParts = (kChannels + 31) / 32;
-    constexpr int kLanes = kChannels < 32 ? kChannels : 32;  // that have a channel of their own; others share them
-    const int embed = kSize ? kSize : network.embed, units = kSize ? kSize : network.hidden;
-    const float* weight = embedding_place(index);
-    const auto weight_of = [&](int e, int part) { return weight[e * kChannels + part * 32 + lane % kLanes]; };
-    const auto pool = [&] {
+__device__ __forceinline__ float ForwardPass<Element, kClustered>::embedded(int gate) const {
+    constexpr int kChannels = stage_channels(kStage), kPieces = kChannels / 4;
+    constexpr int kShare = kSize > 0 ? 32 / kSize : 1;
+    const int embed = kSize ? kSize : network.embed;
+    const int output = kSize ? lane % kSize : min(lane, embed - 1), share = kSize ? lane / kSize % kShare : 0;
+    const float* weights = embedding_place(gate);
+    const auto* weight = reinterpret_cast<const float4*>(weights + output * kChannels);
+    const auto* feature = reinterpret_cast<const float4*>(features());
+    float4 sums{0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-        for (int part = 0; changed && part < kParts; ++part)
-            features[part] = pooled(kStage, i, part * 32 + lane % kLanes, lane / kLanes, 32 / kLanes);
-    };
+    for (int k = 0; k < kPieces; k += kShare) {
+        const bool last = k + kShare > kPieces && k + share >= kPieces;  // not every lane has one more
+        const float4 w = weight[last ? 0 : k + share], x = feature[last ? 0 : k + share];
+        sums.x += last ? 0.0f : w.x * x.x;
+        sums.y += last ? 0.0f : w.y * x.y;
+        sums.z += last ? 0.0f : w.z * x.z;
+        sums.w += last ? 0.0f : w.w * x.w;
+    }
+    const float sum = (sums.x + sums.y) + (sums.z + sums.w);
+    float all = weights[embed * kChannels + output];
+#pragma unroll
+    for (int other = 0; other < kShare; ++other)
+        all += kShare > 1 ? __shfl_sync(kAllLanes, sum, output + other * kSize) : sum;
+    return all;
+}
+
+// Pool-finish, embed, LSTM step, and who executes the next block. Warp i decides for image i, whose features are as
+// they were unless its block has changed them. Then what they add to the LSTM's sums is known already: warp i +
+// kMaxImages has computed it during the gate before, as it does now for the next one.
+template <typename Element, bool kClustered>
+template <int kStage, int kSize>
+__device__ __forceinline__ unsigned ForwardPass<Element, kClustered>::rnn_gate(int block) {
+    const int embed = kSize ? kSize : network.embed, units = kSize ? kSize : network.hidden;
+    constexpr int kUnroll = kSize ? kSize : 1;
+    const int unit = min(lane, units - 1), i = warp % kMaxImages;
+    const bool is_ahead = warp >= kMaxImages;
+    const bool changed = (kStage > 0 && block == 0) || (executing >> i & 1);
     const auto* lstm =
         reinterpret_cast<const float4*>(shared + layout.lstm);  // [embed + hidden + 1, hidden] of i, f, g, o
     const auto* projection = reinterpret_cast<const float*>(lstm + (embed + units + 1) * units);
-    float4 gates{0.0f, 0.0f, 0.0f, 0.0f};
-    const auto add = [&](const float4& from, float x) {
-        gates.x += from.x * x;
-        gates.y += from.y * x;
-        gates.z += from.z * x;
-        gates.w += from.w * x;
-    };
-    int unit;
-    if constexpr (kSize > 0) {
-        // The inputs, a lane each: the embedding, the hidden state, and 1 for the bias. Three lanes share a unit, each
-        // taking a third of the inputs, and each has its state.
-        constexpr int kInputs = 2 * kSize + 1, kThird = kInputs / 3;
-        static_assert(kInputs == 3 * kThird && 3 * kSize <= 32);
-        const int third = lane < 3 * kSize ? lane / kSize : 0;
-        unit = lane % kSize;
-        // All that has to be loaded is on its way before the pool is taken.
-        float4 from[kThird];
-#pragma unroll
-        for (int k = 0; k < kThird; ++k) from[k] = lstm[(third * kThird + k) * units + unit];
-        float weights[kSize][kParts];
-#pragma unroll
-        for (int e = 0; e < kSize; ++e)
-#pragma unroll
-            for (int part = 0; part < kParts; ++part) weights[e][part] = weight_of(e, part);
-        const float bias = weight[embed * kChannels + unit];
-        pool();
-        float products[kSize] = {};
-#pragma unroll
-        for (int e = 0; e < kSize; ++e)
-#pragma unroll
-            for (int part = 0; part < kParts; ++part) products[e] += weights[e][part] * features[part];
-        const float embedded =
-            __shfl_sync(kAllLanes, spread_sums<16, 1>(products, lane), holder<16, 1, kSize>(unit)) + bias;
-        const float input = lane < kSize ? embedded : lane < 2 * kSize ? hidden : 1.0f;
-#pragma unroll
-        for (int k = 0; k < kThird; ++k) add(from[k], __shfl_sync(kAllLanes, input, third * kThird + k));
-        const auto sum_of_thirds = [&](float x) {
-            const float first = __shfl_sync(kAllLanes, x, unit), second = __shfl_sync(kAllLanes, x, unit + kSize);
-            return first + second + __shfl_sync(kAllLanes, x, unit + 2 * kSize);
-        };
-        gates = {sum_of_thirds(gates.x), sum_of_thirds(gates.y), sum_of_thirds(gates.z), sum_of_thirds(gates.w)};
-    } else {
-        pool();
-        float embedded = 0.0f;  // a lane has one
-#pragma unroll 1
-        for (int e = 0; e < embed; ++e) {
-            float product = 0.0f;
-#pragma unroll
-            for (int part = 0; part < kParts; ++part) product += weight_of(e, part) * features[part];
-            const float whole = warp_sum(product) + weight[embed * kChannels + e];
-            if (lane == e) embedded = whole;
+    if (i < count) {
+        float4 sums = lstm[(embed + units) * units + unit];  // the bias
+        const auto recall = [&] { add_inputs<kUnroll>(sums, lstm + embed * units + unit, hidden, units, units); };
+        float4 input{0.0f, 0.0f, 0.0f, 0.0f};
+        if (changed || is_ahead) {
+            recall();  // which needs not wait for the pool, as all that follows
+            pool_features<kStage>(i);
+            add_inputs<kUnroll>(input, lstm + unit, embedded<kStage, kSize>(index + is_ahead), embed, units);
+        } else {
+            recall();
+            input = ahead(i, index)[unit];
         }
-        unit = lane < units ? lane : 0;
-#pragma unroll 4
-        for (int k = 0; k < embed; ++k) add(lstm[k * units + unit], __shfl_sync(kAllLanes, embedded, k));
-#pragma unroll 4
-        for (int k = 0; k < units; ++k) add(lstm[(embed + k) * units + unit], __shfl_sync(kAllLanes, hidden, k));
-        add(lstm[(embed + units) * units + unit], 1.0f);
+        if (is_ahead) {
+            if (lane < units) ahead(i, index + 1)[lane] = input;
+        } else {
+            cell = fast_sigmoid(input.y + sums.y) * cell + fast_sigmoid(input.x + sums.x) * fast_tanh(input.z + sums.z);
+            hidden = fast_sigmoid(input.w + sums.w) * fast_tanh(cell);
+            products(i)[lane] = lane < units ? projection[unit] * hidden : 0.0f;
+        }
     }
-    cell = fast_sigmoid(gates.y) * cell + fast_sigmoid(gates.x) * fast_tanh(gates.z);
-    hidden = fast_sigmoid(gates.w) * fast_tanh(cell);
-    const float addends[] = {lane < units ? projection[unit] * hidden : 0.0f};
-    constexpr int kWidest = kSize > 0 ? 8 : 16;  // the units lie in 16 lanes, or in all; lane 0 gets the whole sum
-    return spread_sums<kWidest, 1>(addends, lane) + projection[units];
+    if (is_ahead) fetch_embedding<kStage>(index + kEmbeddings - 1, block + kEmbeddings - 1);
+    __syncthreads();
+    // A lane has an image, the same in every warp.
+    const auto* product = reinterpret_cast<const float4*>(products(lane < count ? lane : 0));
+    float4 sums{0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll kUnroll
+    for (int k = 0; k < quotient_up(units, 4); ++k) {
+        const float4 x = product[k];
+        sums.x += x.x;
+        sums.y += x.y;
+        sums.z += x.z;
+        sums.w += x.w;
+    }
+    return compact((sums.x + sums.y) + (sums.z + sums.w) + projection[units]);
 }
 
-// The gate after a stage's block, and who runs the next one. Warp i decides for image i. A block that `enters` a stage
-// changes all images.
+// The gate after a stage's block, and who runs the next one.
 template <typename Element, bool kClustered>
 template <int kStage>
 __device__ __forceinline__ void ForwardPass<Element, kClustered>::gate_step(int block) {
-    const bool enters = kStage > 0 && block == 0;
-    cp_async_wait<1>();
-    barrier();  // for the block's output and sums, and the embedding
-    if (index < call.num_gates) {
-        if (warp < count) {
-            const bool changed = enters || (executing >> warp & 1);
-            const bool published = network.embed == 10 && network.hidden == 10;
-            const float logit = published ? rnn_gate<kStage, 10>(warp, changed) : rnn_gate<kStage, 0>(warp, changed);
-            if (lane == 0) {
-                logits(index)[warp] = logit;
-                if (!is_forced(index)) decisions(index)[warp] = executes_logit(logit);
-            }
-        }
-        __syncthreads();
-        executing = compact(index);
-        fetch_embedding<kStage>(index + 2, block + 2);
-    }
+    cp_async_wait<kEmbeddings - 3>();
+    barrier();  // for the block's output and sums, and two embeddings
+    if (index < call.num_gates)
+        executing =
+            network.embed == 10 && network.hidden == 10 ? rnn_gate<kStage, 10>(block) : rnn_gate<kStage, 0>(block);
     ++index;
 }
 
-// The images that a gate lets execute, as a mask.
+// The images that a gate lets execute, as a mask; a lane has an image's logit.
 template <typename Element, bool kClustered>
-__device__ __forceinline__ unsigned ForwardPass<Element, kClustered>::compact(int gate) const {
-    const unsigned all = *reinterpret_cast<const unsigned*>(decisions(gate)) & 0x01010101;  // a byte each
-    return (all | all >> 7 | all >> 14 | all >> 21) & all_images();
+__device__ __forceinline__ unsigned ForwardPass<Element, kClustered>::compact(float logit) const {
+    const bool decides = lane < count;
+    const bool executes = is_forced(index) ? decides && decisions(index)[lane] : executes_logit(logit);
+    if (warp == 0 && decides) {
+        logits(index)[lane] = logit;
+        if (!is_forced(index)) decisions(index)[lane] = executes;
+    }
+    return __ballot_sync(kAllLanes, executes) & all_images();
 }
 
 // Where decisions are forced, a gate finds them made.
@@ -672,7 +733,7 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::head() {
     const int last = network.stages - 1, channels = stage_channels(last), classes = network.classes;
     auto* features = reinterpret_cast<float*>(shared + layout.pooled);  // [count, channels]
     for (int at = threadIdx.x; at < count * channels; at += kThreads)
-        features[at] = pooled(last, at / channels, at % channels);
+        features[at] = pooled<4>(last, at / channels, at % channels);
     __syncthreads();
     if (rank > 0) return;
     write_decisions();
@@ -689,21 +750,26 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::head() {
     }
 }
 
+// The images of a turn; false if none are left.
 template <typename Element, bool kClustered>
-__device__ __forceinline__ void ForwardPass<Element, kClustered>::run(int images) {
+__device__ __forceinline__ bool ForwardPass<Element, kClustered>::take(int turn, const Turns& turns) {
+    const int round = turn / turns.workers, size = turns.least + (round < turns.larger);
+    first = (round * turns.least + min(round, turns.larger)) * turns.workers + turn % turns.workers * size;
+    count = min(size, call.batch - first);
+    return count > 0;
+}
+
+template <typename Element, bool kClustered>
+__device__ __forceinline__ void ForwardPass<Element, kClustered>::run(const Turns& turns) {
     if (threadIdx.x < kLine / 16) control().zeros[threadIdx.x] = make_uint4(0, 0, 0, 0);
     for (int at = threadIdx.x; at < lstm_floats(network); at += kThreads)
         reinterpret_cast<float*>(shared + layout.lstm)[at] = network.lstm[at];
     blocks = blocks_of(network);
-    const int in_flight = static_cast<int>(gridDim.x) / blocks_of_image() * images;
-    first = static_cast<int>(blockIdx.x) / blocks_of_image() * images;
-    while (first < call.batch) {
-        count = min(images, call.batch - first);
+    for (int turn = static_cast<int>(blockIdx.x) / blocks_of_image(); take(turn, turns);) {
         executing = all_images();
         index = 0;
         hidden = cell = 0.0f;
-        fetch_embedding<0>(0, 0);
-        fetch_embedding<0>(1, 1);
+        for (int gate = 0; gate < kEmbeddings - 1 && warp >= kMaxImages; ++gate) fetch_embedding<0>(gate, gate);
         stage_forced_decisions();
         stem();
         run_stage<0>();
@@ -711,23 +777,23 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::run(int images
         if (network.stages > 2) run_stage<2>();
         head();
         if (kClustered || !call.work_counter) return;
-        if (threadIdx.x == 0) control().first = in_flight + atomicAdd(call.work_counter, images);
+        if (threadIdx.x == 0) control().turn = turns.workers + atomicAdd(call.work_counter, 1);
         __syncthreads();
-        first = control().first;
+        turn = control().turn;
     }
 }
 
 template <typename Element, bool kClustered>
 __global__ void __launch_bounds__(kThreads, 1)
-    resident(const ResidentNetwork network, const ResidentCall call, const SharedLayout layout, int images) {
+    resident(const ResidentNetwork network, const ResidentCall call, const SharedLayout layout, const Turns turns) {
     ForwardPass<Element, kClustered>{network,
                                      call,
                                      layout,
                                      shared_memory(),
-                                     static_cast<int>(threadIdx.x / 32),
+                                     __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x / 32), 0),  // known uniform
                                      static_cast<int>(threadIdx.x % 32),
                                      kClustered ? cluster_rank() : 0}
-        .run(images);
+        .run(turns);
 }
 
 auto kernel_of(const ResidentNetwork& network, bool clustered) {
@@ -761,6 +827,10 @@ ResidentWeights lay_out(ResidentNetwork& network, const void* fragments, const f
         }
         stage.height = height, stage.width = width;
         stage.share = 1.0f / static_cast<float>(height * width);
+        stage.strips = quotient_up(width, kStrip);
+        stage.regions = regions_of(channels, height, width);
+        stage.inverse = 65536 / stage.strips + 1;
+        stage.whole = height % region_rows(channels) == 0 && width % kStrip == 0;
         stage.inner = convolutions(static_cast<std::size_t>(inner) * 9 * fragment_bytes(channels, channels));
         stage.inner_bias = parameters(static_cast<std::size_t>(inner) * channels);
         if (network.embed)
@@ -799,7 +869,8 @@ void run_resident(const ResidentNetwork& network, const ResidentCall& call, cons
     if (call.batch == 0) return;
     const SharedLayout layout = shared_layout(network, plan.images);
     const Grid grid{dim3(plan.blocks), dim3(kThreads), static_cast<std::size_t>(layout.total), plan.cluster, true};
-    launch("resident", kernel_of(network, plan.cluster > 1), grid, stream, network, call, layout, plan.images);
+    launch("resident", kernel_of(network, plan.cluster > 1), grid, stream, network, call, layout,
+           turns_of(call.batch, plan));
 }
 
 }  // namespace skipnet::cuda

@@ -27,7 +27,7 @@ void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, S
     if (grid.shared > (allowed == allowed_shared_memory.end() ? kSharedWithoutAsking : allowed->second))
         throw simt::Error(std::string(name) + ": more shared memory than the kernel has been allowed");
     try {
-        simt::machine.run(grid.blocks, grid.threads, grid.shared, grid.cluster, [=] { kernel(arguments...); });
+        simt::machine.run(grid.blocks, grid.threads, grid.shared, grid.cluster, [&] { kernel(arguments...); });
     } catch (const simt::Error& error) {
         throw simt::Error(std::string(name) + ": " + error.what());
     }
