@@ -305,7 +305,7 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(Weigh
     const int tile = warp % kTiles;
     const int worker = warp / kTiles * blocks_of_image() + rank, workers = kWorkers * blocks_of_image();
     const int strips = planes.stage.strips, regions = planes.stage.regions;
-    const int from_pitch = rounded_up(planes.from_width, kStrip);
+    const int from_pitch = rounded_up(planes.from_width, kStrip), line = from_pitch * 2 * kIn;  // bytes of a row
     const bool whole = planes.stage.whole;
     float biases[2][2];
 #pragma unroll
@@ -326,52 +326,61 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(Weigh
 
         float sum[kPairs][2][4] = {};  // of two rows and 8 output channels, as the tensor core leaves it
         const int from = layout.images + i * layout.image + planes.from;
+        // ldmatrix: lanes 0-7 and 8-15 give eight pixels of a row and of its partner, the others their upper 8
+        // channels. What comes is a product's operand as it is, in registers side by side.
+        const int begin = kStride * row0 - kKernel / 2 + lane / 8 % 2 * kApart;
+        const auto multiply = [&](auto whole_plane) {
 #pragma unroll
-        for (int chunk = 0; chunk < Weights<kIn, kKernel * kKernel>::kChunks; ++chunk) {
+            for (int chunk = 0; chunk < Weights<kIn, kKernel * kKernel>::kChunks; ++chunk) {
 #pragma unroll
-            for (int dx = 0; dx < kKernel; ++dx) {
-                // ldmatrix: lanes 0-7 and 8-15 give eight pixels of a row and of its partner, the others their upper
-                // 8 channels. What comes is a product's operand as it is, in registers side by side.
-                unsigned rows[kSources][4];
-                const int column = kStride * (column0 + lane % 8) + dx - kKernel / 2;
-                const bool column_inside = static_cast<unsigned>(column) < static_cast<unsigned>(planes.from_width);
-                const int begin = kStride * row0 - kKernel / 2 + lane / 8 % 2 * kApart;
-#pragma unroll
-                for (int s = 0; s < kSources; ++s) {
-                    const int row = begin + s * kStep;
-                    const bool inside =
-                        column_inside & (static_cast<unsigned>(row) < static_cast<unsigned>(planes.from_height));
-                    const int byte = byte_of<kIn>(row, column, from_pitch, lane / 16) ^ chunk * 32;
+                for (int dx = 0; dx < kKernel; ++dx) {
+                    unsigned rows[kSources][4];
+                    const int column = kStride * (column0 + lane % 8) + dx - kKernel / 2;
+                    const bool column_inside = static_cast<unsigned>(column) < static_cast<unsigned>(planes.from_width);
+                    const int byte = byte_of<kIn>(0, column, from_pitch, lane / 16) ^ chunk * 32;
                     // Outside of the plane zeros, of the same banks: eight pixels still come from all of them.
-                    ldmatrix_x4(shared + (inside ? from + byte : kZeros + (byte & (kLine - 16))), rows[s]);
-                }
+                    const int zeros = kZeros + (byte & (kLine - 16));
+                    const int place = column_inside ? from + begin * line + byte : zeros;
+                    const int step = column_inside ? kStep * line : 0;
 #pragma unroll
-                for (int dy = 0; dy < kKernel; ++dy) {
-                    const int tap = dy * kKernel + dx;
-                    const uint4 weight = weights.of[chunk][tap];
-                    const unsigned b[2][2] = {{weight.x, weight.y}, {weight.z, weight.w}};
-#pragma unroll
-                    for (int p = 0; p < kPairs; ++p) {
-                        mma_m16n8k16<Element>(sum[p][0], rows[kNext * p + dy], b[0]);
-                        mma_m16n8k16<Element>(sum[p][1], rows[kNext * p + dy], b[1]);
+                    for (int s = 0; s < kSources; ++s) {
+                        // In a whole plane a region's inner rows have rows on both sides.
+                        const bool sure = whole_plane.value && kStride == 1 && 0 < s && s < kSources - 1;
+                        const bool inside = sure || static_cast<unsigned>(begin + s * kStep) <
+                                                        static_cast<unsigned>(planes.from_height);
+                        ldmatrix_x4(shared + (inside ? place + s * step : zeros), rows[s]);
                     }
-                    weights.load(next, chunk, tap, refill);
+#pragma unroll
+                    for (int dy = 0; dy < kKernel; ++dy) {
+                        const int tap = dy * kKernel + dx;
+                        const uint4 weight = weights.of[chunk][tap];
+                        const unsigned b[2][2] = {{weight.x, weight.y}, {weight.z, weight.w}};
+#pragma unroll
+                        for (int p = 0; p < kPairs; ++p) {
+                            mma_m16n8k16<Element>(sum[p][0], rows[kNext * p + dy], b[0]);
+                            mma_m16n8k16<Element>(sum[p][1], rows[kNext * p + dy], b[1]);
+                        }
+                        weights.load(next, chunk, tap, refill);
+                    }
                 }
+                __syncwarp();  // keeps these loads here, among the products
             }
-            __syncwarp();  // keeps these loads here, among the products
-        }
-
-        // Four codes for what follows the products, so that none has a branch of its own.
+        };
+        // Codes for each kind of plane and of end, so that none has a branch of its own.
         const auto finish = [&](auto whole_plane, auto closes_block) {
             finish_region<kOut, kPairs, kProjects, whole_plane.value, closes_block.value>(sum, biases, i, row0, column0,
                                                                                           region, planes);
         };
         using Yes = std::true_type;
         using No = std::false_type;
-        if (kProjects || !closes)
-            whole ? finish(Yes(), No()) : finish(No(), No());
-        else
-            whole ? finish(Yes(), Yes()) : finish(No(), Yes());
+        const auto compute = [&](auto whole_plane) {
+            multiply(whole_plane);
+            if (kProjects || !closes)
+                finish(whole_plane, No());
+            else
+                finish(whole_plane, Yes());
+        };
+        whole ? compute(Yes()) : compute(No());
         left = left_after;
         region = image_done ? worker : region_after;
     }

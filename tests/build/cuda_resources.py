@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "csrc"))
+from machine_code import readable  # noqa: E402
 from nvcc import ALL_ARCHS, FLAGS, find_nvcc  # noqa: E402
 
 SOURCES = sorted(path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -32,20 +33,6 @@ class Kernel:
     stack: int
     spilled: int
     static_shared: int
-
-
-def readable(mangled: str) -> str:
-    """A kernel's name without its namespaces and parameters."""
-    name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
-    name = re.sub(r"\(anonymous namespace\)::|_GLOBAL__N__\w+::|skipnet::(cuda::)?", "", name)
-    name = re.sub(r"^void ", "", name)
-    depth = 0
-    for place, letter in enumerate(name):  # the parameters start at the first parenthesis outside of <>
-        depth += (letter == "<") - (letter == ">")
-        if letter == "(" and depth == 0:
-            name = name[:place]
-            break
-    return re.sub(r"\((?:int|bool)\)", "", name).replace("> >", ">>")
 
 
 def compile_for(nvcc: str, source: str, arch: str) -> list[Kernel]:

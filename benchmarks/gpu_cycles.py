@@ -1,0 +1,176 @@
+"""Cycles of every piece of the GPU engines' kernels, from their machine code for sm_90a: what gpu_model.py adds up.
+
+    python benchmarks/gpu_cycles.py
+
+writes benchmarks/results/predicted/cycles.json; it needs nvcc and nvdisasm, but no GPU. A piece is a way through the
+code from barrier to barrier; where it leads is found by what must lie on it (products, a finish, a gate).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "csrc"))
+from gpu_replay import UNITS, Units, replay, without_loads  # noqa: E402
+from machine_code import Instruction, count, kernels, way  # noqa: E402
+
+CYCLES = ROOT / "benchmarks" / "results" / "predicted" / "cycles.json"
+IMAGES = (1, 2, 3)  # that a resident thread block takes; three fit the largest shared memory
+PRODUCTS = (72, 144, 144)  # of a region, by stage
+_ENDS = ("BRA", "BSSY", "BSYNC", "BAR", "CALL", "RET", "EXIT", "WARPSYNC", "UCGABAR")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Instructions that are always executed one after the other; all but the last fall through."""
+
+    start: int
+    end: int
+
+    def __call__(self, at: int) -> bool:
+        """Whether a way that has come here has gone through it."""
+        return at == self.end - 1
+
+
+@dataclass(frozen=True)
+class Code:
+    """A kernel's instructions."""
+
+    instructions: Sequence[Instruction]
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """All of them, in the order in which they lie in memory."""
+        targets = {instruction.target for instruction in self.instructions}
+        ends = [at + 1 for at, instruction in enumerate(self.instructions)
+                if instruction.startswith(_ENDS) or at + 1 in targets]
+        return [Block(start, end) for start, end in zip([0, *ends], ends, strict=False) if end > start]
+
+    def count(self, block: Block, name: str) -> int:
+        """Instructions of a kind in a block."""
+        return count(self.instructions[block.start:block.end], rf"{name}\b")
+
+    def having(self, **at_least: int) -> list[Block]:
+        """The blocks with so many instructions of each kind; 0 means none."""
+        def has(block: Block, name: str, least: int) -> bool:
+            return self.count(block, name) >= least if least else not self.count(block, name)
+
+        return [block for block in self.blocks if all(has(block, *kind) for kind in at_least.items())]
+
+    def barrier(self, at: int) -> bool:
+        """Whether a thread block meets here."""
+        return self.instructions[at].startswith(("BAR.SYNC", "BAR.RED"))
+
+    def ends(self, at: int) -> bool:
+        """Whether the kernel does."""
+        return self.instructions[at].startswith("EXIT")
+
+    def way(self, start: int, *places: Callable[[int], bool]) -> tuple[list[Instruction], int]:
+        """The shortest way through places, and where it ends."""
+        indices = way(self.instructions, start, places)
+        return [self.instructions[at] for at in indices], indices[-1]
+
+
+def resident(code: Code, units: Units) -> dict[str, object]:
+    """The resident kernel's pieces, two warps to a scheduler: for one, two and three executing images."""
+    # In memory the stem comes first, then each stage: its entry and projection, then the others. What follows the
+    # products in whole planes is straight code, and comes right behind them.
+    finishes = code.having(F2FP=8, LDS=0, SHFL=0)
+    stem, inner, entry = finishes[0], finishes[1::2], finishes[2::2]
+    projection, closing = code.having(F2FP=8, LDS=0, SHFL=4), code.having(F2FP=8, LDS=8, SHFL=0)
+    gates = code.having(SHFL=30)
+
+    def region(finish: Block, products: int) -> list[Block]:
+        """The blocks that multiply, and the one that finishes."""
+        blocks: list[Block] = []
+        for block in reversed(code.blocks[:code.blocks.index(finish) + 1]):
+            if code.count(block, "HMMA") and sum(code.count(other, "HMMA") for other in blocks) < products:
+                blocks.insert(0, block)
+        return blocks if finish in blocks else [*blocks, finish]
+
+    def cycles(instructions: list[Instruction], warps: int = 2) -> int:
+        return round(replay(instructions, units, warps).cycles)
+
+    def through(start: int, region: list[Block], regions: int) -> int:
+        """Of a convolution: the next one's weights come with the last region's products."""
+        most, at = code.way(start, *region * (regions - 1)) if regions > 1 else ([], start)
+        return cycles(without_loads(most) + code.way(at, *region, code.barrier)[0])
+
+    _, loaded = code.way(0, code.barrier)
+    stages = []
+    decided = loaded
+    for stage in range(3):
+        products, regions = PRODUCTS[stage], 2 if stage == 0 else 1
+        first, last = region(inner[stage], products), region(closing[stage], products)
+        _, middle = code.way(inner[stage].end - 1, code.barrier)
+        _, closed = code.way(middle, *last, code.barrier)
+        after_gate, next_decided = code.way(closed, gates[stage], code.barrier)
+        pieces: dict[str, object] = {}
+        if stage:
+            entered, projected = region(entry[stage - 1], 72), region(projection[stage - 1], 8)
+            pieces["entry"] = [cycles(code.way(decided, *entered * images, *projected * images, code.barrier)[0])
+                               for images in IMAGES]
+        decided = next_decided
+        stages.append(pieces | {
+            "inner": [through(decided, first, regions * images) for images in IMAGES],
+            "closing": [through(middle, last, regions * images) for images in IMAGES],
+            "gate": cycles(after_gate, 1),
+            "skip": cycles(code.way(decided, code.barrier)[0]),
+        })
+    start = [cycles(code.way(0, code.barrier)[0]) + through(loaded, region(stem, 72), 2 * images) for images in IMAGES]
+    return {"start": start, "stages": stages, "head": cycles(code.way(decided, code.barrier, code.ends)[0])}
+
+
+def gathered_conv(code: Code, units: Units, warps: int, at_once: int, rounds: int) -> dict[str, object]:
+    """A tile's pieces; ``warps`` to a scheduler in a thread block, of which a multiprocessor has up to ``at_once``, and
+    ``rounds`` of the loop that finishes."""
+    (products,) = code.having(HMMA=8)
+    before = max(at for at in range(products.start) if code.barrier(at))
+    loads = [block for block in code.having(LDGSTS=1) if before < block.start < products.start]
+    step, _ = code.way(products.end - 1, *loads, products)
+    several = 4  # steps, so that what is in flight at a step's end counts
+    first, _ = code.way(0, products)
+    staged, at = code.way(products.end - 1, code.having(STS=8)[0], code.barrier)
+    stores = code.having(STG=1, F2FP=4)[0]
+    finished, _ = code.way(at, *[stores] * rounds, code.ends)
+    return {
+        "start": round(replay(first, units, warps).cycles),
+        "step": [round(replay(step * several, units, warps * blocks, blocks).cycles / several)
+                 for blocks in range(1, at_once + 1)],
+        "finish": [round(replay(staged + finished, units, warps * blocks, blocks).cycles)
+                   for blocks in range(1, at_once + 1)],
+    }
+
+
+def gate_step(code: Code, units: Units) -> list[int]:
+    """One image's RNNGate, by how many channels a thread takes at a time: one, two, four."""
+    loads = sorted(code.blocks, key=lambda block: code.count(block, "LDG"))[-3:]
+    return [round(replay(code.way(0, block, code.ends)[0], units, 2).cycles)
+            for block in sorted(loads, key=lambda block: code.count(block, "LDG"))]
+
+
+# By a tile's sides: warps per scheduler of a thread block, thread blocks at once, rounds of the finishing loop.
+TILES = {"128, 128, 2, 4, false": (2, 2, 4), "128, 128, 2, 4, true": (2, 1, 4), "64, 64, 2, 2, true": (1, 4, 2),
+         "128, 32, 4, 1, false": (1, 4, 2)}
+
+
+def pieces(units: Units) -> dict[str, object]:
+    """Of all kernels of a network in float16."""
+    conv = kernels("gathered_conv.cu")
+    return {
+        "resident": resident(Code(kernels("resident.cu")["resident<Half, false>"]), units),
+        "gathered_conv": {name: gathered_conv(Code(conv[f"gathered_conv_kernel<Tile<Half, {name}>>"]), units, *tile)
+                          for name, tile in TILES.items()},
+        "gate_step": gate_step(Code(kernels("gate_step.cu")["gate_step_kernel<Rnn>"]), units),
+    }
+
+
+if __name__ == "__main__":
+    CYCLES.parent.mkdir(parents=True, exist_ok=True)
+    CYCLES.write_text(json.dumps({name: pieces(units) for name, units in UNITS.items()}, indent=1) + "\n")

@@ -1,0 +1,269 @@
+"""How long a call should take on a GPU, predicted: cycles of the machine code's pieces and a device's public figures.
+
+    python benchmarks/gpu_model.py [--json FILE]
+
+Nothing here was measured: docs/gpu-model.md says what is assumed, and which of its predictions the first run on
+hardware can refute. benchmarks/gpu_cycles.py makes what it reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import ceil, comb
+from pathlib import Path
+from typing import Any
+
+import skipnet_rt as srt
+from skipnet_rt.model.arch import BlockPlan, SkipNetArch
+
+CYCLES = Path(__file__).parent / "results" / "predicted" / "cycles.json"
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU's public figures.
+
+    Attributes:
+        arch: whose units it has.
+        multiprocessors, clock: how many, and their highest frequency in Hz.
+        shared_memory: of a thread block, in bytes.
+        l2, memory: bandwidths in bytes per second.
+        cache: the L2's size in bytes.
+        launch, chained: seconds between the end of a kernel and the start of the next in a CUDA graph, with an ordinary
+            and with a programmatic dependent launch; the same where there is none.
+    """
+
+    name: str
+    arch: str
+    multiprocessors: int
+    clock: float
+    shared_memory: int
+    l2: float
+    memory: float
+    cache: int
+    launch: float
+    chained: float
+
+    def seconds(self, cycles: float) -> float:
+        """Of so many cycles."""
+        return cycles / self.clock
+
+
+DEVICES = (
+    Device("H200", "sm_90", 132, 1.98e9, 227 << 10, 5.5e12, 4.8e12, 60_000_000, 1.3e-6, 0.6e-6),
+    Device("H100", "sm_90", 132, 1.98e9, 227 << 10, 5.5e12, 3.35e12, 50_000_000, 1.3e-6, 0.6e-6),
+    Device("A100", "sm_80", 108, 1.41e9, 163 << 10, 4.0e12, 2.04e12, 40_000_000, 1.5e-6, 1.5e-6),
+    Device("RTX 4090", "sm_89", 128, 2.52e9, 99 << 10, 5.0e12, 1.01e12, 72_000_000, 1.3e-6, 1.3e-6),
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kernel's or one phase's share of a call: seconds, and what bounds it."""
+
+    phase: str
+    seconds: float
+    bound: str
+
+    @staticmethod
+    def of(phase: str, **bounds: float) -> Part:
+        """The longest of several."""
+        bound = max(bounds, key=lambda name: bounds[name])
+        return Part(phase, bounds[bound], bound.replace("_", " "))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one call."""
+
+    network: str
+    device: str
+    batch: int
+    parts: tuple[Part, ...]
+
+    @property
+    def seconds(self) -> float:
+        """From the first kernel's start to the last one's end."""
+        return sum(part.seconds for part in self.parts)
+
+    def share(self, **where: str) -> float:
+        """Of the parts with a phase or a bound."""
+        return sum(part.seconds for part in self.parts
+                   if all(getattr(part, name) == value for name, value in where.items())) / self.seconds
+
+    @property
+    def bound(self) -> str:
+        """What most of the time goes into."""
+        return max({part.bound for part in self.parts}, key=lambda bound: self.share(bound=bound))
+
+
+def _executing(images: int, share: float) -> Iterator[tuple[int, float]]:
+    """How many of some images execute a block, and how probable that is; images decide independently."""
+    for count in range(images + 1):
+        yield count, comb(images, count) * share ** count * (1 - share) ** (images - count)
+
+
+def resident(arch: SkipNetArch, device: Device, batch: int, share: float) -> Prediction:
+    """A CIFAR-scale SkipNet in one launch; a thread block takes one to three images from stem to head."""
+    cycles = json.loads(CYCLES.read_text())[device.arch]["resident"]
+    image, rest = 66 << 10, 12 << 10  # shared memory: an image's planes and sums; weights of the gate and the like
+    most = (device.shared_memory - rest) // image
+    rounds = ceil(batch / (device.multiprocessors * most))
+    images = ceil(batch / (device.multiprocessors * rounds))
+    groups = ceil(batch / images)
+    blocks = min(device.multiprocessors, groups)
+
+    def weights(channels: int) -> float:  # of a convolution, for all thread blocks
+        return blocks * 9 * channels ** 2 * 2 / device.l2
+
+    one = [Part("stem", device.seconds(cycles["start"][images - 1]), "latency")]
+    for number, depth in enumerate(arch.depths):
+        stage, channels = cycles["stages"][number], arch.widths[number]
+        for block in range(depth):
+            always = number == block == 0
+            for count, probability in [(images, 1.0)] if always else _executing(images, share):
+                first = "entry" if number and block == 0 else "inner"
+                if count:
+                    run = stage[first][count - 1] + stage["closing"][count - 1]
+                else:
+                    run = stage["entry"][0] if first == "entry" else stage["skip"]
+                loads = 2 if count else 1  # a skipped block's first convolution was on its way
+                part = Part.of("run_block", latency=device.seconds(run), L2=loads * weights(channels))
+                one.append(replace(part, seconds=part.seconds * probability))
+            one.append(Part("gate_step", device.seconds(stage["gate"]), "latency"))
+    one.append(Part("head", device.seconds(cycles["head"]), "latency"))
+    rounds_taken = ceil(groups / blocks)
+    parts = [replace(part, seconds=part.seconds * rounds_taken) for part in one]
+    return Prediction(arch.name or "", device.name, batch, (Part("launch", device.launch, "launches"), *parts))
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A layer of the compacted strategy; channels, sides of the output in pixels."""
+
+    inputs: int
+    outputs: int
+    kernel: int
+    pixels: int
+    pools: bool = False
+
+    @property
+    def steps(self) -> int:
+        """Of K, 32 elements each."""
+        return ceil(self.kernel ** 2 * self.inputs / 32)
+
+    @property
+    def slices(self) -> int:
+        """Into which K is cut where there are few tiles."""
+        if self.outputs <= 32 or self.steps < 32:
+            return 1
+        tiles = ceil(self.pixels / 64) * ceil(self.outputs / 64)
+        return max(1, min(int(math.sqrt(self.steps // 2)), 128 // tiles))
+
+    def tile(self, batch: int, device: Device) -> tuple[str, int, int]:
+        """The tile that a batch takes: its name, rows, columns."""
+        if self.outputs <= 32:
+            return "128, 32, 4, 1, false", 128, 32
+        large = ceil(self.pixels / 128) * ceil(self.outputs / 128)
+        if self.pixels <= 64 or self.outputs <= 64 or batch * large < device.multiprocessors:
+            return "64, 64, 2, 2, true", 64, 64
+        return f"128, 128, 2, 4, {'true' if self.slices > 1 else 'false'}", 128, 128
+
+
+def _convolutions(plan: BlockPlan) -> tuple[list[Convolution], list[Convolution]]:
+    """A block's convolutions, and its projection."""
+    inside, outside = (math.prod(size) for size in (plan.in_size, plan.out_size))
+    projection = [Convolution(plan.in_channels, plan.out_channels, 1, outside)] if plan.projects else []
+    if plan.kind == "basic":
+        return [Convolution(plan.in_channels, plan.planes, 3, outside),
+                Convolution(plan.planes, plan.out_channels, 3, outside, pools=True)], projection
+    return [Convolution(plan.in_channels, plan.planes, 1, inside), Convolution(plan.planes, plan.planes, 3, outside),
+            Convolution(plan.planes, plan.out_channels, 1, outside, pools=True)], projection
+
+
+def _convolve(phase: str, layer: Convolution, device: Device, batch: int, executing: float, pieces: Any) -> Part:
+    """One launch for the images of a list."""
+    name, rows, columns = layer.tile(batch, device)
+    piece = pieces[name]
+    tiles = executing * ceil(layer.pixels / rows) * ceil(layer.outputs / columns)
+    at_once = len(piece["step"])
+    slices = layer.slices if tiles * layer.slices <= device.multiprocessors * at_once else 1
+    each = tiles * slices / device.multiprocessors  # thread blocks' work that falls to a multiprocessor
+    side_by_side = min(at_once, max(1, ceil(each)))
+    rounds = max(1.0, each / side_by_side)
+    steps = layer.steps / slices
+    step, finish = piece["step"][side_by_side - 1], piece["finish"][side_by_side - 1]
+    reduce = slices > 1 and 2 * 280 + slices * rows * columns * 4 / 64  # 64 bytes per cycle and multiprocessor
+    work = piece["start"] + rounds * (steps * step + finish + reduce)
+    weights = layer.inputs * layer.outputs * layer.kernel ** 2 * 2
+    moved = executing * layer.pixels * (layer.inputs + layer.outputs * (2 if layer.pools else 1)) * 2
+    through = tiles * layer.steps * (rows + columns) * 64
+    return Part.of(phase, issue_and_products=device.seconds(work), L2=through / device.l2,
+                   memory=(weights + max(0.0, moved - device.cache)) / device.memory)
+
+
+def compacted(arch: SkipNetArch, device: Device, batch: int, share: float) -> Prediction:
+    """Any network with RNNGate, kernel after kernel in a CUDA graph."""
+    cycles = json.loads(CYCLES.read_text())[device.arch]
+    pieces = cycles["gathered_conv"]
+    stem_pixels = 4 * math.prod(arch.blocks[0].in_size)  # before the max pool
+    stem = Convolution(8, arch.widths[0], 7, stem_pixels)
+    moved = batch * stem_pixels * arch.widths[0] * 2 / device.memory
+    parts = [Part("stem", 2e-6 + moved / 4, "memory"), _convolve("stem", stem, device, batch, batch, pieces),
+             Part("stem", 2e-6 + moved, "memory")]
+    launches = 3
+    for index, plan in enumerate(arch.blocks):
+        convolutions, projection = _convolutions(plan)
+        for layer in projection:
+            parts.append(_convolve("run_block", layer, device, batch, batch, pieces))
+        for layer in convolutions:
+            for count, probability in _executing(batch, 1.0 if index == 0 else share):
+                if probability > 1e-6:
+                    part = (_convolve("run_block", layer, device, batch, count, pieces) if count
+                            else Part("run_block", device.seconds(600), "latency"))
+                    parts.append(replace(part, seconds=part.seconds * probability))
+        launches += len(convolutions) + len(projection) + 1
+        gate = cycles["gate_step"][min(2, (plan.out_channels - 1).bit_length() - 8)]
+        rounds = ceil(batch / (2 * device.multiprocessors))
+        parts.append(Part("gate_step", device.seconds(gate * rounds) + device.launch, "latency"))
+    head = Convolution(arch.blocks[-1].out_channels, arch.num_classes, 1, batch)
+    parts.append(_convolve("head", head, device, 1, 1, pieces))
+    launches += 2 - arch.num_blocks  # a gate's is the gate's
+    return Prediction(arch.name or "", device.name, batch, (*parts, Part("launch", launches * device.launch,
+                                                                         "launches")))
+
+
+RUNS = {"cifar10_rnn_gate_110": (resident, (1, 8, 128, 1024, 4096)),
+        "imagenet_rnn_gate_101": (compacted, (1, 8, 64, 256))}
+
+
+def predictions(share: float = 0.5) -> list[Prediction]:
+    """Of every network and batch on every device, with a share of the gated blocks executed."""
+    return [predict(srt.arch(name), device, batch, share)
+            for name, (predict, batches) in RUNS.items() for device in DEVICES for batch in batches]
+
+
+def table(results: list[Prediction]) -> str:
+    """Markdown."""
+    lines = ["| network | device | batch | ms | gates | bound by |", "|---|---|---|---|---|---|"]
+    lines += [f"| {each.network} | {each.device} | {each.batch:,} | {1e3 * each.seconds:.3f} | "
+              f"{each.share(phase='gate_step'):.0%} | {each.bound} ({each.share(bound=each.bound):.0%}) |"
+              for each in results]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the predictions here, too")
+    arguments = parser.parse_args()
+    results = predictions()
+    sys.stdout.write(table(results) + "\n")
+    if arguments.json:
+        arguments.json.write_text(json.dumps([{"network": each.network, "device": each.device, "batch": each.batch,
+                                               "predicted ms": round(1e3 * each.seconds, 4), "bound": each.bound}
+                                              for each in results], indent=1) + "\n")
