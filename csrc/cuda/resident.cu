@@ -144,23 +144,36 @@ SharedLayout shared_layout(const ResidentNetwork& network, int images) {
 // Of one tap of a convolution.
 constexpr SKIPNET_HD int fragment_bytes(int in, int out) { return in * out * 2; }
 
+// Where a lane's part of a convolution's weights lies; null if there is no convolution.
+struct Source {
+    const uint4* fragments;
+    const float2* biases;
+};
+
 // A warp's weights of a convolution: for each chunk of input channels and each tap of the kernel the fragment of 16
 // input by 16 output channels. In memory, `uint4 fragments[out / 16][in / 16][taps][32 lanes]`: a lane's B operands of
-// two mma, in the PTX ISA's layout.
+// two mma, in the PTX ISA's layout. And the biases of what a lane gets from each of the two.
 template <int kIn, int kTaps>
 struct Weights {
     static constexpr int kChunks = kIn / kChunk;
     uint4 of[kChunks][kTaps];
+    float2 biases[2];
 
     // Of the 16 output channels `tile`.
-    static __device__ const uint4* at(const void* fragments, int tile, int lane) {
-        return static_cast<const uint4*>(fragments) + tile * kChunks * kTaps * 32 + lane;
+    static __device__ Source at(const void* fragments, const float* biases, int tile, int lane) {
+        return {static_cast<const uint4*>(fragments) + tile * kChunks * kTaps * 32 + lane,
+                reinterpret_cast<const float2*>(biases) + tile * kChunk / 2 + lane % 4};
     }
 
-    __device__ void load(const uint4* from, int chunk, int tap, bool loads) {
-        load_global(of[chunk][tap], from + (chunk * kTaps + tap) * 32, loads);
+    __device__ void load_biases(const Source& from, bool loads) {
+        load_global(biases[0], from.biases, loads);
+        load_global(biases[1], from.biases + 4, loads);
     }
-    __device__ void load(const uint4* from) {
+    __device__ void load(const Source& from, int chunk, int tap, bool loads) {
+        load_global(of[chunk][tap], from.fragments + (chunk * kTaps + tap) * 32, loads);
+    }
+    __device__ void load(const Source& from) {
+        load_biases(from, true);
 #pragma unroll
         for (int chunk = 0; chunk < kChunks; ++chunk)
 #pragma unroll
@@ -277,21 +290,20 @@ struct ForwardPass {
     template <int kTogether>
     __device__ float pooled(int stage, int i, int channel, int begin = 0, int step = 1) const;
     template <int kIn, int kOut, int kStride, int kKernel>
-    __device__ void convolve(Weights<kIn, kKernel * kKernel>& weights, const uint4* next, unsigned images,
-                             const Planes& planes, const float* bias, bool closes);
+    __device__ void convolve(Weights<kIn, kKernel * kKernel>& weights, const Source& next, unsigned images,
+                             const Planes& planes, bool closes);
     template <int kOut, int kPairs, bool kProjects, bool kWhole, bool kCloses>
-    __device__ void finish_region(const float (&sum)[kPairs][2][4], const float (&biases)[2][2], int i, int row0,
+    __device__ void finish_region(const float (&sum)[kPairs][2][4], const float2 (&biases)[2], int i, int row0,
                                   int column0, int region, const Planes& planes);
 };
 
 // relu(convolution + bias) for the images of a mask. One that `closes` a block adds what stands in its output's plane;
-// it and a projection, which has no ReLU, leave each region's sums. `next`, if not null, replaces the weights.
+// it and a projection, which has no ReLU, leave each region's sums. `next`, if there is one, replaces the weights.
 template <typename Element, bool kClustered>
 template <int kIn, int kOut, int kStride, int kKernel>
 __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(Weights<kIn, kKernel * kKernel>& weights,
-                                                                           const uint4* next, unsigned images,
-                                                                           const Planes& planes, const float* bias,
-                                                                           bool closes) {
+                                                                           const Source& next, unsigned images,
+                                                                           const Planes& planes, bool closes) {
     constexpr bool kProjects = kKernel == 1;
     constexpr int kTiles = kOut / kChunk, kWorkers = kWarps / kTiles;  // warps that share 16 output channels
     constexpr int kRows = region_rows(kOut), kPairs = kRows / 2;
@@ -302,14 +314,11 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(Weigh
     constexpr int kSources = kNext * (kPairs - 1) + kKernel;
     static_assert(kTiles * kWorkers == kWarps && kRows % 2 == 0 && (kKernel == 1 || kKernel == 3));
 
-    const int tile = warp % kTiles;
     const int worker = warp / kTiles * blocks_of_image() + rank, workers = kWorkers * blocks_of_image();
     const int strips = planes.stage.strips, regions = planes.stage.regions;
     const int from_pitch = rounded_up(planes.from_width, kStrip), line = from_pitch * 2 * kIn;  // bytes of a row
     const bool whole = planes.stage.whole;
-    float biases[2][2];
-#pragma unroll
-    for (int n = 0; n < 4; ++n) biases[n / 2][n % 2] = bias[tile * kChunk + n / 2 * 8 + lane % 4 * 2 + n % 2];
+    const float2 biases[2] = {weights.biases[0], weights.biases[1]};
 
     unsigned left = images;
     int region = worker;
@@ -322,7 +331,7 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(Weigh
         const int region_after = region + workers;
         const bool image_done = region_after >= regions;
         const unsigned left_after = image_done ? left & (left - 1) : left;
-        const bool refill = !left_after && next;
+        const bool refill = !left_after && next.fragments;
 
         float sum[kPairs][2][4] = {};  // of two rows and 8 output channels, as the tensor core leaves it
         const int from = layout.images + i * layout.image + planes.from;
@@ -330,39 +339,48 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(Weigh
         // channels. What comes is a product's operand as it is, in registers side by side.
         const int begin = kStride * row0 - kKernel / 2 + lane / 8 % 2 * kApart;
         const auto multiply = [&](auto whole_plane) {
+            // A chunk of input channels and a column of the kernel make a step. Its operands come while the tensor
+            // cores are busy with the step before; but in a cluster, whose addresses take the registers for them.
+            constexpr int kSteps = Weights<kIn, kKernel * kKernel>::kChunks * kKernel;
+            constexpr int kBuffers = kClustered ? 1 : 2;
+            unsigned operands[kBuffers][kSources][4];
+            const auto load_operands = [&](int number) {
+                const int chunk = number / kKernel, dx = number % kKernel;
+                const int column = kStride * (column0 + lane % 8) + dx - kKernel / 2;
+                const bool column_inside = static_cast<unsigned>(column) < static_cast<unsigned>(planes.from_width);
+                const int byte = byte_of<kIn>(0, column, from_pitch, lane / 16) ^ chunk * 32;
+                // Outside of the plane zeros, of the same banks: eight pixels still come from all of them.
+                const int zeros = kZeros + (byte & (kLine - 16));
+                const int place = column_inside ? from + begin * line + byte : zeros;
+                const int step = column_inside ? kStep * line : 0;
 #pragma unroll
-            for (int chunk = 0; chunk < Weights<kIn, kKernel * kKernel>::kChunks; ++chunk) {
-#pragma unroll
-                for (int dx = 0; dx < kKernel; ++dx) {
-                    unsigned rows[kSources][4];
-                    const int column = kStride * (column0 + lane % 8) + dx - kKernel / 2;
-                    const bool column_inside = static_cast<unsigned>(column) < static_cast<unsigned>(planes.from_width);
-                    const int byte = byte_of<kIn>(0, column, from_pitch, lane / 16) ^ chunk * 32;
-                    // Outside of the plane zeros, of the same banks: eight pixels still come from all of them.
-                    const int zeros = kZeros + (byte & (kLine - 16));
-                    const int place = column_inside ? from + begin * line + byte : zeros;
-                    const int step = column_inside ? kStep * line : 0;
-#pragma unroll
-                    for (int s = 0; s < kSources; ++s) {
-                        // In a whole plane a region's inner rows have rows on both sides.
-                        const bool sure = whole_plane.value && kStride == 1 && 0 < s && s < kSources - 1;
-                        const bool inside = sure || static_cast<unsigned>(begin + s * kStep) <
-                                                        static_cast<unsigned>(planes.from_height);
-                        ldmatrix_x4(shared + (inside ? place + s * step : zeros), rows[s]);
-                    }
-#pragma unroll
-                    for (int dy = 0; dy < kKernel; ++dy) {
-                        const int tap = dy * kKernel + dx;
-                        const uint4 weight = weights.of[chunk][tap];
-                        const unsigned b[2][2] = {{weight.x, weight.y}, {weight.z, weight.w}};
-#pragma unroll
-                        for (int p = 0; p < kPairs; ++p) {
-                            mma_m16n8k16<Element>(sum[p][0], rows[kNext * p + dy], b[0]);
-                            mma_m16n8k16<Element>(sum[p][1], rows[kNext * p + dy], b[1]);
-                        }
-                        weights.load(next, chunk, tap, refill);
-                    }
+                for (int s = 0; s < kSources; ++s) {
+                    // In a whole plane a region's inner rows have rows on both sides.
+                    const bool sure = whole_plane.value && kStride == 1 && 0 < s && s < kSources - 1;
+                    const bool inside =
+                        sure || static_cast<unsigned>(begin + s * kStep) < static_cast<unsigned>(planes.from_height);
+                    ldmatrix_x4(shared + (inside ? place + s * step : zeros), operands[number % kBuffers][s]);
                 }
+            };
+            if (kBuffers == 2) load_operands(0);
+#pragma unroll
+            for (int number = 0; number < kSteps; ++number) {
+                const int chunk = number / kKernel, dx = number % kKernel;
+                const int loaded = number + kBuffers - 1;
+                if (loaded < kSteps) load_operands(loaded);
+#pragma unroll
+                for (int dy = 0; dy < kKernel; ++dy) {
+                    const int tap = dy * kKernel + dx;
+                    const uint4 weight = weights.of[chunk][tap];
+                    const unsigned b[2][2] = {{weight.x, weight.y}, {weight.z, weight.w}};
+#pragma unroll
+                    for (int p = 0; p < kPairs; ++p) {
+                        mma_m16n8k16<Element>(sum[p][0], operands[number % kBuffers][kNext * p + dy], b[0]);
+                        mma_m16n8k16<Element>(sum[p][1], operands[number % kBuffers][kNext * p + dy], b[1]);
+                    }
+                    weights.load(next, chunk, tap, refill);
+                }
+                if (number + 1 == kSteps) weights.load_biases(next, refill);
                 __syncwarp();  // keeps these loads here, among the products
             }
         };
@@ -391,7 +409,7 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(Weigh
 template <typename Element, bool kClustered>
 template <int kOut, int kPairs, bool kProjects, bool kWhole, bool kCloses>
 __device__ __forceinline__ void ForwardPass<Element, kClustered>::finish_region(const float (&sum)[kPairs][2][4],
-                                                                                const float (&biases)[2][2], int i,
+                                                                                const float2 (&biases)[2], int i,
                                                                                 int row0, int column0, int region,
                                                                                 const Planes& planes) {
     constexpr int kRows = 2 * kPairs;
@@ -420,7 +438,7 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::finish_region(
         for (int n = 0; n < 2; ++n) {
             if (!inside(row)) continue;
             const float* products = sum[row % kPairs][n] + row / kPairs * 2;
-            float low = products[0] + biases[n][0], high = products[1] + biases[n][1];
+            float low = products[0] + biases[n].x, high = products[1] + biases[n].y;
             if (kCloses) low += low_of<Element>(before[row][n]), high += high_of<Element>(before[row][n]);
             const unsigned rounded = kProjects ? pack<Element>(low, high) : pack_relu<Element>(low, high);
             broadcast(both(row, n), rounded);
@@ -444,7 +462,7 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::stem() {
     const int pitch = rounded_up(width, kStrip);
     const ResidentStage& stage = network.stage[0];
     Weights<16, 9> weights;
-    weights.load(weights.at(network.stem, 0, lane));
+    weights.load(weights.at(network.stem, network.stem_bias, 0, lane));
     for (int at = threadIdx.x; at < count * pixels; at += kThreads) {
         const int i = at / pixels, pixel = at % pixels;
         const auto* from = static_cast<const Element*>(call.images) +
@@ -463,7 +481,7 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::stem() {
     }
     barrier();
     const Planes planes{layout.inner[0], height, width, layout.x[0], stage};
-    convolve<16, 16, 1, 3>(weights, nullptr, all_images(), planes, network.stem_bias, false);
+    convolve<16, 16, 1, 3>(weights, {}, all_images(), planes, false);
     barrier();
 }
 
@@ -479,14 +497,14 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::enter_stage() 
     Planes planes{layout.x[kStage - 1], before.height, before.width, layout.inner[kStage], stage};
     if (executing) {
         Weights<kIn, 9> weights;
-        weights.load(weights.at(stage.entry, tile, lane));
-        convolve<kIn, kOut, 2, 3>(weights, nullptr, executing, planes, stage.entry_bias, false);
+        weights.load(weights.at(stage.entry, stage.entry_bias, tile, lane));
+        convolve<kIn, kOut, 2, 3>(weights, {}, executing, planes, false);
     }
     Weights<kIn, 1> weights;
     const auto* projection = static_cast<const unsigned char*>(stage.entry) + 9 * fragment_bytes(kIn, kOut);
-    weights.load(weights.at(projection, tile, lane));
+    weights.load(weights.at(projection, stage.entry_bias + kOut, tile, lane));
     planes.to = layout.x[kStage];
-    convolve<kIn, kOut, 2, 1>(weights, nullptr, all_images(), planes, stage.entry_bias + kOut, false);
+    convolve<kIn, kOut, 2, 1>(weights, {}, all_images(), planes, false);
     barrier();
 }
 
@@ -499,16 +517,16 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::run_stage() {
     using Inner = Weights<kChannels, 9>;
     const ResidentStage& stage = network.stage[kStage];
     const int convolutions = 2 * stage.blocks - kEntry;
-    const auto fragments = [&](int number) {
-        return number < convolutions ? Inner::at(static_cast<const unsigned char*>(stage.inner) +
-                                                     number * 9 * fragment_bytes(kChannels, kChannels),
-                                                 warp % (kChannels / kChunk), lane)
-                                     : nullptr;
+    const auto source = [&](int number) {
+        if (number >= convolutions) return Source{};
+        return Inner::at(
+            static_cast<const unsigned char*>(stage.inner) + number * 9 * fragment_bytes(kChannels, kChannels),
+            stage.inner_bias + number * kChannels, warp % (kChannels / kChunk), lane);
     };
 
     Inner weights;
     if (kEntry) enter_stage<kStage == 0 ? 1 : kStage>();
-    weights.load(fragments(0));
+    weights.load(source(0));
     for (int block = 0; block < stage.blocks; ++block) {
         const int end = 2 * (block + 1) - kEntry;  // the next block's first convolution
         if (executing) {
@@ -516,12 +534,11 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::run_stage() {
                 const bool closes = number == end - 1;
                 const Planes planes{closes ? layout.inner[kStage] : layout.x[kStage], stage.height, stage.width,
                                     closes ? layout.x[kStage] : layout.inner[kStage], stage};
-                convolve<kChannels, kChannels, 1, 3>(weights, fragments(number + 1), executing, planes,
-                                                     stage.inner_bias + number * kChannels, closes);
+                convolve<kChannels, kChannels, 1, 3>(weights, source(number + 1), executing, planes, closes);
                 if (!closes) barrier();
             }
-        } else if (fragments(end)) {
-            weights.load(fragments(end));
+        } else if (end < convolutions) {
+            weights.load(source(end));
         }
         gate_step<kStage>(block);
     }
@@ -643,8 +660,8 @@ template <int kStage, int kSize>
 __device__ __forceinline__ unsigned ForwardPass<Element, kClustered>::rnn_gate(int block) {
     const int embed = kSize ? kSize : network.embed, units = kSize ? kSize : network.hidden;
     constexpr int kUnroll = kSize ? kSize : 1;
-    const int unit = min(lane, units - 1), i = warp % kMaxImages;
     const bool is_ahead = warp >= kMaxImages;
+    const int unit = min(lane, units - 1), i = (is_ahead ? warp + 1 : warp) % kMaxImages;
     const bool changed = (kStage > 0 && block == 0) || (executing >> i & 1);
     const auto* lstm =
         reinterpret_cast<const float4*>(shared + layout.lstm);  // [embed + hidden + 1, hidden] of i, f, g, o
