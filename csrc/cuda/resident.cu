@@ -84,7 +84,8 @@ struct SharedLayout {
 // At the start of shared memory.
 struct Control {
     uint4 zeros[kLine / 16];
-    int turn;  // that the thread block takes next
+    int turn;   // that the thread block takes next
+    int first;  // of its images
 };
 
 SKIPNET_HD int lstm_floats(const ResidentNetwork& network) {
@@ -93,12 +94,6 @@ SKIPNET_HD int lstm_floats(const ResidentNetwork& network) {
 }
 SKIPNET_HD int embedding_floats(const ResidentNetwork& network, int stage) {
     return rounded_up(network.embed * stage_channels(stage) + network.embed, 4);
-}
-
-SKIPNET_HD int blocks_of(const ResidentNetwork& network) {
-    int blocks = 0;
-    for (int stage = 0; stage < network.stages; ++stage) blocks += network.stage[stage].blocks;
-    return blocks;
 }
 
 SharedLayout shared_layout(const ResidentNetwork& network, int images) {
@@ -126,8 +121,8 @@ SharedLayout shared_layout(const ResidentNetwork& network, int images) {
     layout.sums_of = rounded_up(most_sums * 4, kLine);
     layout.sums = place(images * layout.sums_of);
     layout.pooled = place(images * channels * 4);
-    layout.decisions = place(network.embed ? blocks_of(network) * kMaxImages : 0);
-    layout.logits = place(network.embed ? blocks_of(network) * kMaxImages * 4 : 0);
+    layout.decisions = place(network.embed ? network.blocks * kMaxImages : 0);
+    layout.logits = place(network.embed ? network.blocks * kMaxImages * 4 : 0);
     // A stage's two planes never lie where the activation of the stage before lies. The second stage's x is last, so
     // that the third stage's planes, which are no larger, fit before it.
     const int second = planes[0] + 2 * planes[1], third = planes[1] + 2 * planes[2];
@@ -221,10 +216,9 @@ struct ForwardPass {
     unsigned char* shared;
     int warp, lane;
     int rank;                          // among the thread blocks that share an image
-    int first = 0, count = 0;          // images first .. first + count - 1
+    int count = 0;                     // of images, from control().first on
     unsigned executing = 0;            // a bit for each of them: it runs the next block
     int index = 0;                     // of the gate that is next
-    int blocks = 0;                    // of the network
     float hidden = 0.0f, cell = 0.0f;  // warp i has image i's LSTM state, a unit a lane
 
     __device__ int blocks_of_image() const { return kClustered ? cluster_size() : 1; }
@@ -250,8 +244,7 @@ struct ForwardPass {
     __device__ float* logits(int gate) const {
         return reinterpret_cast<float*>(shared + layout.logits) + gate * kMaxImages;
     }
-    // The last block's gate decides nothing that a caller could force.
-    __device__ bool is_forced(int gate) const { return call.forced && gate < blocks - 1; }
+    __device__ bool is_forced(int gate) const { return gate < call.forced_count; }
     __device__ float* embedding_place(int gate) const {
         return reinterpret_cast<float*>(shared + layout.embeddings + gate % kEmbeddings * layout.embedding);
     }
@@ -297,8 +290,9 @@ struct ForwardPass {
                                   int column0, int region, const Planes& planes);
 };
 
-// relu(convolution + bias) for the images of a mask. One that `closes` a block adds what stands in its output's plane;
-// it and a projection, which has no ReLU, leave each region's sums. `next`, if there is one, replaces the weights.
+// relu(convolution + bias) for the images of a mask, which has some. One that `closes` a block adds what stands in its
+// output's plane; it and a projection, which has no ReLU, leave each region's sums. `next`, if there is one, replaces
+// the weights.
 template <typename Element, bool kClustered>
 template <int kIn, int kOut, int kStride, int kKernel>
 __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(Weights<kIn, kKernel * kKernel>& weights,
@@ -322,8 +316,8 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(Weigh
 
     unsigned left = images;
     int region = worker;
-    if (region >= regions) left = 0;  // none for this warp, in the whole stage: it has no need of the next weights
-    while (left) {
+    if (region >= regions) return;  // none for this warp, in the whole stage: it has no need of the next weights
+    do {
         const int i = __ffs(left) - 1;
         const int row = region * planes.stage.inverse >> 16;  // of regions
         const int row0 = row * kRows, column0 = (region - row * strips) * kStrip;
@@ -340,9 +334,9 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(Weigh
         const int begin = kStride * row0 - kKernel / 2 + lane / 8 % 2 * kApart;
         const auto multiply = [&](auto whole_plane) {
             // A chunk of input channels and a column of the kernel make a step. Its operands come while the tensor
-            // cores are busy with the step before; but in a cluster, whose addresses take the registers for them.
+            // cores are busy with the step before, where registers are left for them.
             constexpr int kSteps = Weights<kIn, kKernel * kKernel>::kChunks * kKernel;
-            constexpr int kBuffers = kClustered ? 1 : 2;
+            constexpr int kBuffers = kClustered || kIn == 64 ? 1 : 2;
             unsigned operands[kBuffers][kSources][4];
             const auto load_operands = [&](int number) {
                 const int chunk = number / kKernel, dx = number % kKernel;
@@ -401,7 +395,7 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(Weigh
         whole ? compute(Yes()) : compute(No());
         left = left_after;
         region = image_done ? worker : region_after;
-    }
+    } while (left);
 }
 
 // What follows a region's products: bias, what stands in the place if it closes a block, ReLU but for a projection, and
@@ -466,7 +460,7 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::stem() {
     for (int at = threadIdx.x; at < count * pixels; at += kThreads) {
         const int i = at / pixels, pixel = at % pixels;
         const auto* from = static_cast<const Element*>(call.images) +
-                           static_cast<std::size_t>(first + i) * network.in * pixels + pixel;
+                           static_cast<std::size_t>(control().first + i) * network.in * pixels + pixel;
         unsigned char* to = image(i) + layout.inner[0];
 #pragma unroll
         for (int eighth = 0; eighth < 2; ++eighth) {
@@ -729,11 +723,10 @@ __device__ __forceinline__ unsigned ForwardPass<Element, kClustered>::compact(fl
 // Where decisions are forced, a gate finds them made.
 template <typename Element, bool kClustered>
 __device__ __forceinline__ void ForwardPass<Element, kClustered>::stage_forced_decisions() {
-    if (!call.forced) return;
-    for (int at = threadIdx.x; at < min(call.num_gates, blocks - 1) * count; at += kThreads) {
+    for (int at = threadIdx.x; at < call.forced_count * count; at += kThreads) {
         const int gate = at / count, i = at % count;
         decisions(gate)[i] =
-            call.forced[static_cast<std::size_t>(first + i) * call.forced_image + gate * call.forced_gate];
+            call.forced[static_cast<std::size_t>(control().first + i) * call.forced_image + gate * call.forced_gate];
     }
 }
 
@@ -743,7 +736,7 @@ template <typename Element, bool kClustered>
 __device__ __forceinline__ void ForwardPass<Element, kClustered>::write_decisions() const {
     for (int at = threadIdx.x; at < call.num_gates * count; at += kThreads) {
         const int gate = at / count, i = at % count;
-        const std::size_t to = static_cast<std::size_t>(gate) * call.batch + first + i;
+        const std::size_t to = static_cast<std::size_t>(gate) * call.batch + control().first + i;
         const float logit = logits(gate)[i], probability = sigmoid(logit);
         call.gate_logits[to] = logit;
         call.probabilities[to] = executes_logit(logit) == executes(probability) ? probability
@@ -767,10 +760,11 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::head() {
         const int i = at / classes, number = at % classes;
         float logit = network.head[channels * classes + number];
         for (int c = 0; c < channels; ++c) logit += network.head[c * classes + number] * features[i * channels + c];
-        static_cast<Element*>(call.logits)[static_cast<std::size_t>(first) * classes + at] = from_float<Element>(logit);
+        static_cast<Element*>(call.logits)[static_cast<std::size_t>(control().first) * classes + at] =
+            from_float<Element>(logit);
     }
     if (warp < count && lane < network.hidden) {
-        const std::size_t at = static_cast<std::size_t>(first + warp) * network.hidden + lane;
+        const std::size_t at = static_cast<std::size_t>(control().first + warp) * network.hidden + lane;
         call.hidden[at] = hidden;
         call.cell[at] = cell;
     }
@@ -780,8 +774,10 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::head() {
 template <typename Element, bool kClustered>
 __device__ __forceinline__ bool ForwardPass<Element, kClustered>::take(int turn, const Turns& turns) {
     const int round = turn / turns.workers, size = turns.least + (round < turns.larger);
-    first = (round * turns.least + min(round, turns.larger)) * turns.workers + turn % turns.workers * size;
+    const int first = (round * turns.least + min(round, turns.larger)) * turns.workers + turn % turns.workers * size;
     count = min(size, call.batch - first);
+    if (threadIdx.x == 0) control().first = first;
+    __syncthreads();
     return count > 0;
 }
 
@@ -790,7 +786,6 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::run(const Turn
     if (threadIdx.x < kLine / 16) control().zeros[threadIdx.x] = make_uint4(0, 0, 0, 0);
     for (int at = threadIdx.x; at < lstm_floats(network); at += kThreads)
         reinterpret_cast<float*>(shared + layout.lstm)[at] = network.lstm[at];
-    blocks = blocks_of(network);
     for (int turn = static_cast<int>(blockIdx.x) / blocks_of_image(); take(turn, turns);) {
         executing = all_images();
         index = 0;
@@ -843,6 +838,7 @@ ResidentWeights lay_out(ResidentNetwork& network, const void* fragments, const f
     network.stem = convolutions(9 * fragment_bytes(16, 16));
     network.stem_bias = parameters(16);
     int height = network.height, width = network.width;
+    network.blocks = 0;
     for (int number = 0; number < network.stages; ++number) {
         ResidentStage& stage = network.stage[number];
         const int channels = stage_channels(number), inner = 2 * stage.blocks - (number > 0);
@@ -851,6 +847,7 @@ ResidentWeights lay_out(ResidentNetwork& network, const void* fragments, const f
             stage.entry = convolutions(10 * fragment_bytes(channels / 2, channels));
             stage.entry_bias = parameters(2 * channels);
         }
+        network.blocks += stage.blocks;
         stage.height = height, stage.width = width;
         stage.share = 1.0f / static_cast<float>(height * width);
         stage.strips = quotient_up(width, kStrip);
@@ -895,7 +892,9 @@ void run_resident(const ResidentNetwork& network, const ResidentCall& call, cons
     if (call.batch == 0) return;
     const SharedLayout layout = shared_layout(network, plan.images);
     const Grid grid{dim3(plan.blocks), dim3(kThreads), static_cast<std::size_t>(layout.total), plan.cluster, true};
-    launch("resident", kernel_of(network, plan.cluster > 1), grid, stream, network, call, layout,
+    ResidentCall counted = call;
+    if (call.forced) counted.forced_count = min(call.num_gates, network.blocks - 1);
+    launch("resident", kernel_of(network, plan.cluster > 1), grid, stream, network, counted, layout,
            turns_of(call.batch, plan));
 }
 

@@ -35,6 +35,7 @@ struct ResidentNetwork {
     ElementType element;    // float16 or bfloat16
     int in, height, width;  // of the images
     int stages, classes;
+    int blocks;  // of all stages; set by lay_out
     const void* stem;
     const float* stem_bias;  // [16]
     ResidentStage stage[kMaxStages];
@@ -57,6 +58,7 @@ struct ResidentCall {
     float* hidden;                  // [batch, hidden], RNNGate's last state
     float* cell;                    // [batch, hidden]
     int* work_counter;              // [1], zero: turns taken beyond every thread block's first; if the plan is dynamic
+    int forced_count = 0;           // of forced gates, set by run_resident: the last block's decides nothing
 };
 
 // How a batch is spread over a device.
