@@ -215,13 +215,13 @@ struct ForwardPass {
     const SharedLayout& layout;
     unsigned char* shared;
     int warp, lane;
-    int rank;                          // among the thread blocks that share an image
     int count = 0;                     // of images, from control().first on
     unsigned executing = 0;            // a bit for each of them: it runs the next block
     int index = 0;                     // of the gate that is next
     float hidden = 0.0f, cell = 0.0f;  // warp i has image i's LSTM state, a unit a lane
 
     __device__ int blocks_of_image() const { return kClustered ? cluster_size() : 1; }
+    __device__ int rank() const { return kClustered ? cluster_rank() : 0; }  // among them
     // To all thread blocks that share the image.
     template <typename T>
     __device__ void broadcast(T* place, T value) const {
@@ -308,7 +308,7 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(Weigh
     constexpr int kSources = kNext * (kPairs - 1) + kKernel;
     static_assert(kTiles * kWorkers == kWarps && kRows % 2 == 0 && (kKernel == 1 || kKernel == 3));
 
-    const int worker = warp / kTiles * blocks_of_image() + rank, workers = kWorkers * blocks_of_image();
+    const int worker = warp / kTiles * blocks_of_image() + rank(), workers = kWorkers * blocks_of_image();
     const int strips = planes.stage.strips, regions = planes.stage.regions;
     const int from_pitch = rounded_up(planes.from_width, kStrip), line = from_pitch * 2 * kIn;  // bytes of a row
     const bool whole = planes.stage.whole;
@@ -520,7 +520,8 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::run_stage() {
 
     Inner weights;
     if (kEntry) enter_stage<kStage == 0 ? 1 : kStage>();
-    weights.load(source(0));
+    constexpr bool kEarly = !kClustered || kChannels < 64;  // a cluster's kernel has no registers left to hold them
+    if (kEarly) weights.load(source(0));
     for (int block = 0; block < stage.blocks; ++block) {
         const int end = 2 * (block + 1) - kEntry;  // the next block's first convolution
         if (executing) {
@@ -528,10 +529,12 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::run_stage() {
                 const bool closes = number == end - 1;
                 const Planes planes{closes ? layout.inner[kStage] : layout.x[kStage], stage.height, stage.width,
                                     closes ? layout.x[kStage] : layout.inner[kStage], stage};
-                convolve<kChannels, kChannels, 1, 3>(weights, source(number + 1), executing, planes, closes);
+                if (!kEarly) weights.load(source(number));
+                convolve<kChannels, kChannels, 1, 3>(weights, source(kEarly ? number + 1 : convolutions), executing,
+                                                     planes, closes);
                 if (!closes) barrier();
             }
-        } else if (end < convolutions) {
+        } else if (kEarly && end < convolutions) {
             weights.load(source(end));
         }
         gate_step<kStage>(block);
@@ -754,7 +757,7 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::head() {
     for (int at = threadIdx.x; at < count * channels; at += kThreads)
         features[at] = pooled<4>(last, at / channels, at % channels);
     __syncthreads();
-    if (rank > 0) return;
+    if (rank() > 0) return;
     write_decisions();
     for (int at = threadIdx.x; at < count * classes; at += kThreads) {
         const int i = at / classes, number = at % classes;
@@ -807,13 +810,15 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::run(const Turn
 template <typename Element, bool kClustered>
 __global__ void __launch_bounds__(kThreads, 1)
     resident(const ResidentNetwork network, const ResidentCall call, const SharedLayout layout, const Turns turns) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+    if (kClustered) return;  // never launched
+#endif
     ForwardPass<Element, kClustered>{network,
                                      call,
                                      layout,
                                      shared_memory(),
                                      __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x / 32), 0),  // known uniform
-                                     static_cast<int>(threadIdx.x % 32),
-                                     kClustered ? cluster_rank() : 0}
+                                     static_cast<int>(threadIdx.x % 32)}
         .run(turns);
 }
 
