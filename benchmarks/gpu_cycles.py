@@ -83,8 +83,10 @@ def resident(code: Code, units: Units) -> dict[str, object]:
     # products in whole planes is straight code, and comes right behind them.
     finishes = code.having(F2FP=8, LDS=0, SHFL=0)
     stem, inner, entry = finishes[0], finishes[1::2], finishes[2::2]
-    projection, closing = code.having(F2FP=8, LDS=0, SHFL=4), code.having(F2FP=8, LDS=8, SHFL=0)
-    gates = code.having(SHFL=30)
+    projection, closing = code.having(F2FP=8, LDS=0, SHFL=4), code.having(F2FP=8, LDS=4)
+    # A gate embeds features if a block has changed them; otherwise it only recalls its state.
+    gates = code.having(SHFL=13)
+    recalls = [block for block in code.having(SHFL=10, FFMA=40) if block not in gates]
 
     def region(finish: Block, products: int) -> list[Block]:
         """The blocks that multiply, and the one that finishes."""
@@ -121,6 +123,7 @@ def resident(code: Code, units: Units) -> dict[str, object]:
             "inner": [through(decided, first, regions * images) for images in IMAGES],
             "closing": [through(middle, last, regions * images) for images in IMAGES],
             "gate": cycles(after_gate, 1),
+            "recall": cycles(code.way(closed, recalls[stage], code.barrier)[0], 1),
             "skip": cycles(code.way(decided, code.barrier)[0]),
         })
     start = [cycles(code.way(0, code.barrier)[0]) + through(loaded, region(stem, 72), 2 * images) for images in IMAGES]

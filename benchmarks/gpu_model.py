@@ -138,7 +138,10 @@ def resident(arch: SkipNetArch, device: Device, batch: int, share: float) -> Pre
                 loads = 2 if count else 1  # a skipped block's first convolution was on its way
                 part = Part.of("run_block", latency=device.seconds(run), L2=loads * weights(channels))
                 one.append(replace(part, seconds=part.seconds * probability))
-            one.append(Part("gate_step", device.seconds(stage["gate"]), "latency"))
+            # Images decide side by side: the gate is a short one only if none of them has executed.
+            nobody = 0.0 if block == 0 else (1 - share) ** images
+            gate = (1 - nobody) * stage["gate"] + nobody * stage["recall"]
+            one.append(Part("gate_step", device.seconds(gate), "latency"))
     one.append(Part("head", device.seconds(cycles["head"]), "latency"))
     rounds_taken = ceil(groups / blocks)
     parts = [replace(part, seconds=part.seconds * rounds_taken) for part in one]

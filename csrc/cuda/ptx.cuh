@@ -149,6 +149,11 @@ __device__ inline void load_global(uint4& value, const uint4* address, bool load
                  : "+r"(value.x), "+r"(value.y), "+r"(value.z), "+r"(value.w)
                  : "l"(address), "r"(static_cast<int>(loads)));
 }
+__device__ inline void load_global(float2& value, const float2* address, bool loads = true) {
+    asm volatile("{.reg .pred loads; setp.ne.b32 loads, %3, 0; @loads ld.global.v2.f32 {%0, %1}, [%2];}"
+                 : "+f"(value.x), "+f"(value.y)
+                 : "l"(address), "r"(static_cast<int>(loads)));
+}
 
 // ---- registers
 

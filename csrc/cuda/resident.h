@@ -20,6 +20,9 @@ struct ResidentStage {
     int blocks;
     int height, width;        // of its activations; set by lay_out
     float share;              // of a pixel in an average; set by lay_out
+    int strips, regions;      // regions side by side, and all of them; set by lay_out
+    int inverse;              // of strips, times 2^16: regions are so few that it divides by them; set by lay_out
+    int whole;                // whether no region has a pixel outside; set by lay_out
     const void* entry;        // where a stage begins anew: its first block's first convolution, then the projection
     const float* entry_bias;  // [2, channels], of both
     const void* inner;        // all other 3x3 convolutions in order: 2 * blocks, or one less after an entry
@@ -32,6 +35,7 @@ struct ResidentNetwork {
     ElementType element;    // float16 or bfloat16
     int in, height, width;  // of the images
     int stages, classes;
+    int blocks;  // of all stages; set by lay_out
     const void* stem;
     const float* stem_bias;  // [16]
     ResidentStage stage[kMaxStages];
@@ -53,7 +57,8 @@ struct ResidentCall {
     bool* executed;                 // [num_gates, batch]
     float* hidden;                  // [batch, hidden], RNNGate's last state
     float* cell;                    // [batch, hidden]
-    int* work_counter;  // [1], zero: images handed out beyond every thread block's first few; if the plan is dynamic
+    int* work_counter;              // [1], zero: turns taken beyond every thread block's first; if the plan is dynamic
+    int forced_count = 0;           // of forced gates, set by run_resident: the last block's decides nothing
 };
 
 // How a batch is spread over a device.

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 GATE = r"__sync(threads|warp)\(\);|__threadfence\(\);"
 CONVOLUTION = GATE + r"|cp_async_wait<.*>\(\);"
 # But for what `barrier` consists of, and the one that only a cluster has: no order of threads shows the need of it.
-RESIDENT = r"^(?!.*(return|kClustered)).*(\bbarrier|__syncthreads|cp_async_wait<.*>)\(\);"
+RESIDENT = r"^(?!.*(return|kClustered)).*((\bbarrier|__syncthreads|cp_async_wait<.*>)\(\);|__syncwarp\(\);$)"
 GATE_SOURCES = "cuda/compaction.cuh", "cuda/gate_step.cuh"
 CONVOLUTION_SOURCES = "cuda/arrival.cuh", "cuda/gathered_conv.cu"
 

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <map>
+#include <memory>
+#include <tuple>
 
 #include "simt.h"
 
@@ -27,8 +29,11 @@ void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, S
     const auto allowed = allowed_shared_memory.find(known);
     if (grid.shared > (allowed == allowed_shared_memory.end() ? kSharedWithoutAsking : allowed->second))
         throw simt::Error(std::string(name) + ": more shared memory than the kernel has been allowed");
+    // Kept outside of the lambda: a compiler that fills automatic variables with a pattern fills copies' padding, too,
+    // and GCC 12 does so at a wrong place.
+    const auto kept = std::make_shared<std::tuple<Parameters...>>(arguments...);
     simt::machine.launch(name, grid.blocks, grid.threads, grid.shared, grid.cluster, grid.dependent,
-                         [=] { kernel(arguments...); });
+                         [kernel, kept] { std::apply(kernel, *kept); });
 }
 
 inline int multiprocessors() { return simt::machine.multiprocessors; }

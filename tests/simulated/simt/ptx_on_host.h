@@ -94,7 +94,8 @@ inline float fast_reciprocal(float x) { return 1.0f / x; }
 
 // ---- global memory
 
-inline void load_global(uint4& value, const uint4* address, bool loads = true) {
+template <typename T>
+void load_global(T& value, const T* address, bool loads = true) {
     if (loads) value = *address;
 }
 
