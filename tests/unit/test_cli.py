@@ -345,6 +345,8 @@ def changed(name: str, value: object) -> object:
         return {"arch": "cifar10_feedforward_74", "device": "meta"}[name]
     if float in get_args(hint):
         return 50.0
+    if hint is bool:
+        return not value
     return value + 1 if type(value) is int else value / 2 + 0.25 if type(value) is float else Path("a folder/a file")
 
 
