@@ -249,7 +249,8 @@ struct ForwardPass {
         return reinterpret_cast<float*>(shared + layout.embeddings + gate % kEmbeddings * layout.embedding);
     }
     __device__ float* features() const {
-        return reinterpret_cast<float*>(shared + layout.features) + warp * kMostChannels;
+        // Worked out where it is used: kept from the start it would be the one register too many.
+        return reinterpret_cast<float*>(shared + in_register(layout.features)) + warp * kMostChannels;
     }
     __device__ float4* ahead(int i, int gate) const {
         return reinterpret_cast<float4*>(shared + layout.ahead) + (gate % 2 * kMaxImages + i) * kMaxUnits;

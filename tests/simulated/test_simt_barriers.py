@@ -98,7 +98,7 @@ def test_without_one_the_convolution_fails(source, line):
 @pytest.mark.slow
 def test_without_zeroed_counters_the_convolution_fails(monkeypatch):
     """No call that the harness could leave out: it takes a library of its own."""
-    broken = build_changed("gathered_conv", r"if .*\*arrivals = 0;", "", source="arrival.cuh")
+    broken = build_changed("compacted", r"if .*\*arrivals = 0;", "", source="arrival.cuh")
     monkeypatch.setattr(test_simt_gathered_conv, "library", lambda name: broken)
     assert any(map(fails, convolution_checks()))
 
