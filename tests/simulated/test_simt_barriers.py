@@ -72,9 +72,12 @@ def build_changed(name, pattern, replacement, source=None):
     assert places
     folder = Path("build", "changed", f"{name}-{source}")
     (ROOT / folder / "cuda").mkdir(parents=True, exist_ok=True)
-    unfinished = ROOT / "build" / "changed" / f"{name}.{os.getpid()}"
-    unfinished.write_text(changed)
-    unfinished.replace(ROOT / folder / "cuda" / source)
+    # A file finds a header beside itself first: with a changed one go all that may include it.
+    beside = [] if source.endswith(".cu") else [file for file in (CSRC / "cuda").glob("*.cu*") if file.name != source]
+    for file, text in [(source, changed), *((file.name, file.read_text()) for file in beside)]:
+        unfinished = ROOT / "build" / "changed" / f"{name}.{os.getpid()}"
+        unfinished.write_text(text)
+        unfinished.replace(ROOT / folder / "cuda" / file)
     return build(name, folder)
 
 
