@@ -318,6 +318,7 @@ def main() -> None:
     text = json.dumps(document, indent=2) + "\n"
     if arguments.output:
         kind = f"-{arguments.arch or 'bundled'}" if arguments.name == "compare" else ""
+        arguments.output.mkdir(parents=True, exist_ok=True)
         (arguments.output / f"serving-{arguments.name}{kind}.json").write_text(text, encoding="utf-8")
     print(text)
 
