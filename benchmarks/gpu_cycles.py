@@ -17,10 +17,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "csrc"))
+from gpu_model import CYCLES  # noqa: E402
 from gpu_replay import UNITS, Units, replay, without_loads  # noqa: E402
 from machine_code import Instruction, count, kernels, way  # noqa: E402
 
-CYCLES = ROOT / "benchmarks" / "results" / "predicted" / "cycles.json"
 IMAGES = (1, 2, 3)  # that a resident thread block takes; three fit the largest shared memory
 PRODUCTS = (72, 144, 144)  # of a region, by stage
 _ENDS = ("BRA", "BSSY", "BSYNC", "BAR", "CALL", "RET", "EXIT", "WARPSYNC", "UCGABAR")

@@ -14,6 +14,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from math import ceil, comb
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,11 @@ CYCLES = Path(__file__).parent / "results" / "predicted" / "cycles.json"
 
 
 TO_L2 = 280  # cycles
+
+
+@cache
+def _all_cycles() -> dict[str, dict[str, Any]]:
+    return json.loads(CYCLES.read_text())
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,11 @@ class Device:
     cache: int
     launch: float
     chained: float
+
+    @property
+    def cycles(self) -> dict[str, Any]:
+        """Of the kernels' pieces on such units."""
+        return _all_cycles()[self.arch]
 
     def seconds(self, cycles: float) -> float:
         """Of so many cycles."""
@@ -113,7 +124,7 @@ def _executing(images: int, share: float) -> Iterator[tuple[int, float]]:
 
 def resident(arch: SkipNetArch, device: Device, batch: int, share: float) -> Prediction:
     """A CIFAR-scale SkipNet in one launch; a thread block takes one to three images from stem to head."""
-    cycles = json.loads(CYCLES.read_text())[device.arch]["resident"]
+    cycles = device.cycles["resident"]
     image, rest = 66 << 10, 12 << 10  # shared memory: an image's planes and sums; weights of the gate and the like
     most = (device.shared_memory - rest) // image
     rounds = ceil(batch / (device.multiprocessors * most))
@@ -220,7 +231,7 @@ def _convolve(phase: str, layer: Convolution, device: Device, batch: int, execut
 
 def compacted(arch: SkipNetArch, device: Device, batch: int, share: float) -> Prediction:
     """Any network with RNNGate, kernel after kernel in a CUDA graph."""
-    cycles = json.loads(CYCLES.read_text())[device.arch]
+    cycles = device.cycles
     pieces = cycles["gathered_conv"]
     stem_pixels = 4 * math.prod(arch.blocks[0].in_size)  # before the max pool
     stem = Convolution(7 * 4 * 8, arch.widths[0], 1, stem_pixels)  # of pixel pairs

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -104,9 +103,9 @@ def with_gates(dense: SkipNet, architecture: SkipNetArch) -> SkipNet:
     if base != dense.arch.replace():
         raise CheckpointError(str(dense.arch), [f"not the dense base of {architecture}"])
     model = build(architecture if architecture.name else architecture.replace(name=published_name(architecture)))
-    renamed = {re.sub(r"^layer([0-9]+)\.([0-9]+)\.", r"group\1_layer\2.", name): value
-               for name, value in dense.state_dict().items()}
-    model.load_state_dict(renamed, strict=False)  # what is missing are the gates, and second names of projections
+    model.load_state_dict(dense.state_dict(), strict=False)  # all that is in no block has the same name in both
+    for plan in dense.arch.blocks:
+        model.block(plan).load_state_dict(dense.block(plan).state_dict())
     return model
 
 

@@ -7,25 +7,29 @@ too: nothing has to be propagated back through the blocks.
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterator
+
+from torch import nn
 
 from skipnet_rt.model.network import SkipNet
 
 
 def freeze_backbone(model: SkipNet, frozen: bool) -> None:
     """Whether training leaves everything but the gates as it is."""
-    for name, parameter in model.named_parameters():
-        if not _of_a_gate(name):
-            parameter.requires_grad_(not frozen)
+    for module in _backbone(model):
+        module.requires_grad_(not frozen)
 
 
 def train_gates_alone(model: SkipNet) -> None:
     """Training mode for the gates; the backbone's batch normalisations use, and keep, the statistics they have."""
     model.train()
-    for name, module in model.named_children():
-        if not _of_a_gate(name):
-            module.eval()
+    for module in _backbone(model):
+        module.eval()
 
 
-def _of_a_gate(name: str) -> bool:
-    return re.match(r"group[0-9]+_gate[0-9]+|control", name) is not None
+def _backbone(model: SkipNet) -> Iterator[nn.Module]:
+    """What a network consists of beside its gates."""
+    gates = {model.gate(plan) for plan in model.arch.blocks} if model.arch.gated else set()
+    if model.arch.gate == "rnn":
+        gates.add(model.control)
+    return (module for module in model.children() if module not in gates)

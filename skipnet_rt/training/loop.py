@@ -181,10 +181,10 @@ class _Run:
         self.history: list[dict[str, Any]] = []
         torch.manual_seed(config.seed)
         model, self.teacher = starting_network(config, data)
-        self.model = ranks.synchronised(model.to(self.device))
-        self.memory_format = memory_format(self.model.arch)
-        for network in filter(None, (self.model, self.teacher)):
+        self.memory_format = memory_format(model.arch)
+        for network in filter(None, (model, self.teacher)):
             network.to(self.device).to(memory_format=self.memory_format)  # type: ignore[call-overload]  # stub lacks it
+        self.model = ranks.synchronised(model)
         self.alpha = config.alpha
         self.target = None if config.target_computation is None else \
             ComputationTarget(config.target_computation, config.alpha)
