@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -51,7 +52,7 @@ class Preprocessing:
     def normalise(self, picture: Image.Image) -> Tensor:
         """An RGB picture to a float32 tensor ``[3, H, W]`` with the channels' mean and deviation taken out."""
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float()
-        return pixels.div_(255).sub_(torch.tensor(self.mean).view(3, 1, 1)).div_(torch.tensor(self.std).view(3, 1, 1))
+        return pixels.div_(255).sub_(_by_channel(self.mean)).div_(_by_channel(self.std))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for metadata."""
@@ -63,6 +64,11 @@ class Preprocessing:
         tuples: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value
                                   for key, value in values.items()}
         return cls(**tuples)
+
+
+@lru_cache
+def _by_channel(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values).view(-1, 1, 1)
 
 
 # The published code's values: its cifar/data.py and imagenet/train_*.py.

@@ -1,7 +1,7 @@
 """The HTTP application: a FastAPI app around a predictor, for uvicorn and for Ray Serve.
 
-A request is taken or refused at the door, before its body is read. Then its body is read up to a limit, a thread of a
-pool parses it and makes images of its pictures, and the batcher computes them.
+A request is taken or refused at the door, before its body is read. Then its body is read up to a limit, and a thread
+of the batcher's parses it, makes images of its pictures and computes them, with others' or alone.
 """
 
 from __future__ import annotations
@@ -10,17 +10,15 @@ import asyncio
 import contextlib
 import hmac
 import json
-import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata, resources
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from skipnet_rt.serving.batching import Batcher
+from skipnet_rt.serving.batching import Batcher, Prepare
 from skipnet_rt.serving.pictures import PictureError
 from skipnet_rt.serving.predictor import Prediction, Predictor
 from skipnet_rt.serving.settings import Settings
@@ -39,8 +37,8 @@ except ImportError as error:
     raise ImportError(f"the server needs {(error.name or str(error)).partition('.')[0]}; "
                       "install it with: pip install 'skipnet-rt[serve]'") from None
 
-Infer = Callable[[Sequence[Tensor], bool], Awaitable[list[Prediction]]]
-"""Computes the images of one request, densely too or not; see :meth:`Predictor.infer`."""
+Infer = Callable[[Prepare], Awaitable[list[Prediction]]]
+"""Computes the images of one request; a thread of its own must prepare them."""
 
 _OPEN = ("/", "/healthz", "/readyz", "/openapi.json")  # to those without a token, too: nothing there is worth one
 
@@ -111,7 +109,6 @@ class _Desk:
 
     def __init__(self, predictor: Predictor, settings: Settings, infer: Infer, metrics: Metrics) -> None:
         self._predictor, self._settings, self._infer, self._metrics = predictor, settings, infer, metrics
-        self._decoders = ThreadPoolExecutor(os.cpu_count() or 1, "skipnet-rt pictures")
         self._inside = 0  # requests
         self._held = 0  # bytes of their bodies
 
@@ -119,10 +116,6 @@ class _Desk:
     def full(self) -> bool:
         """No more requests are taken at the moment."""
         return self._inside >= self._settings.max_queue
-
-    def close(self) -> None:
-        """When all requests have been answered."""
-        self._decoders.shutdown()
 
     async def predict(self, request: Request) -> Response:
         """The answer to a request, in time, or why there is none."""
@@ -147,12 +140,18 @@ class _Desk:
         self._metrics.inside(self._inside)
 
     async def _answer(self, request: Request, whole: asyncio.Event) -> Response:
+        order: Order | None = None
+
+        def prepare() -> tuple[list[Tensor], bool]:
+            nonlocal order
+            order = parsed(request.headers.get("content-type", ""), body, self._settings.max_images)
+            return self._images(order), order.dense
+
         with contextlib.ExitStack() as stack:
             body = await self._body(request, stack)
             whole.set()
-            order, images = await asyncio.get_running_loop().run_in_executor(
-                self._decoders, self._prepared, request.headers.get("content-type", ""), body)
-        predictions = await self._unless_gone(request, self._infer(images, order.dense))
+            predictions = await self._unless_gone(request, self._infer(prepare))
+        assert order is not None
         top = min(order.top, self._predictor.arch.num_classes)
         results = [self._predictor.to_dict(prediction, top) for prediction in predictions]
         return Response(json.dumps({"results": results}), media_type="application/json")
@@ -176,9 +175,7 @@ class _Desk:
     def _hold(self, size: int) -> None:
         self._held += size
 
-    def _prepared(self, content_type: str, body: bytes) -> tuple[Order, list[Tensor]]:
-        """What is asked for, and the images; in a thread of the pool."""
-        order = parsed(content_type, body, self._settings.max_images)
+    def _images(self, order: Order) -> list[Tensor]:
         images = []
         for place, file in enumerate(order.files):
             try:
@@ -187,7 +184,7 @@ class _Desk:
                 # Why exactly it cannot be read are Pillow's words, which nobody has checked for secrets.
                 status, why = (413, str(error)) if error.too_large else (422, "not a picture that can be read")
                 raise RequestError(status, f"files[{place}]: {why}") from None
-        return order, images
+        return images
 
     @staticmethod
     async def _unless_gone(request: Request, predictions: Awaitable[list[Prediction]]) -> list[Prediction]:
@@ -286,7 +283,6 @@ def create_app(predictor: Predictor, settings: Settings | None = None, infer: In
             if infer is None:
                 await stack.enter_async_context(batcher)
             yield
-        desk.close()
 
     app = FastAPI(title="skipnet-rt", version=metadata.version("skipnet-rt"), lifespan=lifespan, docs_url=None,
                   redoc_url=None, redirect_slashes=False)

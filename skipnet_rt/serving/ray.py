@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from skipnet_rt.serving.batching import Prepare
 from skipnet_rt.serving.predictor import Prediction, Predictor
 from skipnet_rt.serving.settings import Settings, read_token
 
@@ -62,7 +63,8 @@ def app(arguments: dict[str, Any]) -> serve.Application:
         batched = serve.batch(max_batch_size=settings.max_batch,
                               batch_wait_timeout_s=settings.max_wait_ms / 1e3)(compute)
 
-        async def infer(images: Sequence[Tensor], dense: bool) -> list[Prediction]:
+        async def infer(prepare: Prepare) -> list[Prediction]:
+            images, dense = await asyncio.to_thread(prepare)
             return list(await asyncio.gather(*(batched((image, dense)) for image in images)))
 
         application = create_app(predictor, replace(settings, token=token), infer)

@@ -1,10 +1,17 @@
-"""How many processors this process may keep busy: what its cgroups' quota allows."""
+"""How many processors this process may keep busy: what its affinity and its cgroups' quota allow."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 _MEMBERSHIP, _MOUNT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
+
+def processors() -> int:
+    """Processors that this process may keep busy, at least 1."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(allowed, cpu_quota() or allowed)
 
 
 def cpu_quota(membership: Path = _MEMBERSHIP, mount: Path = _MOUNT) -> int | None:

@@ -2,12 +2,14 @@
 
 import asyncio
 import threading
+import time
 
 import pytest
 import torch
 
 from skipnet_rt.serving.batching import Batcher
 from skipnet_rt.serving.predictor import Prediction
+from skipnet_rt.util.processors import processors
 
 
 class Computation:
@@ -40,8 +42,14 @@ class Computation:
 
 
 async def ask(batcher, *numbers, dense=False):
-    predictions = await batcher([torch.tensor(number) for number in numbers], dense)
+    predictions = await batcher(lambda: ([torch.tensor(number) for number in numbers], dense))
     return [int(prediction.probabilities[0]) for prediction in predictions]
+
+
+async def waiting(batcher, count):
+    """Until so many images are in the queue, where threads bring them."""
+    while len(batcher) < count:
+        await asyncio.sleep(0.001)
 
 
 def run(scenario, max_batch=4, max_wait=0.0):
@@ -69,7 +77,7 @@ def test_what_comes_during_a_batch_is_the_next_in_its_order():
     async def scenario(batcher, computation):
         first = await computation.hold(batcher)
         others = [asyncio.ensure_future(ask(batcher, *numbers)) for numbers in ((0,), (1, 2), (3, 4, 5), (6,))]
-        await asyncio.sleep(0)
+        await waiting(batcher, 7)
         computation.free.set()
         assert await first == [-1]
         assert await asyncio.gather(*others) == [[0], [1, 2], [3, 4, 5], [6]]
@@ -81,7 +89,9 @@ def test_a_full_batch_does_not_wait():
     async def scenario(batcher, computation):
         assert await asyncio.gather(*(ask(batcher, number) for number in range(8))) == [[n] for n in range(8)]
 
-    assert run(scenario, max_wait=1000.0).batches == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    batches = run(scenario, max_wait=1000.0).batches
+    assert [len(batch) for batch in batches] == [4, 4]  # of those that were prepared first
+    assert sorted(batches[0] + batches[1]) == list(range(8))
 
 
 def test_a_batch_that_stays_small_waits_no_longer_than_it_may():
@@ -96,7 +106,7 @@ def test_an_image_that_is_timed_both_ways_stays_alone():
         first = await computation.hold(batcher)
         others = [asyncio.ensure_future(ask(batcher, 1)), asyncio.ensure_future(ask(batcher, 2, 3, dense=True)),
                   asyncio.ensure_future(ask(batcher, 4))]
-        await asyncio.sleep(0)
+        await waiting(batcher, 4)
         computation.free.set()
         await asyncio.gather(first, *others)
 
@@ -109,7 +119,7 @@ def test_images_that_nobody_waits_for_are_not_computed():
     async def scenario(batcher, computation):
         first = await computation.hold(batcher)
         others = [asyncio.ensure_future(ask(batcher, *numbers)) for numbers in ((0, 1), (2,), (3, 4, 5))]
-        await asyncio.sleep(0)
+        await waiting(batcher, 6)
         others[0].cancel()
         others[2].cancel()
         await asyncio.sleep(0)
@@ -125,7 +135,7 @@ def test_images_abandoned_while_they_are_computed_disturb_nobody():
         first = await computation.hold(batcher)
         first.cancel()
         second = asyncio.ensure_future(ask(batcher, 7))
-        await asyncio.sleep(0)
+        await waiting(batcher, 1)
         computation.free.set()
         assert await second == [7]
 
@@ -154,4 +164,54 @@ def test_leaving_waits_for_what_was_taken(max_wait):
         assert await asyncio.gather(*waiting) == [[number] for number in range(6)]
 
     asyncio.run(main())
-    assert [number for batch in computation.batches for number in batch] == list(range(6))
+    assert sorted(number for batch in computation.batches for number in batch) == list(range(6))
+
+
+def test_what_cannot_be_prepared_is_its_own_requests_matter():
+    def impossible():
+        raise ValueError("no picture")
+
+    async def scenario(batcher, computation):
+        failed, answered = await asyncio.gather(batcher(impossible), ask(batcher, 1), return_exceptions=True)
+        assert str(failed) == "no picture"
+        assert answered == [1]
+
+    assert run(scenario).batches == [[1]]
+
+
+def test_what_nobody_waits_for_any_more_is_not_prepared():
+    prepared, held = [], threading.Event()
+
+    def hold_all():
+        assert held.wait(30)
+        return [torch.tensor(0)], False
+
+    async def scenario(batcher, computation):
+        holding = [asyncio.ensure_future(batcher(hold_all)) for _ in range(processors() + 1)]
+        late = asyncio.ensure_future(batcher(lambda: (prepared.append(1), False)))
+        await asyncio.sleep(0)
+        late.cancel()
+        await asyncio.sleep(0)
+        held.set()
+        await asyncio.gather(*holding)
+
+    run(scenario)
+    assert not prepared
+
+
+def test_one_batch_is_computed_at_a_time():
+    computing, most = [], []
+
+    def compute(images, dense):
+        computing.append(1)
+        most.append(len(computing))
+        time.sleep(0.001)
+        computing.pop()
+        return [Prediction((float(image),), (True,), 1.0, 1, 1.0, len(images)) for image in images]
+
+    async def main():
+        async with Batcher(compute, 2, 0.0, lambda predictions: None) as batcher:
+            assert await asyncio.gather(*(ask(batcher, number) for number in range(50))) == [[n] for n in range(50)]
+
+    asyncio.run(main())
+    assert max(most) == 1

@@ -1,8 +1,11 @@
-"""The CPU quota of cgroups, of either version, as files in a folder."""
+"""The CPU quota of cgroups, of either version, as files in a folder; affinity."""
+
+import os
+import sys
 
 import pytest
 
-from skipnet_rt.util.processors import cpu_quota
+from skipnet_rt.util.processors import cpu_quota, processors
 
 
 @pytest.fixture
@@ -46,3 +49,16 @@ def test_without_cgroups(tmp_path):
 
 def test_of_this_process():
     assert (cpu_quota() or 1) >= 1
+    assert processors() >= 1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="affinity is Linux's")
+def test_affinity_and_quota_bound_the_processors(monkeypatch):
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {max(allowed)})
+        assert processors() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+    monkeypatch.setattr(sys.modules[processors.__module__], "cpu_quota", lambda: 1)
+    assert processors() == 1

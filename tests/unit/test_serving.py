@@ -349,7 +349,8 @@ def test_another_computation_takes_the_batchers_place(predictor, files):
     """As Ray Serve's."""
     asked = []
 
-    async def infer(images, dense):
+    async def infer(prepare):
+        images, dense = prepare()
         asked.append((len(images), dense))
         return predictor.infer(images, dense)
 
