@@ -17,6 +17,7 @@ from PIL import Image
 
 from skipnet_rt.serving import Prediction, Predictor, Settings
 from skipnet_rt.serving.app import Infer, create_app
+from skipnet_rt.serving.batching import QUICK
 from skipnet_rt.serving.server import configured, listening
 
 BOUNDARY = "a-boundary"
@@ -125,6 +126,7 @@ class Held(Predictor):
 
     def infer(self, images: Sequence[torch.Tensor], dense: bool = False) -> list[Prediction]:
         self.sizes.append(len(images))
+        time.sleep(2 * QUICK)  # the event loop had better not wait for it itself
         assert self.free.wait(60)
         if self.error:
             raise self.error

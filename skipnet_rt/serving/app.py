@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipnet_rt.serving.batching import Batcher, Prepare
+from skipnet_rt.serving.batching import Batcher, NotQuickError, Prepare
 from skipnet_rt.serving.pictures import PictureError
 from skipnet_rt.serving.predictor import Prediction, Predictor
 from skipnet_rt.serving.settings import Settings
@@ -38,11 +38,13 @@ except ImportError as error:
                       "install it with: pip install 'skipnet-rt[serve]'") from None
 
 Infer = Callable[[Prepare], Awaitable[list[Prediction]]]
-"""Computes the images of one request; a thread of its own must prepare them."""
+"""Computes the images of one request; a thread of its own prepares them where that need not be quick."""
 
 _OPEN = ("/", "/healthz", "/readyz", "/openapi.json")  # to those without a token, too: nothing there is worth one
 
 _BODIES = 8  # requests of the largest size that are kept in memory at the same time; smaller ones are more
+
+_QUICK_BODY, _QUICK_PIXELS = 2**16, 2**16  # bytes and pixels that a thread which everybody waits for may unpack
 
 _PAGE_HEADERS = {"Content-Security-Policy": (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src 'self' data: blob:; "
@@ -142,10 +144,14 @@ class _Desk:
     async def _answer(self, request: Request, whole: asyncio.Event) -> Response:
         order: Order | None = None
 
-        def prepare() -> tuple[list[Tensor], bool]:
+        def prepare(quick: bool) -> tuple[list[Tensor], bool]:
             nonlocal order
+            if quick and len(body) > _QUICK_BODY:
+                raise NotQuickError
             order = parsed(request.headers.get("content-type", ""), body, self._settings.max_images)
-            return self._images(order), order.dense
+            if quick and (order.dense or len(order.files) > 1):
+                raise NotQuickError
+            return self._images(order, quick), order.dense
 
         with contextlib.ExitStack() as stack:
             body = await self._body(request, stack)
@@ -175,12 +181,15 @@ class _Desk:
     def _hold(self, size: int) -> None:
         self._held += size
 
-    def _images(self, order: Order) -> list[Tensor]:
+    def _images(self, order: Order, quick: bool) -> list[Tensor]:
+        limit = self._settings.max_pixels
         images = []
         for place, file in enumerate(order.files):
             try:
-                images.append(self._predictor.image(file, self._settings.max_pixels))
+                images.append(self._predictor.image(file, min(limit, _QUICK_PIXELS) if quick else limit))
             except PictureError as error:
+                if quick and error.too_large:
+                    raise NotQuickError from None
                 # Why exactly it cannot be read are Pillow's words, which nobody has checked for secrets.
                 status, why = (413, str(error)) if error.too_large else (422, "not a picture that can be read")
                 raise RequestError(status, f"files[{place}]: {why}") from None

@@ -64,7 +64,7 @@ def app(arguments: dict[str, Any]) -> serve.Application:
                               batch_wait_timeout_s=settings.max_wait_ms / 1e3)(compute)
 
         async def infer(prepare: Prepare) -> list[Prediction]:
-            images, dense = await asyncio.to_thread(prepare)
+            images, dense = await asyncio.to_thread(prepare, False)
             return list(await asyncio.gather(*(batched((image, dense)) for image in images)))
 
         application = create_app(predictor, replace(settings, token=token), infer)

@@ -1,13 +1,15 @@
 """Dynamic batching, with a computation that the tests hold up and let go."""
 
 import asyncio
+import math
 import threading
 import time
 
 import pytest
 import torch
 
-from skipnet_rt.serving.batching import Batcher
+from skipnet_rt.serving import batching
+from skipnet_rt.serving.batching import Batcher, NotQuickError
 from skipnet_rt.serving.predictor import Prediction
 from skipnet_rt.util.processors import processors
 
@@ -42,7 +44,7 @@ class Computation:
 
 
 async def ask(batcher, *numbers, dense=False):
-    predictions = await batcher(lambda: ([torch.tensor(number) for number in numbers], dense))
+    predictions = await batcher(lambda quick: ([torch.tensor(number) for number in numbers], dense))
     return [int(prediction.probabilities[0]) for prediction in predictions]
 
 
@@ -168,7 +170,7 @@ def test_leaving_waits_for_what_was_taken(max_wait):
 
 
 def test_what_cannot_be_prepared_is_its_own_requests_matter():
-    def impossible():
+    def impossible(quick):
         raise ValueError("no picture")
 
     async def scenario(batcher, computation):
@@ -182,13 +184,13 @@ def test_what_cannot_be_prepared_is_its_own_requests_matter():
 def test_what_nobody_waits_for_any_more_is_not_prepared():
     prepared, held = [], threading.Event()
 
-    def hold_all():
+    def hold_all(quick):
         assert held.wait(30)
         return [torch.tensor(0)], False
 
     async def scenario(batcher, computation):
         holding = [asyncio.ensure_future(batcher(hold_all)) for _ in range(processors() + 1)]
-        late = asyncio.ensure_future(batcher(lambda: (prepared.append(1), False)))
+        late = asyncio.ensure_future(batcher(lambda quick: (prepared.append(1), False)))
         await asyncio.sleep(0)
         late.cancel()
         await asyncio.sleep(0)
@@ -215,3 +217,80 @@ def test_one_batch_is_computed_at_a_time():
 
     asyncio.run(main())
     assert max(most) == 1
+
+
+class Whereabouts:
+    """Takes some seconds, and notes whether it did in the thread that made it."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.here: list[bool] = []
+        self.thread = threading.current_thread()
+
+    def __call__(self, images, dense):
+        time.sleep(self.seconds)
+        self.here.append(threading.current_thread() is self.thread)
+        return [Prediction((float(image),), (True,), 1.0, 1, 1.0, len(images)) for image in images]
+
+
+def whereabouts(scenario, max_wait=0.0, seconds=0.0, quick=False):
+    """Whether each batch of a scenario was computed in the event loop's own thread.
+
+    `quick` begins it when that has happened for the first time: after that no thread is still busy with itself.
+    """
+    async def main():
+        async with Batcher(compute, 4, max_wait, lambda predictions: None) as batcher:
+            while not compute.here or (quick and not compute.here[-1]):
+                await ask(batcher, 0)
+            before = len(compute.here)
+            await scenario(batcher)
+        return compute.here[before:]
+
+    compute = Whereabouts(seconds)
+    return asyncio.run(asyncio.wait_for(main(), 60))
+
+
+@pytest.fixture
+def all_is_quick(monkeypatch):
+    """However busy the machine is."""
+    monkeypatch.setattr(batching, "QUICK", math.inf)
+
+
+async def five_in_turn(batcher):
+    for number in range(5):
+        assert await ask(batcher, number) == [number]
+
+
+@pytest.mark.usefixtures("all_is_quick")
+def test_a_lone_request_changes_no_threads_once_one_was_quick():
+    assert whereabouts(five_in_turn, quick=True) == [True] * 5
+    assert not any(whereabouts(five_in_turn, max_wait=1e-6))  # nothing may wait in that thread
+
+
+def test_the_event_loop_does_nothing_that_takes_long():
+    assert not any(whereabouts(five_in_turn, seconds=batching.QUICK))
+
+
+@pytest.mark.usefixtures("all_is_quick")
+def test_what_says_that_it_takes_long_is_prepared_in_another_thread():
+    places = []
+
+    def large(quick):
+        places.append(threading.current_thread())
+        if quick:
+            raise NotQuickError
+        return [torch.tensor(7)], False
+
+    async def scenario(batcher):
+        assert (await batcher(large))[0].probabilities == (7.0,)
+
+    assert whereabouts(scenario, quick=True) == [False]
+    assert [place is threading.current_thread() for place in places] == [True, False]
+
+
+@pytest.mark.usefixtures("all_is_quick")
+def test_requests_that_are_not_alone_change_threads():
+    async def scenario(batcher):
+        assert await asyncio.gather(*(ask(batcher, number) for number in range(10))) == [[n] for n in range(10)]
+
+    assert sum(whereabouts(scenario, quick=True)) == 1  # the first of them was alone still

@@ -1,20 +1,23 @@
 """The server over HTTP: answers, batches, limits, and what it does not tell."""
 
 import json
+import math
 import re
 import socket
 from base64 import b64encode
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from skipnet_rt.data import digits_pictures
 
 pytest.importorskip("fastapi", reason="needs the extra [serve]")
 from served import BOUNDARY, FORM, Held, form, png, request, served, wait_until
 
-from skipnet_rt.serving import Predictor, Settings
+from skipnet_rt.serving import Predictor, Settings, batching
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -103,6 +106,22 @@ def test_an_answer_is_bitwise_the_same_alone_and_in_any_batch(settings, held, fi
         assert together == alone, "to the last digit"
         assert max(held.sizes) == settings.max_batch, "there were batches"
         assert sum(held.sizes) == 1 + 24 + 1 + 24, "the first of all is the warm-up"
+
+
+def test_answers_are_the_same_where_the_event_loop_computes(monkeypatch, predictor, files):
+    """It does so with small pictures that come alone; larger ones, more and both ways stay with the threads."""
+    monkeypatch.setattr(batching, "QUICK", math.inf)
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    heavy = png(Image.fromarray(noise))  # small enough, but its file is not
+    large = png(Image.new("RGB", (400, 400), "white"))
+    assert len(heavy) > 2**16 > len(large)
+    with served(predictor) as server:
+        for given in [[files[0]], [files[1]], [files[2]], [heavy], [large], files[:3], [files[0]]]:
+            expected = [essence(predictor.to_dict(each, 5)) for each in predictor.predict(given)]
+            assert [essence(result) for result in server.predict(*given).json["results"]] == expected
+        timed = server.predict(files[0], dense="true").json["results"][0]
+        assert timed["dense_milliseconds"] > 0
+        assert server.predict(b"no picture").status == 422
 
 
 def test_what_the_server_says_of_itself(server, predictor):
@@ -350,7 +369,7 @@ def test_another_computation_takes_the_batchers_place(predictor, files):
     asked = []
 
     async def infer(prepare):
-        images, dense = prepare()
+        images, dense = prepare(False)
         asked.append((len(images), dense))
         return predictor.infer(images, dense)
 
