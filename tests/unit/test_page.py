@@ -268,9 +268,9 @@ def test_a_server_that_is_busy_is_asked_again(browser, predictor):
     """One request is all that it takes, and that one is held up."""
     free = threading.Event()
 
-    async def infer(images, dense):
+    async def infer(prepare):
         await asyncio.to_thread(free.wait, PATIENCE)
-        return predictor.infer(images, dense)
+        return predictor.infer(*prepare(False))
 
     with serving(create_app(predictor, Settings(max_queue=1), infer)) as address:
         body = json.dumps({"files": [base64.b64encode(png(Image.new("L", (8, 8)))).decode()]}).encode()
