@@ -71,23 +71,32 @@ def readable(mangled: str) -> str:
     return re.sub(r"\((?:int|bool)\)", "", name).replace("> >", ">>")
 
 
-def find_nvdisasm() -> str | None:
-    """Beside the compiler, on the PATH, or Triton's."""
+def find_tool(name: str) -> str | None:
+    """nvdisasm or cuobjdump: beside the compiler, on the PATH, or Triton's."""
     nvcc = find_nvcc()
     places = [str(Path(nvcc).resolve().parent)] if nvcc else []
     places.append(str(Path(sysconfig.get_path("platlib"), "triton", "backends", "nvidia", "bin")))
-    return next(filter(None, (shutil.which("nvdisasm", path=place) for place in [*places, None])), None)
+    return next(filter(None, (shutil.which(name, path=place) for place in [*places, None])), None)
+
+
+def find_nvdisasm() -> str | None:
+    return find_tool("nvdisasm")
+
+
+def cubin(source: str, arch: str) -> Path:
+    """csrc/cuda/SOURCE compiled for one architecture, without what runs on the host; a warning is an error."""
+    nvcc = find_nvcc()
+    assert nvcc is not None
+    return compiled([nvcc, *FLAGS, "-Werror=all-warnings", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin",
+                     f"csrc/cuda/{source}"], [*(ROOT / "csrc").glob("*.h"), ROOT / "csrc" / "cuda"])
 
 
 @cache
 def kernels(source: str) -> dict[str, list[Instruction]]:
     """The instructions of each kernel in csrc/cuda/SOURCE."""
-    nvcc, nvdisasm = find_nvcc(), find_nvdisasm()
-    assert nvcc is not None
+    nvdisasm = find_nvdisasm()
     assert nvdisasm is not None
-    cubin = compiled([nvcc, *FLAGS, "-gencode=arch=compute_90a,code=sm_90a", "-cubin", f"csrc/cuda/{source}"],
-                     [*(ROOT / "csrc").glob("*.h"), ROOT / "csrc" / "cuda"])
-    lines = subprocess.run([nvdisasm, "-c", "-hex", str(cubin)], capture_output=True, text=True,
+    lines = subprocess.run([nvdisasm, "-c", "-hex", str(cubin(source, "90a"))], capture_output=True, text=True,
                            check=True).stdout.splitlines()
     listing: dict[str, list[Instruction]] = {}
     labels: dict[str, int] = {}

