@@ -80,10 +80,10 @@ class Code:
 def resident(code: Code, units: Units) -> dict[str, object]:
     """The resident kernel's pieces, two warps to a scheduler: for one, two and three executing images."""
     # In memory the stem comes first, then each stage: its entry and projection, then the others. What follows the
-    # products in whole planes is straight code, and comes right behind them.
-    finishes = code.having(F2FP=8, LDS=0, SHFL=0)
+    # products is straight code: that for whole planes comes right behind them, then that for others.
+    finishes, pooling = code.having(F2FP=8, SHFL=0)[::2], code.having(F2FP=8, SHFL=2)[::2]
     stem, inner, entry = finishes[0], finishes[1::2], finishes[2::2]
-    projection, closing = code.having(F2FP=8, LDS=0, SHFL=4), code.having(F2FP=8, LDS=4)
+    closing, projection = pooling[::2], pooling[1::2]
     # A gate embeds features if a block has changed them; otherwise it only recalls its state.
     gates = code.having(SHFL=13)
     recalls = [block for block in code.having(SHFL=10, FFMA=40) if block not in gates]

@@ -33,7 +33,9 @@ constexpr int kMaxImages = 4;  // of a thread block; their decisions are a word
 constexpr int kStrip = 8;      // columns of a region
 constexpr int kChunk = 16;     // input channels that a tensor core sums over, and output channels of a warp
 constexpr int kLine = 128;     // bytes: planes begin at multiples
-constexpr int kZeros = 0;      // where in shared memory a line of zeros lies, for pixels outside of a plane
+constexpr int kRow = 1024;     // bytes of a row of a whole plane: 32x32, 16x16 and 8x8 ones have them
+constexpr int kZeros = 0;      // where in shared memory zeros lie, for pixels outside of a plane: lines kRow apart
+constexpr int kZeroLines = 6;
 constexpr int kMostChannels = stage_channels(kMaxStages - 1);
 constexpr int kEmbeddings = 4;            // for a gate, the next one, and two more on their way
 constexpr int kProducts = kMaxUnits + 4;  // floats between two images' products: in different banks
@@ -84,7 +86,8 @@ struct SharedLayout {
 
 // At the start of shared memory.
 struct Control {
-    uint4 zeros[kLine / 16];
+    uint4 zeros[kLine / 16];    // the first line of them
+    uint4 identity[32];         // a lane's operand: the 16x16 identity, or halves of it
     StoreCounter exchanges[3];  // in a cluster: of rows alone, and two in turn of rows and sums
     int turn;                   // that the thread block takes next
     int first;                  // of its images
@@ -107,7 +110,7 @@ SharedLayout shared_layout(const ResidentNetwork& network, int images, bool clus
         if (sums > most_sums) most_sums = sums;
     }
     SharedLayout layout{};
-    int end = rounded_up(sizeof(Control), kLine);
+    int end = (kZeroLines - 1) * kRow + kLine;
     const auto place = [&](int bytes) {
         const int at = end;
         end = rounded_up(at + bytes, kLine);
@@ -337,7 +340,6 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(
     const int strips = planes.stage.strips;
     const int first = rank() * bands.own * strips + warp / Own::kSlices;
     const int end = kClustered ? min((rank() + 1) * bands.own * strips, planes.stage.pieces) : planes.stage.regions;
-    const int from_pitch = rounded_up(planes.from_width, kStrip), line = from_pitch * 2 * kIn;  // bytes of a row
     const bool whole = planes.stage.whole;
 
     unsigned left = images;
@@ -365,27 +367,35 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(
         // channels. What comes is a product's operand as it is, in registers side by side.
         const int begin = kStride * row0 - kKernel / 2 + lane / 8 % 2 * kApart;
         const auto multiply = [&](auto whole_plane) {
+            const int from_pitch =
+                whole_plane.value ? kRow / (2 * kIn) : rounded_up(planes.from_width, kStrip);
+            const int line = from_pitch * 2 * kIn;  // bytes of a row
             // A chunk of input channels and a column of the kernel make a step. Its operands come while the tensor
             // cores are busy with the step before, where registers are left for them.
             constexpr int kSteps = kIn / kChunk * kKernel;
             constexpr int kBuffers = !kClustered && kIn == 64 ? 1 : 2;
             unsigned operands[kBuffers][kSources][4];
+            // In a whole plane an address serves all rows, and zeros where it is outside of the columns. But a region's
+            // first and last rows may be outside, too.
+            constexpr bool kConstantRows = whole_plane.value && kStride == 1;
+            static_assert(!kConstantRows || kSources <= kZeroLines);
             const auto load_operands = [&](int number) {
                 const int chunk = number / kKernel, dx = number % kKernel;
                 const int column = kStride * (column0 + lane % 8) + dx - kKernel / 2;
-                const bool column_inside = static_cast<unsigned>(column) < static_cast<unsigned>(planes.from_width);
+                const bool column_inside = (kConstantRows && dx == 1) ||
+                                           static_cast<unsigned>(column) < static_cast<unsigned>(planes.from_width);
                 const int byte = byte_of<kIn>(0, column, from_pitch, lane / 16) ^ chunk * 32;
-                // Outside of the plane zeros, of the same banks: eight pixels still come from all of them.
-                const int zeros = kZeros + (byte & (kLine - 16));
-                const int place = column_inside ? from + begin * line + byte : zeros;
-                const int step = column_inside ? kStep * line : 0;
+                // Outside of the plane zeros, of the same banks: eight pixels still come from all of them. Those of a
+                // row outside may read the same ones.
+                const int place = column_inside ? from + begin * line + byte : kZeros + (byte & (kLine - 16));
+                const int step = kConstantRows || column_inside ? kStep * line : 0;
 #pragma unroll
                 for (int s = 0; s < kSources; ++s) {
-                    // In a whole plane a region's inner rows have rows on both sides.
-                    const bool sure = whole_plane.value && kStride == 1 && 0 < s && s < kSources - 1;
+                    const bool sure = kConstantRows && 0 < s && s < kSources - 1;
                     const bool inside =
                         sure || static_cast<unsigned>(begin + s * kStep) < static_cast<unsigned>(planes.from_height);
-                    ldmatrix_x4(shared + (inside ? place + s * step : zeros), operands[number % kBuffers][s]);
+                    const int row = (inside ? place : kZeros) + (kConstantRows || inside ? s * step : 0);
+                    ldmatrix_x4(shared + row, operands[number % kBuffers][s]);
                 }
             };
             if (kBuffers == 2) load_operands(0);
@@ -440,16 +450,14 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::finish_region(
     constexpr int kRows = Own::kRows, kBands = Own::kBands, kBandRows = kRows / kBands;
     constexpr bool kPools = kProjects || kCloses;
     const ResidentStage& stage = planes.stage;
-    const int eighth = warp % Own::kSlices * kEighths, pitch = stage.strips * kStrip, line = pitch * 2 * kOut;
+    const int eighth = warp % Own::kSlices * kEighths;
+    const int pitch = kWhole ? kRow / (2 * kOut) : stage.strips * kStrip, line = pitch * 2 * kOut;
     const auto inside = [&](int row, int column) {
         return kWhole || (row0 + row < stage.height && column < stage.width);
     };
     unsigned char* plane = image(i) + planes.to;
-    // A lane's part of the 8x8 identity, one operand's half.
-    const int ahead_of_diagonal = lane / 4 - lane % 4 * 2;
-    const unsigned identity = ahead_of_diagonal == 0   ? pack<Element>(1.0f, 0.0f)
-                              : ahead_of_diagonal == 1 ? pack<Element>(0.0f, 1.0f)
-                                                       : 0;
+    const uint4 identity = kPools ? control().identity[lane] : uint4();
+    const unsigned halves[2][2] = {{identity.x, identity.y}, {identity.z, identity.w}};
     if (kCloses) {
         unsigned before[kPairs][4];
 #pragma unroll
@@ -462,10 +470,7 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::finish_region(
 #pragma unroll
         for (int p = 0; p < kPairs; ++p)
 #pragma unroll
-            for (int n = 0; n < kEighths; ++n) {
-                const unsigned b[2] = {n == 0 ? identity : 0, n == 1 ? identity : 0};
-                mma_m16n8k16<Element>(sum[p][n], before[p], b);
-            }
+            for (int n = 0; n < kEighths; ++n) mma_m16n8k16<Element>(sum[p][n], before[p], halves[n]);
     }
     const int column = column0 + lane / 4;
     unsigned rounded[kRows][2] = {};  // of 8 channels each
@@ -490,7 +495,7 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::finish_region(
     }
     if (kPools) {
         // With the identity on the left a row is transposed: a lane gets two pixels of channels lane / 4 and + 8.
-        const unsigned transposing[4] = {identity, 0, 0, kEighths == 2 ? identity : 0};
+        const unsigned transposing[4] = {identity.x, identity.y, identity.z, identity.w};
         float totals[kBands][2][4] = {};
 #pragma unroll
         for (int row = 0; row < kRows; ++row)
@@ -890,7 +895,14 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::run(const Turn
         cluster_arrive(), cluster_wait();  // nobody stores to a thread block before it counts
         if (rank() >= bands.sharers) return;
     }
-    if (threadIdx.x < kLine / 16) control().zeros[threadIdx.x] = make_uint4(0, 0, 0, 0);
+    if (threadIdx.x < kZeroLines * kLine / 16)
+        *reinterpret_cast<uint4*>(shared + kZeros + threadIdx.x / (kLine / 16) * kRow + threadIdx.x % (kLine / 16) * 16) =
+            make_uint4(0, 0, 0, 0);
+    if (threadIdx.x < 32) {
+        const int right = lane / 4 - lane % 4 * 2;  // of a lane's two columns, the diagonal's place
+        const unsigned two = pack<Element>(right == 0, right == 1);
+        control().identity[lane] = make_uint4(two, 0, 0, two);
+    }
     for (int at = threadIdx.x; at < lstm_floats(network); at += kThreads)
         reinterpret_cast<float*>(shared + layout.lstm)[at] = network.lstm[at];
     for (int turn = static_cast<int>(blockIdx.x) / (kClustered ? cluster_size() : 1); take(turn, turns);) {
@@ -965,7 +977,7 @@ ResidentWeights lay_out(ResidentNetwork& network, const void* fragments, const f
         stage.regions = quotient_up(height, region_rows(channels)) * stage.strips;
         stage.pieces = quotient_up(height, band_rows(channels)) * stage.strips;
         stage.inverse = 65536 / stage.strips + 1;
-        stage.whole = height % region_rows(channels) == 0 && width % kStrip == 0;
+        stage.whole = height % region_rows(channels) == 0 && width * channels * 2 == kRow;
         stage.inner = convolutions(static_cast<std::size_t>(inner) * 9 * fragment_bytes(channels, channels));
         stage.inner_bias = parameters(static_cast<std::size_t>(inner) * channels);
         if (network.embed)
