@@ -295,13 +295,16 @@ __device__ inline void wait_for_stores(StoreCounter* counter, bool odd) {
         "r"(static_cast<unsigned>(odd))
         : "memory");
 }
-// *place = value in the shared memory of the cluster's thread block `rank`, some time later, counted there with 4 bytes.
-__device__ inline void store_async(void* place, unsigned value, StoreCounter* counter, int rank) {
+// If `stores`, by a predicate: *place = value in the shared memory of the cluster's thread block `rank`, some time later,
+// counted there with 4 bytes.
+__device__ inline void store_async(void* place, unsigned value, StoreCounter* counter, int rank, bool stores) {
     unsigned to, counted;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(place)), "r"(rank));
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counted) : "r"(shared_address(counter)), "r"(rank));
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(to), "r"(value),
-                 "r"(counted));
+    asm volatile(
+        "{.reg .pred stores; setp.ne.b32 stores, %3, 0;"
+        " @stores st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];}" ::"r"(to),
+        "r"(value), "r"(counted), "r"(static_cast<int>(stores)));
 }
 #else
 __device__ inline int cluster_rank() { return 0; }
@@ -312,7 +315,7 @@ __device__ inline void begin_counting(StoreCounter*) {}
 __device__ inline void fence_counters() {}
 __device__ inline void expect_stores(StoreCounter*, int) {}
 __device__ inline void wait_for_stores(StoreCounter*, bool) {}
-__device__ inline void store_async(void*, unsigned, StoreCounter*, int) {}
+__device__ inline void store_async(void*, unsigned, StoreCounter*, int, bool) {}
 #endif
 
 }  // namespace skipnet::cuda

@@ -30,6 +30,7 @@ namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kMaxImages = 4;  // of a thread block; their decisions are a word
+constexpr int kMaxCluster = 4;
 constexpr int kStrip = 8;      // columns of a region
 constexpr int kChunk = 16;     // input channels that a tensor core sums over, and output channels of a warp
 constexpr int kLine = 128;     // bytes: planes begin at multiples
@@ -489,9 +490,10 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::finish_region(
         unsigned char* place = plane + byte_of<kOut>(row0, column, pitch, eighth) + lane % 4 * 4;
         StoreCounter* counted = exchange(kPools);
         const int above = rank() * bands.own * kRows, below = above + (bands.own - 1) * kRows;
-        if (rank() > 0 && row0 == above && inside(0, column)) store_async(place, rounded[0][0], counted, rank() - 1);
-        if (rank() + 1 < bands.sharers && row0 == below && inside(0, column))
-            store_async(place + (kRows - 1) * line, rounded[kRows - 1][0], counted, rank() + 1);
+        const bool to_above = rank() > 0 && row0 == above, to_below = rank() + 1 < bands.sharers && row0 == below;
+        store_async(place, rounded[0][0], counted, rank() - 1, to_above && inside(0, column));
+        store_async(place + (kRows - 1) * line, rounded[kRows - 1][0], counted, rank() + 1,
+                    to_below && inside(0, column));
     }
     if (kPools) {
         // With the identity on the left a row is transposed: a lane gets two pixels of channels lane / 4 and + 8.
@@ -512,15 +514,11 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::finish_region(
         const int band = row0 / kBandRows + held / kEighths;
         const int at = (band * stage.strips + column0 / kStrip) * kOut + (eighth + held % kEighths) * 8 + lane / 4;
         float* place = next_sums(i) + at;
-        if (!kClustered) {
-            if (lane % (4 / (kBands * kEighths)) == 0) *place = total;
-        } else {
-            for (int to = lane % 4; to < bands.sharers; to += 4)
-                if (to == rank())
-                    *place = total;
-                else
-                    store_async(place, __float_as_uint(total), exchange(true), to);
-        }
+        // In a cluster each of the four lanes that have a sum stores it to one thread block.
+        if (kClustered ? lane % kMaxCluster == rank() : lane % (4 / (kBands * kEighths)) == 0) *place = total;
+        if (kClustered)
+            store_async(place, __float_as_uint(total), exchange(true), lane % kMaxCluster,
+                        lane % kMaxCluster != rank() && lane % kMaxCluster < bands.sharers);
     }
 }
 
@@ -536,13 +534,8 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::await_others(c
     StoreCounter* counter = exchange(pools);
     if (threadIdx.x == 0)
         expect_stores(counter, rows * stage.width * kChannels * 2 + pools * others * stage.strips * kChannels * 4);
-    if (pools) {
-        wait_for_stores(counter, pooled_by_all / 2 % 2);
-        ++pooled_by_all;
-    } else {
-        wait_for_stores(counter, exchanged % 2);
-        ++exchanged;
-    }
+    wait_for_stores(counter, (pools ? pooled_by_all / 2 : exchanged) % 2);
+    pools ? ++pooled_by_all : ++exchanged;
 }
 
 // The images into planes of 16 channels, and the first convolution.
@@ -1012,6 +1005,8 @@ ResidentPlan plan_resident(const ResidentNetwork& network, int batch, const Resi
 void run_resident(const ResidentNetwork& network, const ResidentCall& call, const ResidentPlan& plan, Stream stream) {
     check(plan.images >= 1 && plan.images <= kMaxImages, "plan: expected 1 to ", kMaxImages, " images, got ",
           plan.images);
+    check(plan.cluster >= 1 && plan.cluster <= kMaxCluster, "plan: expected clusters of 1 to ", kMaxCluster, ", got ",
+          plan.cluster);
     check(plan.cluster == 1 || (plan.images == 1 && !plan.dynamic), "plan: clusters take one image and one round");
     check(!plan.dynamic || call.work_counter, "work_counter: needed for ", call.batch, " images");
     check(network.element != ElementType::float32, "element: expected 16 bits");

@@ -68,7 +68,7 @@ __global__ void pass_on(float* out, int fault) {
     }
     for (int turn = 0; turn < 2; ++turn) {
         store_async(values + 2 * lane + turn, 2 * blockIdx.x + turn, counters + turn,
-                    (cluster_rank() + size - 1) % size);
+                    (cluster_rank() + size - 1) % size, true);
         if (lane == 0) expect_stores(counters + turn, 32 * 4);
         if (fault == hasty_end) return;
     }

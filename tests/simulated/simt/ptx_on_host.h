@@ -175,9 +175,9 @@ inline void expect_stores(StoreCounter* counter, int bytes, simt::Site site = si
 inline void wait_for_stores(StoreCounter* counter, bool odd, simt::Site site = simt::Site::here()) {
     if (!simt::removal.covers(site)) simt::wait_for_stores(counter, odd, site);
 }
-inline void store_async(void* place, unsigned value, StoreCounter* counter, int rank,
+inline void store_async(void* place, unsigned value, StoreCounter* counter, int rank, bool stores,
                         simt::Site site = simt::Site::here()) {
-    simt::store_async(place, value, counter, rank, site);
+    if (stores) simt::store_async(place, value, counter, rank, site);
 }
 
 }  // namespace skipnet::cuda
