@@ -81,9 +81,15 @@ class Code:
 def resident(code: Code, units: Units, cluster: bool = False) -> dict[str, object]:
     """The resident kernel's pieces, two warps to a scheduler: for one, two and three executing images; or for one that
     a cluster of four thread blocks shares, of which the inner ones store to both sides."""
+    def of_whole_planes(blocks: list[Block]) -> list[Block]:
+        """There is code for those and for others, the longer one."""
+        return [min(both, key=lambda block: block.end - block.start)
+                for both in zip(blocks[::2], blocks[1::2], strict=True)]
+
     # In memory the stem comes first, then each stage: its entry and projection, then the others. What follows the
-    # products is straight code: that for whole planes comes right behind them, then that for others.
-    finishes, pooling = code.having(F2FP=2, LDS=0)[::2], code.having(F2FP=2, LDS=1)[::2]
+    # products, without a branch, is found by the rounding to 16 bits; what pools by the identity that it loads.
+    finishes = of_whole_planes(code.having(F2FP=2, LDS=0))
+    pooling = of_whole_planes(code.having(F2FP=2, LDS=1))
     images_at_once = IMAGES[:1] if cluster else IMAGES
     stem, inner, entry = finishes[0], finishes[1::2], finishes[2::2]
     closing, projection = pooling[::2], pooling[1::2]

@@ -99,8 +99,8 @@ def test_a_store_that_nobody_waits_for_has_not_come():
 
 
 @pytest.mark.parametrize(("fault", "message"), [
-    (BARRIER, "nothing is counted there yet|no fence after the counter's beginning|block . has ended"),
-    (COUNTER_FENCE, "no fence after the counter's beginning"),
+    (BARRIER, "nothing is counted there yet|no fence and barrier of the cluster"),
+    (COUNTER_FENCE, "no fence and barrier of the cluster"),
     (HASTY_END, "a block ends before what is stored to it has come|block . has ended"),
 ])
 def test_a_cluster_that_does_not_agree(fault, message):

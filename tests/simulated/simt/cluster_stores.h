@@ -23,7 +23,8 @@ inline void begin_counting(const void* counter, Site site) {
 }
 
 inline void fence_counters() {
-    for (auto& [place, counter] : machine.current->block->counters) counter.fenced = true;
+    Block& block = *machine.current->block;
+    for (auto& [place, counter] : block.counters) counter.known_after = block.cluster->phase;
 }
 
 // Ends the counter's phase if there is nothing left to come in it.
@@ -54,7 +55,8 @@ inline void store_async(void* place, unsigned value, const void* at, int rank, S
         return other.shared->data() + (static_cast<const unsigned char*>(own) - block.shared->data());
     };
     StoreCounterState& counter = counter_at(other, there(at), "st.async", site);
-    if (!counter.fenced) machine.fail("st.async: no fence after the counter's beginning", site);
+    if (counter.known_after >= block.cluster->phase)
+        machine.fail("st.async: no fence and barrier of the cluster since the counter's beginning", site);
     std::memset(there(place), kPoison, sizeof value);
     counter.coming.push_back({there(place), value});
     for (Fiber* fiber : std::exchange(counter.waiting, {})) machine.wake(fiber);

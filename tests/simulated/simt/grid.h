@@ -5,6 +5,7 @@
 
 #include <csetjmp>
 #include <functional>
+#include <limits>
 #include <map>
 #include <memory>
 #include <string>
@@ -81,8 +82,9 @@ struct ComingStore {
 
 // Counts the bytes of such stores, phase after phase.
 struct StoreCounterState {
-    bool fenced = false, expected = false;  // whether the phase's bytes have been announced
-    int bytes = 0, phase = 0;               // still to come; below zero before they are announced
+    int known_after = std::numeric_limits<int>::max();  // which barrier of the cluster others know of it
+    bool expected = false;                              // whether the phase's bytes have been announced
+    int bytes = 0, phase = 0;                           // still to come; below zero before they are announced
     std::vector<ComingStore> coming;
     std::vector<Fiber*> waiting;
 };
