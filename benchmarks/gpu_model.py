@@ -157,7 +157,8 @@ def resident(arch: SkipNetArch, device: Device, batch: int, share: float, cluste
     one.append(Part("head", device.seconds(cycles["head"]), "latency"))
     rounds_taken = ceil(groups / blocks)
     parts = [replace(part, seconds=part.seconds * rounds_taken) for part in one]
-    return Prediction(arch.name or "", device.name, batch, (Part("launch", device.launch, "launches"), *parts))
+    name = f"{arch.name}, a cluster of {cluster}" if cluster > 1 else arch.name or ""
+    return Prediction(name, device.name, batch, (Part("launch", device.launch, "launches"), *parts))
 
 
 @dataclass(frozen=True)
@@ -272,8 +273,11 @@ RUNS = {"cifar10_rnn_gate_110": (resident, (1, 8, 128, 1024, 4096)),
 
 def predictions(share: float = 0.5) -> list[Prediction]:
     """Of every network and batch on every device, with a share of the gated blocks executed."""
-    return [predict(srt.arch(name), device, batch, share)
-            for name, (predict, batches) in RUNS.items() for device in DEVICES for batch in batches]
+    results = [predict(srt.arch(name), device, batch, share)
+               for name, (predict, batches) in RUNS.items() for device in DEVICES for batch in batches]
+    shared = [resident(srt.arch("cifar10_rnn_gate_110"), device, 1, share, cluster=4)
+              for device in DEVICES if device.arch == "sm_90"]
+    return [*results, *shared]
 
 
 def table(results: list[Prediction]) -> str:

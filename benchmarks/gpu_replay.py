@@ -152,7 +152,7 @@ def replay(instructions: Sequence[Instruction], units: Units, warps: int, blocks
         warp.ready = time + max(1, instruction.stall)
         warp.free[instruction.result] = begun + units.latency(instruction)
         warp.free[instruction.operands] = max(warp.free[instruction.operands], begun + units.operands)
-        stores = instruction.startswith("SYNCS.PHASECHK")  # those of a cluster's other thread blocks, as far as this one
+        stores = instruction.startswith("SYNCS.PHASECHK")  # of a cluster's other thread blocks, as far as this one is
         if stores or instruction.startswith("BAR"):
             warp.ready = inf
             others = [other for other in team if other.block == warp.block]

@@ -295,8 +295,8 @@ __device__ inline void wait_for_stores(StoreCounter* counter, bool odd) {
         "r"(static_cast<unsigned>(odd))
         : "memory");
 }
-// If `stores`, by a predicate: *place = value in the shared memory of the cluster's thread block `rank`, some time later,
-// counted there with 4 bytes.
+// If `stores`, by a predicate: *place = value in the shared memory of the cluster's thread block `rank`, some time
+// later, counted there with 4 bytes.
 __device__ inline void store_async(void* place, unsigned value, StoreCounter* counter, int rank, bool stores) {
     unsigned to, counted;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(place)), "r"(rank));

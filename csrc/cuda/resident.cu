@@ -8,10 +8,11 @@
 // weights stream from L2 without a stop, half a convolution or more ahead, past gates and barriers, without taking
 // shared memory; where a block turns out to be skipped, what came for it is dropped. Why so: docs/cuda-design.md.
 //
-// Or a cluster of thread blocks takes an image (kClustered): each holds all of its planes and computes a part of the
-// regions, whose results it writes to all of them; gates are computed by each. Not a bit differs. No plan chooses it.
+// Or a cluster of thread blocks takes an image (kClustered): each computes a band of every plane, and stores to others
+// the rows that they read, too, and what they pool; gates are computed by each. Not a bit differs. No plan chooses it.
 //
-// An output is the sum over channels (chunks of 16), columns and rows of the kernel, in this order, whatever the batch.
+// An output is the sum of its bias, then over channels (chunks of 16), columns and rows of the kernel, then of what
+// stands in its place, in this order, whatever the batch.
 //
 // The phases are those of every engine: stem, gate_step, compact, run_block, head.
 #include "resident.h"
@@ -30,12 +31,12 @@ namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kMaxImages = 4;  // of a thread block; their decisions are a word
-constexpr int kMaxCluster = 4;
-constexpr int kStrip = 8;      // columns of a region
-constexpr int kChunk = 16;     // input channels that a tensor core sums over, and output channels of a warp
-constexpr int kLine = 128;     // bytes: planes begin at multiples
-constexpr int kRow = 1024;     // bytes of a row of a whole plane: 32x32, 16x16 and 8x8 ones have them
-constexpr int kZeros = 0;      // where in shared memory zeros lie, for pixels outside of a plane: lines kRow apart
+constexpr int kMaxCluster = 4;  // thread blocks; as many lanes have a sum
+constexpr int kStrip = 8;   // columns of a region
+constexpr int kChunk = 16;  // input channels that a tensor core sums over, and output channels of a warp
+constexpr int kLine = 128;  // bytes: planes begin at multiples
+constexpr int kRow = 1024;  // bytes of a row of a whole plane: 32x32, 16x16 and 8x8 ones have them
+constexpr int kZeros = 0;   // where in shared memory zeros lie, for pixels outside of a plane: lines kRow apart
 constexpr int kZeroLines = 6;
 constexpr int kMostChannels = stage_channels(kMaxStages - 1);
 constexpr int kEmbeddings = 4;            // for a gate, the next one, and two more on their way
@@ -56,9 +57,9 @@ template <int kChannels, bool kClustered>
 struct Share {
     static constexpr int kRows = kClustered ? band_rows(kChannels) : region_rows(kChannels);
     static constexpr int kBands = kRows / band_rows(kChannels);
-    static constexpr int kEighths = kClustered ? 1 : 2;               // 8 output channels each
-    static constexpr int kSlices = kChannels / (8 * kEighths);        // warps with the same pixels
-    static constexpr int kWorkers = kWarps / kSlices;                 // warps with the same channels
+    static constexpr int kEighths = kClustered ? 1 : 2;         // 8 output channels each
+    static constexpr int kSlices = kChannels / (8 * kEighths);  // warps with the same pixels
+    static constexpr int kWorkers = kWarps / kSlices;           // warps with the same channels
 };
 
 // Bytes of a plane, [height, width rounded up to 8, channels].
@@ -152,8 +153,8 @@ struct Source {
 };
 
 // A warp's weights of a convolution: for each chunk of input channels and each tap of the kernel the fragment of 16
-// input by 8 or 16 output channels. In memory, `uint4 fragments[out / 16][in / 16][taps][32 lanes]`: a lane's B operands
-// of two mma, in the PTX ISA's layout. And the biases of what a lane gets from each of them.
+// input by 8 or 16 output channels. In memory, `uint4 fragments[out / 16][in / 16][taps][32 lanes]`: a lane's B
+// operands of two mma, in the PTX ISA's layout. And the biases of what a lane gets from each of them.
 template <int kIn, int kTaps, int kEighths>
 struct Weights {
     static constexpr int kChunks = kIn / kChunk;
@@ -184,7 +185,9 @@ struct Weights {
             for (int tap = 0; tap < kTaps; ++tap) load(from, chunk, tap, true);
     }
 };
-__device__ inline void operands_of(const uint2& fragment, unsigned (&b)[1][2]) { b[0][0] = fragment.x, b[0][1] = fragment.y; }
+__device__ inline void operands_of(const uint2& fragment, unsigned (&b)[1][2]) {
+    b[0][0] = fragment.x, b[0][1] = fragment.y;
+}
 __device__ inline void operands_of(const uint4& fragment, unsigned (&b)[2][2]) {
     b[0][0] = fragment.x, b[0][1] = fragment.y;
     b[1][0] = fragment.z, b[1][1] = fragment.w;
@@ -368,8 +371,7 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(
         // channels. What comes is a product's operand as it is, in registers side by side.
         const int begin = kStride * row0 - kKernel / 2 + lane / 8 % 2 * kApart;
         const auto multiply = [&](auto whole_plane) {
-            const int from_pitch =
-                whole_plane.value ? kRow / (2 * kIn) : rounded_up(planes.from_width, kStrip);
+            const int from_pitch = whole_plane.value ? kRow / (2 * kIn) : rounded_up(planes.from_width, kStrip);
             const int line = from_pitch * 2 * kIn;  // bytes of a row
             // A chunk of input channels and a column of the kernel make a step. Its operands come while the tensor
             // cores are busy with the step before, where registers are left for them.
@@ -889,8 +891,8 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::run(const Turn
         if (rank() >= bands.sharers) return;
     }
     if (threadIdx.x < kZeroLines * kLine / 16)
-        *reinterpret_cast<uint4*>(shared + kZeros + threadIdx.x / (kLine / 16) * kRow + threadIdx.x % (kLine / 16) * 16) =
-            make_uint4(0, 0, 0, 0);
+        *reinterpret_cast<uint4*>(shared + kZeros + threadIdx.x / (kLine / 16) * kRow +
+                                  threadIdx.x % (kLine / 16) * 16) = make_uint4(0, 0, 0, 0);
     if (threadIdx.x < 32) {
         const int right = lane / 4 - lane % 4 * 2;  // of a lane's two columns, the diagonal's place
         const unsigned two = pack<Element>(right == 0, right == 1);

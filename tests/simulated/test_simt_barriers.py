@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import test_simt_gathered_conv
-import test_simt_resident
 import torch
 from object_cache import ROOT
 from simt import CSRC, SimtError, build, library

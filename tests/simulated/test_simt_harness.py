@@ -11,13 +11,14 @@ from simt import SimtError, library
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
-(NONE, BARRIER, COPY_WAIT, SHARED_BOUNDS, GLOBAL_BOUNDS, UNWRITTEN, DIVERGENT, EARLY_EXIT, WARP, HASTY_END, SPIN, RELEASE,
- ACQUIRE, LATE_RELEASE, NO_WAIT, HASTY_MIDDLE, COUNTER_FENCE) = range(17)
+(NONE, BARRIER, COPY_WAIT, SHARED_BOUNDS, GLOBAL_BOUNDS, UNWRITTEN, DIVERGENT, EARLY_EXIT, WARP, HASTY_END, SPIN,
+ RELEASE, ACQUIRE, LATE_RELEASE, NO_WAIT, HASTY_MIDDLE, COUNTER_FENCE) = range(17)
 SEEDS = range(8)
 
 
 @contextmanager
 def suppress_and_keep(messages):
+    """An error's message goes on a list."""
     try:
         yield
     except SimtError as error:

@@ -1,6 +1,6 @@
 // Stores into the shared memory of a cluster's other thread blocks (st.async), and the counters that say when they have
-// come (mbarrier). Until somebody waits for it, a store leaves poison in its place; then stores come in any order, those
-// of the next phase among them.
+// come (mbarrier). Until somebody waits for it, a store leaves poison in its place; then stores come in any order,
+// those of the next phase among them.
 #pragma once
 
 #include <cstring>

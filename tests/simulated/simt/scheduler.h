@@ -204,7 +204,8 @@ inline void Machine::end_thread(Fiber* fiber) {
     spare_.push_back(fiber);
     if (--block.running == 0) {
         for (const auto& [place, counter] : block.counters)
-            if (!counter.coming.empty()) error_ = "st.async: a block ends before what is stored to it has come" + whose();
+            if (!counter.coming.empty())
+                error_ = "st.async: a block ends before what is stored to it has come" + whose();
         if (!block.shared->intact()) error_ = "shared memory: written outside the block's" + whose();
         block.shared->forbid();  // no other block of the cluster may look at it any more
         Launch& launch = *block.launch;

@@ -4,7 +4,8 @@
 //   - shared memory starts out as NaN and lies against a page that may not be touched, and so do the arrays of a test;
 //   - cp.async fills its destination with NaN and copies only when its group is waited for;
 //   - what a thread block leaves to others with __stcg is NaN to them, read by __ldcg, until a fence on each side;
-//   - what is stored to another thread block of a cluster is NaN there until somebody waits for it, and comes in any order;
+//   - what is stored to another thread block of a cluster is NaN there until somebody waits for it, and comes in any
+//   order;
 //   - a barrier that not all threads reach, or reach at different lines, a warp operation that lanes of its mask do not
 //     take part in, and threads that wait for ever are errors that say who waits where.
 //
