@@ -30,13 +30,13 @@ namespace skipnet::cuda {
 namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kMaxImages = 4;  // of a thread block; their decisions are a word
+constexpr int kMaxImages = 4;   // of a thread block; their decisions are a word
 constexpr int kMaxCluster = 4;  // thread blocks; as many lanes have a sum
-constexpr int kStrip = 8;   // columns of a region
-constexpr int kChunk = 16;  // input channels that a tensor core sums over, and output channels of a warp
-constexpr int kLine = 128;  // bytes: planes begin at multiples
-constexpr int kRow = 1024;  // bytes of a row of a whole plane: 32x32, 16x16 and 8x8 ones have them
-constexpr int kZeros = 0;   // where in shared memory zeros lie, for pixels outside of a plane: lines kRow apart
+constexpr int kStrip = 8;       // columns of a region
+constexpr int kChunk = 16;      // input channels that a tensor core sums over, and output channels of a warp
+constexpr int kLine = 128;      // bytes: planes begin at multiples
+constexpr int kRow = 1024;      // bytes of a row of a whole plane: 32x32, 16x16 and 8x8 ones have them
+constexpr int kZeros = 0;       // where in shared memory zeros lie, for pixels outside of a plane: lines kRow apart
 constexpr int kZeroLines = 6;
 constexpr int kMostChannels = stage_channels(kMaxStages - 1);
 constexpr int kEmbeddings = 4;            // for a gate, the next one, and two more on their way
