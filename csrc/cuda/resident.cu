@@ -94,6 +94,7 @@ struct Control {
     int turn;                   // that the thread block takes next
     int first;                  // of its images
 };
+static_assert(sizeof(Control) <= kRow, "before the second line of zeros");
 
 SKIPNET_HD int lstm_floats(const ResidentNetwork& network) {
     const int n = network.hidden;
@@ -443,7 +444,7 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(
 }
 
 // What follows a region's products: what stands in the place if it closes a block, ReLU but for a projection, and the
-// pieces' sums where they are pooled. Tensor cores do both additions: products with the identity, exact in every bit.
+// pieces' sums where they are pooled. Tensor cores do both, by products with the identity, which are exact.
 template <typename Element, bool kClustered>
 template <int kOut, bool kProjects, bool kWhole, bool kCloses, int kPairs, int kEighths>
 __device__ __forceinline__ void ForwardPass<Element, kClustered>::finish_region(float (&sum)[kPairs][kEighths][4],
