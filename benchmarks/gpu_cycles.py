@@ -23,6 +23,7 @@ from machine_code import Instruction, count, kernels, way  # noqa: E402
 
 IMAGES = (1, 2, 3)  # that a resident thread block takes; three fit the largest shared memory
 PRODUCTS = (72, 144, 144)  # of a region, by stage
+OF_CLUSTER = (36, 36, 36)  # the same where a cluster of four shares an image
 _ENDS = ("BRA", "BSSY", "BSYNC", "BAR", "CALL", "RET", "EXIT", "WARPSYNC", "UCGABAR")
 
 
@@ -77,13 +78,21 @@ class Code:
         return [self.instructions[at] for at in indices], indices[-1]
 
 
-def resident(code: Code, units: Units) -> dict[str, object]:
-    """The resident kernel's pieces, two warps to a scheduler: for one, two and three executing images."""
+def resident(code: Code, units: Units, cluster: bool = False) -> dict[str, object]:
+    """The resident kernel's pieces, two warps to a scheduler: for one, two and three executing images; or for one that
+    a cluster of four thread blocks shares, of which the inner ones store to both sides."""
+    def of_whole_planes(blocks: list[Block]) -> list[Block]:
+        """There is code for those and for others, the longer one."""
+        return [min(both, key=lambda block: block.end - block.start)
+                for both in zip(blocks[::2], blocks[1::2], strict=True)]
+
     # In memory the stem comes first, then each stage: its entry and projection, then the others. What follows the
-    # products in whole planes is straight code, and comes right behind them.
-    finishes = code.having(F2FP=8, LDS=0, SHFL=0)
+    # products, without a branch, is found by the rounding to 16 bits; what pools by the identity that it loads.
+    finishes = of_whole_planes(code.having(F2FP=2, LDS=0))
+    pooling = of_whole_planes(code.having(F2FP=2, LDS=1))
+    images_at_once = IMAGES[:1] if cluster else IMAGES
     stem, inner, entry = finishes[0], finishes[1::2], finishes[2::2]
-    projection, closing = code.having(F2FP=8, LDS=0, SHFL=4), code.having(F2FP=8, LDS=4)
+    closing, projection = pooling[::2], pooling[1::2]
     # A gate embeds features if a block has changed them; otherwise it only recalls its state.
     gates = code.having(SHFL=13)
     recalls = [block for block in code.having(SHFL=10, FFMA=40) if block not in gates]
@@ -94,7 +103,11 @@ def resident(code: Code, units: Units) -> dict[str, object]:
         for block in reversed(code.blocks[:code.blocks.index(finish) + 1]):
             if code.count(block, "HMMA") and sum(code.count(other, "HMMA") for other in blocks) < products:
                 blocks.insert(0, block)
-        return blocks if finish in blocks else [*blocks, finish]
+        blocks = blocks if finish in blocks else [*blocks, finish]
+        if cluster:  # what it stores to other thread blocks: two rows and perhaps a sum
+            after = code.blocks[code.blocks.index(finish) + 1:]
+            blocks += [block for block in after if code.count(block, "STAS")][:3 if finish in pooling else 2]
+        return blocks
 
     def cycles(instructions: list[Instruction], warps: int = 2) -> int:
         return round(replay(instructions, units, warps).cycles)
@@ -108,25 +121,28 @@ def resident(code: Code, units: Units) -> dict[str, object]:
     stages = []
     decided = loaded
     for stage in range(3):
-        products, regions = PRODUCTS[stage], 2 if stage == 0 else 1
+        products, regions = (OF_CLUSTER[stage], 1) if cluster else (PRODUCTS[stage], 2 if stage == 0 else 1)
         first, last = region(inner[stage], products), region(closing[stage], products)
         _, middle = code.way(inner[stage].end - 1, code.barrier)
         _, closed = code.way(middle, *last, code.barrier)
         after_gate, next_decided = code.way(closed, gates[stage], code.barrier)
         pieces: dict[str, object] = {}
         if stage:
-            entered, projected = region(entry[stage - 1], 72), region(projection[stage - 1], 8)
+            entered = region(entry[stage - 1], 18 if cluster else 72)
+            projected = region(projection[stage - 1], 2 if cluster else 8)
             pieces["entry"] = [cycles(code.way(decided, *entered * images, *projected * images, code.barrier)[0])
-                               for images in IMAGES]
+                               for images in images_at_once]
         decided = next_decided
         stages.append(pieces | {
-            "inner": [through(decided, first, regions * images) for images in IMAGES],
-            "closing": [through(middle, last, regions * images) for images in IMAGES],
+            "inner": [through(decided, first, regions * images) for images in images_at_once],
+            "closing": [through(middle, last, regions * images) for images in images_at_once],
             "gate": cycles(after_gate, 1),
             "recall": cycles(code.way(closed, recalls[stage], code.barrier)[0], 1),
             "skip": cycles(code.way(decided, code.barrier)[0]),
         })
-    start = [cycles(code.way(0, code.barrier)[0]) + through(loaded, region(stem, 72), 2 * images) for images in IMAGES]
+    of_stem = region(stem, 36 if cluster else 72)
+    start = [cycles(code.way(0, code.barrier)[0]) + through(loaded, of_stem, images if cluster else 2 * images)
+             for images in images_at_once]
     return {"start": start, "stages": stages, "head": cycles(code.way(decided, code.barrier, code.ends)[0])}
 
 
@@ -177,6 +193,7 @@ def pieces(units: Units) -> dict[str, object]:
     conv = kernels("gathered_conv.cu")
     return {
         "resident": resident(Code(kernels("resident.cu")["resident<Half, false>"]), units),
+        "cluster": resident(Code(kernels("resident.cu")["resident<Half, true>"]), units, cluster=True),
         "gathered_conv": {
             name: gathered_conv(Code(conv[f"gathered_conv_kernel<Tile<Half, {name}>, false>"]), units, *tile)
             for name, tile in TILES.items()},

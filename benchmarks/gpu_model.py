@@ -122,18 +122,19 @@ def _executing(images: int, share: float) -> Iterator[tuple[int, float]]:
         yield count, comb(images, count) * share ** count * (1 - share) ** (images - count)
 
 
-def resident(arch: SkipNetArch, device: Device, batch: int, share: float) -> Prediction:
-    """A CIFAR-scale SkipNet in one launch; a thread block takes one to three images from stem to head."""
-    cycles = device.cycles["resident"]
-    image, rest = 66 << 10, 12 << 10  # shared memory: an image's planes and sums; weights of the gate and the like
-    most = (device.shared_memory - rest) // image
+def resident(arch: SkipNetArch, device: Device, batch: int, share: float, cluster: int = 1) -> Prediction:
+    """A CIFAR-scale SkipNet in one launch; a thread block takes one to three images from stem to head, or a cluster of
+    four takes one."""
+    cycles = device.cycles["cluster" if cluster > 1 else "resident"]
+    image, rest = 66 << 10, 22 << 10  # shared memory: an image's planes and sums; weights of the gate and the like
+    most = 1 if cluster > 1 else (device.shared_memory - rest) // image
     rounds = ceil(batch / (device.multiprocessors * most))
     images = ceil(batch / (device.multiprocessors * rounds))
     groups = ceil(batch / images)
     blocks = min(device.multiprocessors, groups)
 
     def weights(channels: int) -> float:  # of a convolution, for all thread blocks
-        return blocks * 9 * channels ** 2 * 2 / device.l2
+        return blocks * cluster * 9 * channels ** 2 * 2 / device.l2
 
     one = [Part("stem", device.seconds(cycles["start"][images - 1]), "latency")]
     for number, depth in enumerate(arch.depths):
@@ -156,7 +157,8 @@ def resident(arch: SkipNetArch, device: Device, batch: int, share: float) -> Pre
     one.append(Part("head", device.seconds(cycles["head"]), "latency"))
     rounds_taken = ceil(groups / blocks)
     parts = [replace(part, seconds=part.seconds * rounds_taken) for part in one]
-    return Prediction(arch.name or "", device.name, batch, (Part("launch", device.launch, "launches"), *parts))
+    name = f"{arch.name}, a cluster of {cluster}" if cluster > 1 else arch.name or ""
+    return Prediction(name, device.name, batch, (Part("launch", device.launch, "launches"), *parts))
 
 
 @dataclass(frozen=True)
@@ -271,8 +273,11 @@ RUNS = {"cifar10_rnn_gate_110": (resident, (1, 8, 128, 1024, 4096)),
 
 def predictions(share: float = 0.5) -> list[Prediction]:
     """Of every network and batch on every device, with a share of the gated blocks executed."""
-    return [predict(srt.arch(name), device, batch, share)
-            for name, (predict, batches) in RUNS.items() for device in DEVICES for batch in batches]
+    results = [predict(srt.arch(name), device, batch, share)
+               for name, (predict, batches) in RUNS.items() for device in DEVICES for batch in batches]
+    shared = [resident(srt.arch("cifar10_rnn_gate_110"), device, 1, share, cluster=4)
+              for device in DEVICES if device.arch == "sm_90"]
+    return [*results, *shared]
 
 
 def table(results: list[Prediction]) -> str:

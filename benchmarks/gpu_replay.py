@@ -28,11 +28,15 @@ class Units:
         product: cycles of a 16x8x16 product with float32 sums.
         arithmetic: of a float32 instruction.
         l2: cycles until a load that misses L1 is there.
+        network: bytes per cycle from a multiprocessor to others of its cluster.
+        other: cycles until what is stored to another one is there.
     """
 
     product: float
     arithmetic: float = 1.0
     l2: float = 280.0
+    network: float = 11.4
+    other: float = 180.0
 
     def occupied(self, instruction: str) -> tuple[str, float]:
         """The unit and the cycles. Units of the whole multiprocessor count four times: its four schedulers are busy
@@ -48,6 +52,8 @@ class Units:
                 return "shared memory", SCHEDULERS * wide
             case "SHFL":
                 return "shared memory", SCHEDULERS
+            case "STAS":
+                return "network", SCHEDULERS * 128 / self.network
             case "MUFU" | "I2F" | "F2I" | "I2FP":
                 return "special functions", 8
             case "FFMA" | "FADD" | "FMUL":
@@ -74,7 +80,7 @@ class Units:
                 return 22
 
     # Cycles of work that may wait in front of a unit without holding up a warp.
-    queued: ClassVar = {"shared memory": 96, "special functions": 32}
+    queued: ClassVar = {"shared memory": 96, "special functions": 32, "network": 1000}
     operands = 10  # cycles until a store's are read
     barrier = 20  # cycles from the last warp's arrival
 
@@ -146,12 +152,13 @@ def replay(instructions: Sequence[Instruction], units: Units, warps: int, blocks
         warp.ready = time + max(1, instruction.stall)
         warp.free[instruction.result] = begun + units.latency(instruction)
         warp.free[instruction.operands] = max(warp.free[instruction.operands], begun + units.operands)
-        if instruction.startswith("BAR"):
+        stores = instruction.startswith("SYNCS.PHASECHK")  # of a cluster's other thread blocks, as far as this one is
+        if stores or instruction.startswith("BAR"):
             warp.ready = inf
             others = [other for other in team if other.block == warp.block]
             if all(other.at == warp.at and other.ready == inf for other in others):
                 for other in others:
-                    other.ready = time + units.barrier
+                    other.ready = max(time, taken["network"] + units.other) if stores else time + units.barrier
     busy: dict[str, float] = defaultdict(float)
     for instruction in instructions:
         unit, cycles = units.occupied(instruction)

@@ -17,6 +17,13 @@ struct Tf32 {
     float value;
 };
 
+// In shared memory: where stores of a cluster's other thread blocks are counted, an mbarrier. A phase ends when one
+// thread has said how many bytes come in it, and they have come; then the next one begins. Phases are waited for in
+// order, by whether their number is odd.
+struct StoreCounter {
+    std::uint64_t state;
+};
+
 }  // namespace skipnet::cuda
 
 #ifdef SKIPNET_SIMT
@@ -149,6 +156,11 @@ __device__ inline void load_global(uint4& value, const uint4* address, bool load
                  : "+r"(value.x), "+r"(value.y), "+r"(value.z), "+r"(value.w)
                  : "l"(address), "r"(static_cast<int>(loads)));
 }
+__device__ inline void load_global(uint2& value, const uint2* address, bool loads = true) {
+    asm volatile("{.reg .pred loads; setp.ne.b32 loads, %3, 0; @loads ld.global.v2.u32 {%0, %1}, [%2];}"
+                 : "+r"(value.x), "+r"(value.y)
+                 : "l"(address), "r"(static_cast<int>(loads)));
+}
 __device__ inline void load_global(float2& value, const float2* address, bool loads = true) {
     asm volatile("{.reg .pred loads; setp.ne.b32 loads, %3, 0; @loads ld.global.v2.f32 {%0, %1}, [%2];}"
                  : "+f"(value.x), "+f"(value.y)
@@ -252,33 +264,58 @@ __device__ inline void prefetch_to_l2(const void*, unsigned) {}
 #if __CUDA_ARCH__ >= 900
 __device__ inline int cluster_rank() {
     int rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
 }
 __device__ inline int cluster_size() {
     int size;
-    asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
     return size;
 }
-// All threads of the cluster; what they wrote to shared memory, their own and others', is seen after it.
+// All threads of the cluster.
 __device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-// Where an address in this thread block's shared memory lies in that of another one of the cluster.
-template <typename T>
-__device__ T* peer(T* in_shared, int rank) {
-    std::uint64_t address;
-    asm volatile("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(in_shared), "r"(rank));
-    return reinterpret_cast<T*>(address);
+
+// By one thread, before the thread's fence and a barrier of the cluster.
+__device__ inline void begin_counting(StoreCounter* counter) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(counter)) : "memory");
+}
+__device__ inline void fence_counters() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+// By one thread in each phase: how many bytes come.
+__device__ inline void expect_stores(StoreCounter* counter, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(counter)), "r"(bytes)
+                 : "memory");
+}
+// Until a phase has ended; what has been counted in it is then seen. Not with the scope of a cluster: ptxas would empty
+// L1 each time, where the weights are and what has come is not.
+__device__ inline void wait_for_stores(StoreCounter* counter, bool odd) {
+    asm volatile(
+        "{.reg .pred ended; again: mbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1; @!ended bra again;}" ::"r"(
+            shared_address(counter)),
+        "r"(static_cast<unsigned>(odd))
+        : "memory");
+}
+// If `stores`, by a predicate: *place = value in the shared memory of the cluster's thread block `rank`, some time
+// later, counted there with 4 bytes.
+__device__ inline void store_async(void* place, unsigned value, StoreCounter* counter, int rank, bool stores) {
+    unsigned to, counted;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(place)), "r"(rank));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counted) : "r"(shared_address(counter)), "r"(rank));
+    asm volatile(
+        "{.reg .pred stores; setp.ne.b32 stores, %3, 0;"
+        " @stores st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];}" ::"r"(to),
+        "r"(value), "r"(counted), "r"(static_cast<int>(stores)));
 }
 #else
 __device__ inline int cluster_rank() { return 0; }
 __device__ inline int cluster_size() { return 1; }
 __device__ inline void cluster_arrive() { __syncthreads(); }
 __device__ inline void cluster_wait() {}
-template <typename T>
-__device__ T* peer(T* in_shared, int) {
-    return in_shared;
-}
+__device__ inline void begin_counting(StoreCounter*) {}
+__device__ inline void fence_counters() {}
+__device__ inline void expect_stores(StoreCounter*, int) {}
+__device__ inline void wait_for_stores(StoreCounter*, bool) {}
+__device__ inline void store_async(void*, unsigned, StoreCounter*, int, bool) {}
 #endif
 
 }  // namespace skipnet::cuda

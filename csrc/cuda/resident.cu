@@ -8,10 +8,11 @@
 // weights stream from L2 without a stop, half a convolution or more ahead, past gates and barriers, without taking
 // shared memory; where a block turns out to be skipped, what came for it is dropped. Why so: docs/cuda-design.md.
 //
-// Or a cluster of thread blocks takes an image (kClustered): each holds all of its planes and computes a part of the
-// regions, whose results it writes to all of them; gates are computed by each. Not a bit differs. No plan chooses it.
+// Or a cluster of thread blocks takes an image (kClustered): each computes a band of every plane, and stores to others
+// the rows that they read, too, and what they pool; gates are computed by each. Not a bit differs. No plan chooses it.
 //
-// An output is the sum over channels (chunks of 16), columns and rows of the kernel, in this order, whatever the batch.
+// An output is the sum of its bias, then over channels (chunks of 16), columns and rows of the kernel, then of what
+// stands in its place, in this order, whatever the batch.
 //
 // The phases are those of every engine: stem, gate_step, compact, run_block, head.
 #include "resident.h"
@@ -29,33 +30,37 @@ namespace skipnet::cuda {
 namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kMaxImages = 4;  // of a thread block; their decisions are a word
-constexpr int kStrip = 8;      // columns of a region
-constexpr int kChunk = 16;     // input channels that a tensor core sums over, and output channels of a warp
-constexpr int kLine = 128;     // bytes: planes begin at multiples
-constexpr int kZeros = 0;      // where in shared memory a line of zeros lies, for pixels outside of a plane
+constexpr int kMaxImages = 4;   // of a thread block; their decisions are a word
+constexpr int kMaxCluster = 4;  // thread blocks; as many lanes have a sum
+constexpr int kStrip = 8;       // columns of a region
+constexpr int kChunk = 16;      // input channels that a tensor core sums over, and output channels of a warp
+constexpr int kLine = 128;      // bytes: planes begin at multiples
+constexpr int kRow = 1024;      // bytes of a row of a whole plane: 32x32, 16x16 and 8x8 ones have them
+constexpr int kZeros = 0;       // where in shared memory zeros lie, for pixels outside of a plane: lines kRow apart
+constexpr int kZeroLines = 6;
 constexpr int kMostChannels = stage_channels(kMaxStages - 1);
 constexpr int kEmbeddings = 4;            // for a gate, the next one, and two more on their way
 constexpr int kProducts = kMaxUnits + 4;  // floats between two images' products: in different banks
 constexpr unsigned kAllLanes = ~0u;
 
-template <typename Element>
-__device__ float low_of(unsigned pair) {
-    return to_float(Element{static_cast<std::uint16_t>(pair)});
-}
-template <typename Element>
-__device__ float high_of(unsigned pair) {
-    return to_float(Element{static_cast<std::uint16_t>(pair >> 16)});
-}
-
 constexpr SKIPNET_HD int rounded_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 constexpr SKIPNET_HD int quotient_up(int value, int divisor) { return (value + divisor - 1) / divisor; }
 
-// Rows of a region. Such that the regions and channels of 32x32, 16x16 and 8x8 planes keep all warps busy.
+// Rows of a band, of which 32x32, 16x16 and 8x8 planes have four. A pool is a sum over pieces of a band and 8 columns.
+constexpr SKIPNET_HD int band_rows(int channels) { return 128 / channels; }
+
 constexpr SKIPNET_HD int region_rows(int channels) { return channels == 64 ? 4 : 8; }
-constexpr SKIPNET_HD int regions_of(int channels, int height, int width) {
-    return quotient_up(height, region_rows(channels)) * quotient_up(width, kStrip);
-}
+
+// A warp's share of a convolution's output: regions, and some of the output channels. Such that the shares of 32x32,
+// 16x16 and 8x8 planes keep all warps busy, those of one thread block or, with one piece for each, of four.
+template <int kChannels, bool kClustered>
+struct Share {
+    static constexpr int kRows = kClustered ? band_rows(kChannels) : region_rows(kChannels);
+    static constexpr int kBands = kRows / band_rows(kChannels);
+    static constexpr int kEighths = kClustered ? 1 : 2;         // 8 output channels each
+    static constexpr int kSlices = kChannels / (8 * kEighths);  // warps with the same pixels
+    static constexpr int kWorkers = kWarps / kSlices;           // warps with the same channels
+};
 
 // Bytes of a plane, [height, width rounded up to 8, channels].
 constexpr SKIPNET_HD int plane_bytes(int channels, int height, int width) {
@@ -70,7 +75,7 @@ struct SharedLayout {
     int features;    // [warps, kMostChannels]: pooled activations, a copy for each warp that computes with them
     int ahead;       // [2, kMaxImages, kMaxUnits] of float4: what the input adds to the next gate's four sums
     int products;    // [kMaxImages, kProducts]: whose sum is a logit
-    int sums;        // [images, regions, channels]: of each region's pixels
+    int sums;        // [images, pieces, channels]: of each piece's pixels; two in turn in a cluster
     int sums_of;     // bytes of an image's
     int pooled;      // [images, channels], for the head
     int decisions;   // [gates, kMaxImages]: whether an image executes the block after a gate
@@ -83,10 +88,13 @@ struct SharedLayout {
 
 // At the start of shared memory.
 struct Control {
-    uint4 zeros[kLine / 16];
-    int turn;   // that the thread block takes next
-    int first;  // of its images
+    uint4 zeros[kLine / 16];    // the first line of them
+    uint4 identity[32];         // a lane's operand: the 16x16 identity, or halves of it
+    StoreCounter exchanges[3];  // in a cluster: of rows alone, and two in turn of rows and sums
+    int turn;                   // that the thread block takes next
+    int first;                  // of its images
 };
+static_assert(sizeof(Control) <= kRow, "before the second line of zeros");
 
 SKIPNET_HD int lstm_floats(const ResidentNetwork& network) {
     const int n = network.hidden;
@@ -96,16 +104,16 @@ SKIPNET_HD int embedding_floats(const ResidentNetwork& network, int stage) {
     return rounded_up(network.embed * stage_channels(stage) + network.embed, 4);
 }
 
-SharedLayout shared_layout(const ResidentNetwork& network, int images) {
+SharedLayout shared_layout(const ResidentNetwork& network, int images, bool clustered) {
     int planes[kMaxStages] = {}, most_sums = 0;
     for (int stage = 0; stage < network.stages; ++stage) {
         const ResidentStage& at = network.stage[stage];
         planes[stage] = plane_bytes(stage_channels(stage), at.height, at.width);
-        const int sums = regions_of(stage_channels(stage), at.height, at.width) * stage_channels(stage);
+        const int sums = rounded_up(at.pieces, 2 * at.strips) * stage_channels(stage);
         if (sums > most_sums) most_sums = sums;
     }
     SharedLayout layout{};
-    int end = rounded_up(sizeof(Control), kLine);
+    int end = (kZeroLines - 1) * kRow + kLine;
     const auto place = [&](int bytes) {
         const int at = end;
         end = rounded_up(at + bytes, kLine);
@@ -119,7 +127,7 @@ SharedLayout shared_layout(const ResidentNetwork& network, int images) {
     layout.ahead = place(network.embed ? 2 * kMaxImages * kMaxUnits * 16 : 0);
     layout.products = place(network.embed ? kMaxImages * kProducts * 4 : 0);
     layout.sums_of = rounded_up(most_sums * 4, kLine);
-    layout.sums = place(images * layout.sums_of);
+    layout.sums = place((clustered ? 2 : images) * layout.sums_of);
     layout.pooled = place(images * channels * 4);
     layout.decisions = place(network.embed ? network.blocks * kMaxImages : 0);
     layout.logits = place(network.embed ? network.blocks * kMaxImages * 4 : 0);
@@ -141,31 +149,34 @@ constexpr SKIPNET_HD int fragment_bytes(int in, int out) { return in * out * 2; 
 
 // Where a lane's part of a convolution's weights lies; null if there is no convolution.
 struct Source {
-    const uint4* fragments;
+    const uint2* fragments;
     const float2* biases;
 };
 
 // A warp's weights of a convolution: for each chunk of input channels and each tap of the kernel the fragment of 16
-// input by 16 output channels. In memory, `uint4 fragments[out / 16][in / 16][taps][32 lanes]`: a lane's B operands of
-// two mma, in the PTX ISA's layout. And the biases of what a lane gets from each of the two.
-template <int kIn, int kTaps>
+// input by 8 or 16 output channels. In memory, `uint4 fragments[out / 16][in / 16][taps][32 lanes]`: a lane's B
+// operands of two mma, in the PTX ISA's layout. And the biases of what a lane gets from each of them.
+template <int kIn, int kTaps, int kEighths>
 struct Weights {
     static constexpr int kChunks = kIn / kChunk;
-    uint4 of[kChunks][kTaps];
-    float2 biases[2];
+    std::conditional_t<kEighths == 2, uint4, uint2> of[kChunks][kTaps];
+    float2 biases[kEighths];
 
-    // Of the 16 output channels `tile`.
-    static __device__ Source at(const void* fragments, const float* biases, int tile, int lane) {
-        return {static_cast<const uint4*>(fragments) + tile * kChunks * kTaps * 32 + lane,
-                reinterpret_cast<const float2*>(biases) + tile * kChunk / 2 + lane % 4};
+    // Of the warps' share number `slice` of the output channels.
+    static __device__ Source at(const void* fragments, const float* biases, int slice, int lane) {
+        const int eighth = slice * kEighths;
+        return {static_cast<const uint2*>(fragments) + (eighth / 2 * kChunks * kTaps * 32 + lane) * 2 + eighth % 2,
+                reinterpret_cast<const float2*>(biases) + eighth * 4 + lane % 4};
     }
 
     __device__ void load_biases(const Source& from, bool loads) {
-        load_global(biases[0], from.biases, loads);
-        load_global(biases[1], from.biases + 4, loads);
+#pragma unroll
+        for (int n = 0; n < kEighths; ++n) load_global(biases[n], from.biases + 4 * n, loads);
     }
     __device__ void load(const Source& from, int chunk, int tap, bool loads) {
-        load_global(of[chunk][tap], from.fragments + (chunk * kTaps + tap) * 32, loads);
+        auto& fragment = of[chunk][tap];
+        using Fragment = std::remove_reference_t<decltype(fragment)>;
+        load_global(fragment, reinterpret_cast<const Fragment*>(from.fragments + (chunk * kTaps + tap) * 64), loads);
     }
     __device__ void load(const Source& from) {
         load_biases(from, true);
@@ -175,6 +186,13 @@ struct Weights {
             for (int tap = 0; tap < kTaps; ++tap) load(from, chunk, tap, true);
     }
 };
+__device__ inline void operands_of(const uint2& fragment, unsigned (&b)[1][2]) {
+    b[0][0] = fragment.x, b[0][1] = fragment.y;
+}
+__device__ inline void operands_of(const uint4& fragment, unsigned (&b)[2][2]) {
+    b[0][0] = fragment.x, b[0][1] = fragment.y;
+    b[1][0] = fragment.z, b[1][1] = fragment.w;
+}
 
 // What a convolution reads and writes: planes, from the start of an image's memory.
 struct Planes {
@@ -207,12 +225,25 @@ Turns turns_of(int batch, const ResidentPlan& plan) {
     return {workers, each / rounds, each % rounds};
 }
 
+// How the thread blocks of a cluster share an image: bands of its planes, as many in every stage.
+struct Bands {
+    int all;
+    int own;      // of a thread block
+    int sharers;  // thread blocks that have some; others have nothing to do
+};
+
+Bands bands_of(const ResidentNetwork& network, int cluster) {
+    const int all = quotient_up(network.height, band_rows(stage_channels(0))), own = quotient_up(all, cluster);
+    return {all, own, quotient_up(all, own)};
+}
+
 // A thread block on its way through the network.
 template <typename Element, bool kClustered>
 struct ForwardPass {
     const ResidentNetwork& network;
     const ResidentCall& call;
     const SharedLayout& layout;
+    const Bands& bands;
     unsigned char* shared;
     int warp, lane;
     int count = 0;                     // of images, from control().first on
@@ -220,24 +251,24 @@ struct ForwardPass {
     int index = 0;                     // of the gate that is next
     float hidden = 0.0f, cell = 0.0f;  // warp i has image i's LSTM state, a unit a lane
 
-    __device__ int blocks_of_image() const { return kClustered ? cluster_size() : 1; }
-    __device__ int rank() const { return kClustered ? cluster_rank() : 0; }  // among them
-    // To all thread blocks that share the image.
-    template <typename T>
-    __device__ void broadcast(T* place, T value) const {
-        if (!kClustered) *place = value;
-        for (int other = 0; kClustered && other < blocks_of_image(); ++other) *peer(place, other) = value;
-    }
-    // Until what has been written is there for all thread blocks that share the image.
-    __device__ void barrier() const {
-        if (!kClustered) return __syncthreads();
-        cluster_arrive();
-        cluster_wait();
-    }
+    int exchanged = 0, pooled_by_all = 0;  // a cluster's exchanges so far: of rows alone, of rows and sums
+
+    __device__ int rank() const { return kClustered ? cluster_rank() : 0; }  // among thread blocks that share an image
     __device__ unsigned all_images() const { return (1u << count) - 1; }
     __device__ Control& control() const { return *reinterpret_cast<Control*>(shared + kZeros); }
     __device__ unsigned char* image(int i) const { return shared + layout.images + i * layout.image; }
-    __device__ float* sums(int i) const { return reinterpret_cast<float*>(shared + layout.sums + i * layout.sums_of); }
+    // Written by a convolution; a cluster has two places in turn.
+    __device__ float* next_sums(int i) const {
+        const int place = kClustered ? pooled_by_all % 2 : i;
+        return reinterpret_cast<float*>(shared + layout.sums + place * layout.sums_of);
+    }
+    __device__ const float* sums(int i) const {
+        const int place = kClustered ? (pooled_by_all + 1) % 2 : i;
+        return reinterpret_cast<const float*>(shared + layout.sums + place * layout.sums_of);
+    }
+    __device__ StoreCounter* exchange(bool pools) const {
+        return control().exchanges + (pools ? 1 + pooled_by_all % 2 : 0);
+    }
     __device__ bool* decisions(int gate) const {
         return reinterpret_cast<bool*>(shared + layout.decisions) + gate * kMaxImages;
     }
@@ -281,80 +312,94 @@ struct ForwardPass {
 
     template <int kStage>
     __device__ void fetch_embedding(int gate, int block);
+    template <int kChannels>
+    __device__ void await_others(const ResidentStage& stage, bool pools);
     template <int kTogether>
     __device__ float pooled(int stage, int i, int channel, int begin = 0, int step = 1) const;
     template <int kIn, int kOut, int kStride, int kKernel>
-    __device__ void convolve(Weights<kIn, kKernel * kKernel>& weights, const Source& next, unsigned images,
-                             const Planes& planes, bool closes);
-    template <int kOut, int kPairs, bool kProjects, bool kWhole, bool kCloses>
-    __device__ void finish_region(const float (&sum)[kPairs][2][4], const float2 (&biases)[2], int i, int row0,
-                                  int column0, int region, const Planes& planes);
+    __device__ void convolve(Weights<kIn, kKernel * kKernel, kClustered ? 1 : 2>& weights, const Source& next,
+                             unsigned images, const Planes& planes, bool closes);
+    template <int kOut, bool kProjects, bool kWhole, bool kCloses, int kPairs, int kEighths>
+    __device__ void finish_region(float (&sum)[kPairs][kEighths][4], int i, int row0, int column0,
+                                  const Planes& planes);
 };
 
 // relu(convolution + bias) for the images of a mask, which has some. One that `closes` a block adds what stands in its
-// output's plane; it and a projection, which has no ReLU, leave each region's sums. `next`, if there is one, replaces
+// output's plane; it and a projection, which has no ReLU, leave each piece's sums. `next`, if there is one, replaces
 // the weights.
 template <typename Element, bool kClustered>
 template <int kIn, int kOut, int kStride, int kKernel>
-__device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(Weights<kIn, kKernel * kKernel>& weights,
-                                                                           const Source& next, unsigned images,
-                                                                           const Planes& planes, bool closes) {
+__device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(
+    Weights<kIn, kKernel * kKernel, kClustered ? 1 : 2>& weights, const Source& next, unsigned images,
+    const Planes& planes, bool closes) {
+    using Own = Share<kOut, kClustered>;
     constexpr bool kProjects = kKernel == 1;
-    constexpr int kTiles = kOut / kChunk, kWorkers = kWarps / kTiles;  // warps that share 16 output channels
-    constexpr int kRows = region_rows(kOut), kPairs = kRows / 2;
+    constexpr int kRows = Own::kRows, kPairs = kRows / 2;
     constexpr int kStep = kProjects ? kStride : 1;  // between the input's rows that are read
     // Rows p and p + kPairs of the output are one product's; so are the rows that they come from, kApart from each
     // other.
     constexpr int kApart = kStride * kPairs, kNext = kProjects ? 1 : kStride;
     constexpr int kSources = kNext * (kPairs - 1) + kKernel;
-    static_assert(kTiles * kWorkers == kWarps && kRows % 2 == 0 && (kKernel == 1 || kKernel == 3));
+    static_assert(Own::kSlices * Own::kWorkers == kWarps && kRows % 2 == 0 && (kKernel == 1 || kKernel == 3));
 
-    const int worker = warp / kTiles * blocks_of_image() + rank(), workers = kWorkers * blocks_of_image();
-    const int strips = planes.stage.strips, regions = planes.stage.regions;
-    const int from_pitch = rounded_up(planes.from_width, kStrip), line = from_pitch * 2 * kIn;  // bytes of a row
+    const int strips = planes.stage.strips;
+    const int first = rank() * bands.own * strips + warp / Own::kSlices;
+    const int end = kClustered ? min((rank() + 1) * bands.own * strips, planes.stage.pieces) : planes.stage.regions;
     const bool whole = planes.stage.whole;
-    const float2 biases[2] = {weights.biases[0], weights.biases[1]};
 
     unsigned left = images;
-    int region = worker;
-    if (region >= regions) return;  // none for this warp, in the whole stage: it has no need of the next weights
+    int region = first;
+    if (region >= end) return;  // none for this warp, in the whole stage: it has no need of the next weights
     do {
         const int i = __ffs(left) - 1;
         const int row = region * planes.stage.inverse >> 16;  // of regions
         const int row0 = row * kRows, column0 = (region - row * strips) * kStrip;
         // The regions of an image, then the next image's.
-        const int region_after = region + workers;
-        const bool image_done = region_after >= regions;
+        const int region_after = region + Own::kWorkers;
+        const bool image_done = region_after >= end;
         const unsigned left_after = image_done ? left & (left - 1) : left;
         const bool refill = !left_after && next.fragments;
 
-        float sum[kPairs][2][4] = {};  // of two rows and 8 output channels, as the tensor core leaves it
+        float sum[kPairs][Own::kEighths][4];  // of two rows and 8 output channels, as the tensor core leaves it
+#pragma unroll
+        for (auto& pair : sum)
+#pragma unroll
+            for (int n = 0; n < Own::kEighths; ++n)
+#pragma unroll
+                for (int at = 0; at < 4; ++at) pair[n][at] = at % 2 ? weights.biases[n].y : weights.biases[n].x;
         const int from = layout.images + i * layout.image + planes.from;
         // ldmatrix: lanes 0-7 and 8-15 give eight pixels of a row and of its partner, the others their upper 8
         // channels. What comes is a product's operand as it is, in registers side by side.
         const int begin = kStride * row0 - kKernel / 2 + lane / 8 % 2 * kApart;
         const auto multiply = [&](auto whole_plane) {
+            const int from_pitch = whole_plane.value ? kRow / (2 * kIn) : rounded_up(planes.from_width, kStrip);
+            const int line = from_pitch * 2 * kIn;  // bytes of a row
             // A chunk of input channels and a column of the kernel make a step. Its operands come while the tensor
             // cores are busy with the step before, where registers are left for them.
-            constexpr int kSteps = Weights<kIn, kKernel * kKernel>::kChunks * kKernel;
-            constexpr int kBuffers = kClustered || kIn == 64 ? 1 : 2;
+            constexpr int kSteps = kIn / kChunk * kKernel;
+            constexpr int kBuffers = !kClustered && kIn == 64 ? 1 : 2;
             unsigned operands[kBuffers][kSources][4];
+            // In a whole plane an address serves all rows, and zeros where it is outside of the columns. But a region's
+            // first and last rows may be outside, too.
+            constexpr bool kConstantRows = whole_plane.value && kStride == 1;
+            static_assert(!kConstantRows || kSources <= kZeroLines);
             const auto load_operands = [&](int number) {
                 const int chunk = number / kKernel, dx = number % kKernel;
                 const int column = kStride * (column0 + lane % 8) + dx - kKernel / 2;
-                const bool column_inside = static_cast<unsigned>(column) < static_cast<unsigned>(planes.from_width);
+                const bool column_inside = (kConstantRows && dx == 1) ||
+                                           static_cast<unsigned>(column) < static_cast<unsigned>(planes.from_width);
                 const int byte = byte_of<kIn>(0, column, from_pitch, lane / 16) ^ chunk * 32;
-                // Outside of the plane zeros, of the same banks: eight pixels still come from all of them.
-                const int zeros = kZeros + (byte & (kLine - 16));
-                const int place = column_inside ? from + begin * line + byte : zeros;
-                const int step = column_inside ? kStep * line : 0;
+                // Outside of the plane zeros, of the same banks: eight pixels still come from all of them. Those of a
+                // row outside may read the same ones.
+                const int place = column_inside ? from + begin * line + byte : kZeros + (byte & (kLine - 16));
+                const int step = kConstantRows || column_inside ? kStep * line : 0;
 #pragma unroll
                 for (int s = 0; s < kSources; ++s) {
-                    // In a whole plane a region's inner rows have rows on both sides.
-                    const bool sure = whole_plane.value && kStride == 1 && 0 < s && s < kSources - 1;
+                    const bool sure = kConstantRows && 0 < s && s < kSources - 1;
                     const bool inside =
                         sure || static_cast<unsigned>(begin + s * kStep) < static_cast<unsigned>(planes.from_height);
-                    ldmatrix_x4(shared + (inside ? place + s * step : zeros), operands[number % kBuffers][s]);
+                    const int row = (inside ? place : kZeros) + (kConstantRows || inside ? s * step : 0);
+                    ldmatrix_x4(shared + row, operands[number % kBuffers][s]);
                 }
             };
             if (kBuffers == 2) load_operands(0);
@@ -363,26 +408,25 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(Weigh
                 const int chunk = number / kKernel, dx = number % kKernel;
                 const int loaded = number + kBuffers - 1;
                 if (loaded < kSteps) load_operands(loaded);
+                if (number + 1 == kSteps) weights.load_biases(next, refill);
 #pragma unroll
                 for (int dy = 0; dy < kKernel; ++dy) {
                     const int tap = dy * kKernel + dx;
-                    const uint4 weight = weights.of[chunk][tap];
-                    const unsigned b[2][2] = {{weight.x, weight.y}, {weight.z, weight.w}};
+                    unsigned b[Own::kEighths][2];
+                    operands_of(weights.of[chunk][tap], b);
 #pragma unroll
-                    for (int p = 0; p < kPairs; ++p) {
-                        mma_m16n8k16<Element>(sum[p][0], operands[number % kBuffers][kNext * p + dy], b[0]);
-                        mma_m16n8k16<Element>(sum[p][1], operands[number % kBuffers][kNext * p + dy], b[1]);
-                    }
+                    for (int p = 0; p < kPairs; ++p)
+#pragma unroll
+                        for (int n = 0; n < Own::kEighths; ++n)
+                            mma_m16n8k16<Element>(sum[p][n], operands[number % kBuffers][kNext * p + dy], b[n]);
                     weights.load(next, chunk, tap, refill);
                 }
-                if (number + 1 == kSteps) weights.load_biases(next, refill);
                 __syncwarp();  // keeps these loads here, among the products
             }
         };
         // Codes for each kind of plane and of end, so that none has a branch of its own.
         const auto finish = [&](auto whole_plane, auto closes_block) {
-            finish_region<kOut, kPairs, kProjects, whole_plane.value, closes_block.value>(sum, biases, i, row0, column0,
-                                                                                          region, planes);
+            finish_region<kOut, kProjects, whole_plane.value, closes_block.value>(sum, i, row0, column0, planes);
         };
         using Yes = std::true_type;
         using No = std::false_type;
@@ -395,59 +439,106 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(Weigh
         };
         whole ? compute(Yes()) : compute(No());
         left = left_after;
-        region = image_done ? worker : region_after;
+        region = image_done ? first : region_after;
     } while (left);
 }
 
-// What follows a region's products: bias, what stands in the place if it closes a block, ReLU but for a projection, and
-// the region's sums where they are pooled. All that has to be loaded is loaded first.
+// What follows a region's products: what stands in the place if it closes a block, ReLU but for a projection, and the
+// pieces' sums where they are pooled. Tensor cores do both, by products with the identity, which are exact.
 template <typename Element, bool kClustered>
-template <int kOut, int kPairs, bool kProjects, bool kWhole, bool kCloses>
-__device__ __forceinline__ void ForwardPass<Element, kClustered>::finish_region(const float (&sum)[kPairs][2][4],
-                                                                                const float2 (&biases)[2], int i,
-                                                                                int row0, int column0, int region,
+template <int kOut, bool kProjects, bool kWhole, bool kCloses, int kPairs, int kEighths>
+__device__ __forceinline__ void ForwardPass<Element, kClustered>::finish_region(float (&sum)[kPairs][kEighths][4],
+                                                                                int i, int row0, int column0,
                                                                                 const Planes& planes) {
-    constexpr int kRows = 2 * kPairs;
-    const int tile = warp % (kOut / kChunk), pitch = planes.stage.strips * kStrip, line = pitch * 2 * kOut;
-    const int column = column0 + lane / 4;
-    const auto inside = [&](int row) {
-        return kWhole || (row0 + row < planes.stage.height && column < planes.stage.width);
+    using Own = Share<kOut, kClustered>;
+    constexpr int kRows = Own::kRows, kBands = Own::kBands, kBandRows = kRows / kBands;
+    constexpr bool kPools = kProjects || kCloses;
+    const ResidentStage& stage = planes.stage;
+    const int eighth = warp % Own::kSlices * kEighths;
+    const int pitch = kWhole ? kRow / (2 * kOut) : stage.strips * kStrip, line = pitch * 2 * kOut;
+    const auto inside = [&](int row, int column) {
+        return kWhole || (row0 + row < stage.height && column < stage.width);
     };
-    // Of 8 channels each.
-    unsigned char* places[2];
+    unsigned char* plane = image(i) + planes.to;
+    const uint4 identity = kPools ? control().identity[lane] : uint4();
+    const unsigned halves[2][2] = {{identity.x, identity.y}, {identity.z, identity.w}};
+    if (kCloses) {
+        unsigned before[kPairs][4];
 #pragma unroll
-    for (int n = 0; n < 2; ++n)
-        places[n] = image(i) + planes.to + byte_of<kOut>(row0, column, pitch, tile * 2 + n) + lane % 4 * 4;
-    const auto both = [&](int row, int n) { return reinterpret_cast<unsigned*>(places[n] + row * line); };
-
-    unsigned before[kRows][2] = {};
-#pragma unroll
-    for (int row = 0; row < kRows; ++row)
-#pragma unroll
-        for (int n = 0; n < 2; ++n)
-            if (kCloses && inside(row)) before[row][n] = *both(row, n);
-    float totals[4] = {};
-#pragma unroll
-    for (int row = 0; row < kRows; ++row)
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-            if (!inside(row)) continue;
-            const float* products = sum[row % kPairs][n] + row / kPairs * 2;
-            float low = products[0] + biases[n].x, high = products[1] + biases[n].y;
-            if (kCloses) low += low_of<Element>(before[row][n]), high += high_of<Element>(before[row][n]);
-            const unsigned rounded = kProjects ? pack<Element>(low, high) : pack_relu<Element>(low, high);
-            broadcast(both(row, n), rounded);
-            if (kProjects || kCloses) {
-                totals[2 * n] += low_of<Element>(rounded);
-                totals[2 * n + 1] += high_of<Element>(rounded);
-            }
+        for (int p = 0; p < kPairs; ++p) {
+            const int row = p + lane / 8 % 2 * kPairs, column = column0 + lane % 8;
+            const bool here = inside(row, column) && (kEighths == 2 || lane < 16);
+            const int byte = byte_of<kOut>(row0 + row, column, pitch, eighth + lane / 16 % kEighths);
+            ldmatrix_x4(here ? plane + byte : shared + kZeros + (byte & (kLine - 16)), before[p]);
         }
-    if (kProjects || kCloses) {
-        static_assert(holder<16, 4, 4>(1) == 8 && holder<16, 4, 4>(2) == 16);
-        const float total = spread_sums<16, 4>(totals, lane);
-        const int channel = tile * kChunk + lane / 16 * 8 + lane % 4 * 2 + lane / 8 % 2;
-        if (lane / 4 % 2 == 0) broadcast(sums(i) + region * kOut + channel, total);
+#pragma unroll
+        for (int p = 0; p < kPairs; ++p)
+#pragma unroll
+            for (int n = 0; n < kEighths; ++n) mma_m16n8k16<Element>(sum[p][n], before[p], halves[n]);
     }
+    const int column = column0 + lane / 4;
+    unsigned rounded[kRows][2] = {};  // of 8 channels each
+#pragma unroll
+    for (int n = 0; n < kEighths; ++n) {
+        unsigned char* place = plane + byte_of<kOut>(row0, column, pitch, eighth + n) + lane % 4 * 4;
+#pragma unroll
+        for (int row = 0; row < kRows; ++row) {
+            if (!inside(row, column)) continue;
+            const float* both = sum[row % kPairs][n] + row / kPairs * 2;
+            rounded[row][n] = kProjects ? pack<Element>(both[0], both[1]) : pack_relu<Element>(both[0], both[1]);
+            *reinterpret_cast<unsigned*>(place + row * line) = rounded[row][n];
+        }
+    }
+    if (kClustered) {  // the neighbours' convolutions read a row more than they have
+        unsigned char* place = plane + byte_of<kOut>(row0, column, pitch, eighth) + lane % 4 * 4;
+        StoreCounter* counted = exchange(kPools);
+        const int above = rank() * bands.own * kRows, below = above + (bands.own - 1) * kRows;
+        const bool to_above = rank() > 0 && row0 == above, to_below = rank() + 1 < bands.sharers && row0 == below;
+        store_async(place, rounded[0][0], counted, rank() - 1, to_above && inside(0, column));
+        store_async(place + (kRows - 1) * line, rounded[kRows - 1][0], counted, rank() + 1,
+                    to_below && inside(0, column));
+    }
+    if (kPools) {
+        // With the identity on the left a row is transposed: a lane gets two pixels of channels lane / 4 and + 8.
+        const unsigned transposing[4] = {identity.x, identity.y, identity.z, identity.w};
+        float totals[kBands][2][4] = {};
+#pragma unroll
+        for (int row = 0; row < kRows; ++row)
+            mma_m16n8k16<Element>(totals[row / kBandRows][row % 2], transposing, rounded[row]);
+        float values[kBands * kEighths];
+#pragma unroll
+        for (int at = 0; at < kBands * kEighths; ++at) {
+            const auto& [even, odd] = totals[at / kEighths];
+            const int n = at % kEighths * 2;
+            values[at] = (even[n] + even[n + 1]) + (odd[n] + odd[n + 1]);
+        }
+        const float total = spread_sums<2, 1>(values, lane);
+        const int held = lane / (4 / (kBands * kEighths)) % (kBands * kEighths);
+        const int band = row0 / kBandRows + held / kEighths;
+        const int at = (band * stage.strips + column0 / kStrip) * kOut + (eighth + held % kEighths) * 8 + lane / 4;
+        float* place = next_sums(i) + at;
+        // In a cluster each of the four lanes that have a sum stores it to one thread block.
+        if (kClustered ? lane % kMaxCluster == rank() : lane % (4 / (kBands * kEighths)) == 0) *place = total;
+        if (kClustered)
+            store_async(place, __float_as_uint(total), exchange(true), lane % kMaxCluster,
+                        lane % kMaxCluster != rank() && lane % kMaxCluster < bands.sharers);
+    }
+}
+
+// Until the others of a cluster have stored what they share of a convolution's output: the rows next to this thread
+// block's and, where it pools, sums. What it takes in may be overwritten by nobody before that: whoever writes it has
+// waited for what this thread block stores when it has read it.
+template <typename Element, bool kClustered>
+template <int kChannels>
+__device__ __forceinline__ void ForwardPass<Element, kClustered>::await_others(const ResidentStage& stage, bool pools) {
+    if (!kClustered) return;
+    const int rows = (rank() > 0) + (rank() + 1 < bands.sharers);
+    const int others = bands.all - min(bands.own, bands.all - rank() * bands.own);
+    StoreCounter* counter = exchange(pools);
+    if (threadIdx.x == 0)
+        expect_stores(counter, rows * stage.width * kChannels * 2 + pools * others * stage.strips * kChannels * 4);
+    wait_for_stores(counter, (pools ? pooled_by_all / 2 : exchanged) % 2);
+    pools ? ++pooled_by_all : ++exchanged;
 }
 
 // The images into planes of 16 channels, and the first convolution.
@@ -456,10 +547,13 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::stem() {
     const int height = network.height, width = network.width, pixels = height * width;
     const int pitch = rounded_up(width, kStrip);
     const ResidentStage& stage = network.stage[0];
-    Weights<16, 9> weights;
-    weights.load(weights.at(network.stem, network.stem_bias, 0, lane));
-    for (int at = threadIdx.x; at < count * pixels; at += kThreads) {
-        const int i = at / pixels, pixel = at % pixels;
+    Weights<16, 9, kClustered ? 1 : 2> weights;
+    weights.load(weights.at(network.stem, network.stem_bias, warp % Share<16, kClustered>::kSlices, lane));
+    // In a cluster its own rows, and those next to them.
+    const int rows = bands.own * band_rows(16), above = kClustered ? max(rank() * rows - 1, 0) : 0;
+    const int taken = kClustered ? (min((rank() + 1) * rows + 1, height) - above) * width : pixels;
+    for (int at = threadIdx.x; at < count * taken; at += kThreads) {
+        const int i = at / taken, pixel = above * width + at % taken;
         const auto* from = static_cast<const Element*>(call.images) +
                            static_cast<std::size_t>(control().first + i) * network.in * pixels + pixel;
         unsigned char* to = image(i) + layout.inner[0];
@@ -474,10 +568,11 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::stem() {
                 make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
         }
     }
-    barrier();
+    __syncthreads();
     const Planes planes{layout.inner[0], height, width, layout.x[0], stage};
     convolve<16, 16, 1, 3>(weights, {}, all_images(), planes, false);
-    barrier();
+    await_others<16>(stage, false);
+    __syncthreads();
 }
 
 // A stage's first block where the activation changes its shape: its first convolution for the images that execute,
@@ -487,20 +582,22 @@ template <int kStage>
 __device__ __forceinline__ void ForwardPass<Element, kClustered>::enter_stage() {
     constexpr int kOut = stage_channels(kStage), kIn = kOut / 2;
     const ResidentStage &before = network.stage[kStage - 1], &stage = network.stage[kStage];
-    const int tile = warp % (kOut / kChunk);
-    if (kClustered) barrier();  // others may still be reading the sums that the projection writes
+    const int slice = warp % Share<kOut, kClustered>::kSlices;
+    constexpr int kEighths = Share<kOut, kClustered>::kEighths;
     Planes planes{layout.x[kStage - 1], before.height, before.width, layout.inner[kStage], stage};
     if (executing) {
-        Weights<kIn, 9> weights;
-        weights.load(weights.at(stage.entry, stage.entry_bias, tile, lane));
+        Weights<kIn, 9, kEighths> weights;
+        weights.load(weights.at(stage.entry, stage.entry_bias, slice, lane));
         convolve<kIn, kOut, 2, 3>(weights, {}, executing, planes, false);
     }
-    Weights<kIn, 1> weights;
+    Weights<kIn, 1, kEighths> weights;
     const auto* projection = static_cast<const unsigned char*>(stage.entry) + 9 * fragment_bytes(kIn, kOut);
-    weights.load(weights.at(projection, stage.entry_bias + kOut, tile, lane));
+    weights.load(weights.at(projection, stage.entry_bias + kOut, slice, lane));
     planes.to = layout.x[kStage];
     convolve<kIn, kOut, 2, 1>(weights, {}, all_images(), planes, false);
-    barrier();
+    if (executing) await_others<kOut>(stage, false);
+    await_others<kOut>(stage, true);
+    __syncthreads();
 }
 
 // run_block for all of a stage's residual blocks, each followed by its gate.
@@ -509,20 +606,20 @@ template <int kStage>
 __device__ __forceinline__ void ForwardPass<Element, kClustered>::run_stage() {
     constexpr int kChannels = stage_channels(kStage);
     constexpr int kEntry = kStage > 0;  // the first block's first convolution is not among `inner`
-    using Inner = Weights<kChannels, 9>;
+    using Own = Share<kChannels, kClustered>;
+    using Inner = Weights<kChannels, 9, Own::kEighths>;
     const ResidentStage& stage = network.stage[kStage];
     const int convolutions = 2 * stage.blocks - kEntry;
     const auto source = [&](int number) {
         if (number >= convolutions) return Source{};
         return Inner::at(
             static_cast<const unsigned char*>(stage.inner) + number * 9 * fragment_bytes(kChannels, kChannels),
-            stage.inner_bias + number * kChannels, warp % (kChannels / kChunk), lane);
+            stage.inner_bias + number * kChannels, warp % Own::kSlices, lane);
     };
 
     Inner weights;
     if (kEntry) enter_stage<kStage == 0 ? 1 : kStage>();
-    constexpr bool kEarly = !kClustered || kChannels < 64;  // a cluster's kernel has no registers left to hold them
-    if (kEarly) weights.load(source(0));
+    weights.load(source(0));
     for (int block = 0; block < stage.blocks; ++block) {
         const int end = 2 * (block + 1) - kEntry;  // the next block's first convolution
         if (executing) {
@@ -530,12 +627,11 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::run_stage() {
                 const bool closes = number == end - 1;
                 const Planes planes{closes ? layout.inner[kStage] : layout.x[kStage], stage.height, stage.width,
                                     closes ? layout.x[kStage] : layout.inner[kStage], stage};
-                if (!kEarly) weights.load(source(number));
-                convolve<kChannels, kChannels, 1, 3>(weights, source(kEarly ? number + 1 : convolutions), executing,
-                                                     planes, closes);
-                if (!closes) barrier();
+                convolve<kChannels, kChannels, 1, 3>(weights, source(number + 1), executing, planes, closes);
+                await_others<kChannels>(stage, closes);
+                if (!closes) __syncthreads();
             }
-        } else if (kEarly && end < convolutions) {
+        } else if (end < convolutions) {
             weights.load(source(end));
         }
         gate_step<kStage>(block);
@@ -560,26 +656,26 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::fetch_embeddin
     cp_async_commit();
 }
 
-// Average over an image's pixels; or the share that some regions have in it. So many of their sums are loaded before
+// Average over an image's pixels; or the share that some pieces have in it. So many of their sums are loaded before
 // anything waits for one.
 template <typename Element, bool kClustered>
 template <int kTogether>
 __device__ __forceinline__ float ForwardPass<Element, kClustered>::pooled(int stage, int i, int channel, int begin,
                                                                           int step) const {
     const ResidentStage& at = network.stage[stage];
-    const int channels = stage_channels(stage), regions = at.regions;
+    const int channels = stage_channels(stage);
     const float* sum = sums(i) + channel;
     float parts[kTogether];
 #pragma unroll
     for (int k = 0; k < kTogether; ++k) {
-        const int region = begin + k * step;
-        parts[k] = region < regions ? sum[region * channels] : 0.0f;
+        const int piece = begin + k * step;
+        parts[k] = piece < at.pieces ? sum[piece * channels] : 0.0f;
     }
     float total = 0.0f;
 #pragma unroll
     for (int k = 0; k < kTogether; ++k) total += parts[k];
 #pragma unroll 1
-    for (int region = begin + kTogether * step; region < regions; region += step) total += sum[region * channels];
+    for (int piece = begin + kTogether * step; piece < at.pieces; piece += step) total += sum[piece * channels];
     return total * at.share;
 }
 
@@ -609,7 +705,7 @@ template <int kStage>
 __device__ __forceinline__ void ForwardPass<Element, kClustered>::pool_features(int i) const {
     constexpr int kChannels = stage_channels(kStage);
     constexpr int kLanes = kChannels < 32 ? kChannels : 32;  // that have a channel of their own; others share them
-    constexpr int kTogether = 8 >> kStage;                   // a lane's part of what the published networks have
+    constexpr int kTogether = kChannels < 64 ? 8 : 4;        // a lane's part of what the published networks have
 #pragma unroll
     for (int part = 0; part < kChannels; part += kLanes) {
         const int channel = part + lane % kLanes;
@@ -705,7 +801,7 @@ template <typename Element, bool kClustered>
 template <int kStage>
 __device__ __forceinline__ void ForwardPass<Element, kClustered>::gate_step(int block) {
     cp_async_wait<kEmbeddings - 3>();
-    barrier();  // for the block's output and sums, and two embeddings
+    __syncthreads();  // for the block's output and sums, and two embeddings
     if (index < call.num_gates)
         executing =
             network.embed == 10 && network.hidden == 10 ? rnn_gate<kStage, 10>(block) : rnn_gate<kStage, 0>(block);
@@ -787,10 +883,25 @@ __device__ __forceinline__ bool ForwardPass<Element, kClustered>::take(int turn,
 
 template <typename Element, bool kClustered>
 __device__ __forceinline__ void ForwardPass<Element, kClustered>::run(const Turns& turns) {
-    if (threadIdx.x < kLine / 16) control().zeros[threadIdx.x] = make_uint4(0, 0, 0, 0);
+    if (kClustered) {
+        if (threadIdx.x == 0) {
+            for (StoreCounter& counter : control().exchanges) begin_counting(&counter);
+            fence_counters();
+        }
+        cluster_arrive(), cluster_wait();  // nobody stores to a thread block before it counts
+        if (rank() >= bands.sharers) return;
+    }
+    if (threadIdx.x < kZeroLines * kLine / 16)
+        *reinterpret_cast<uint4*>(shared + kZeros + threadIdx.x / (kLine / 16) * kRow +
+                                  threadIdx.x % (kLine / 16) * 16) = make_uint4(0, 0, 0, 0);
+    if (threadIdx.x < 32) {
+        const int right = lane / 4 - lane % 4 * 2;  // of a lane's two columns, the diagonal's place
+        const unsigned two = pack<Element>(right == 0, right == 1);
+        control().identity[lane] = make_uint4(two, 0, 0, two);
+    }
     for (int at = threadIdx.x; at < lstm_floats(network); at += kThreads)
         reinterpret_cast<float*>(shared + layout.lstm)[at] = network.lstm[at];
-    for (int turn = static_cast<int>(blockIdx.x) / blocks_of_image(); take(turn, turns);) {
+    for (int turn = static_cast<int>(blockIdx.x) / (kClustered ? cluster_size() : 1); take(turn, turns);) {
         executing = all_images();
         index = 0;
         hidden = cell = 0.0f;
@@ -810,13 +921,15 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::run(const Turn
 
 template <typename Element, bool kClustered>
 __global__ void __launch_bounds__(kThreads, 1)
-    resident(const ResidentNetwork network, const ResidentCall call, const SharedLayout layout, const Turns turns) {
+    resident(const ResidentNetwork network, const ResidentCall call, const SharedLayout layout, const Turns turns,
+             const Bands bands) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
     if (kClustered) return;  // never launched
 #endif
     ForwardPass<Element, kClustered>{network,
                                      call,
                                      layout,
+                                     bands,
                                      shared_memory(),
                                      __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x / 32), 0),  // known uniform
                                      static_cast<int>(threadIdx.x % 32)}
@@ -857,9 +970,10 @@ ResidentWeights lay_out(ResidentNetwork& network, const void* fragments, const f
         stage.height = height, stage.width = width;
         stage.share = 1.0f / static_cast<float>(height * width);
         stage.strips = quotient_up(width, kStrip);
-        stage.regions = regions_of(channels, height, width);
+        stage.regions = quotient_up(height, region_rows(channels)) * stage.strips;
+        stage.pieces = quotient_up(height, band_rows(channels)) * stage.strips;
         stage.inverse = 65536 / stage.strips + 1;
-        stage.whole = height % region_rows(channels) == 0 && width % kStrip == 0;
+        stage.whole = height % region_rows(channels) == 0 && width * channels * 2 == kRow;
         stage.inner = convolutions(static_cast<std::size_t>(inner) * 9 * fragment_bytes(channels, channels));
         stage.inner_bias = parameters(static_cast<std::size_t>(inner) * channels);
         if (network.embed)
@@ -870,7 +984,9 @@ ResidentWeights lay_out(ResidentNetwork& network, const void* fragments, const f
     return used;
 }
 
-int resident_shared_memory(const ResidentNetwork& network, int images) { return shared_layout(network, images).total; }
+int resident_shared_memory(const ResidentNetwork& network, int images) {
+    return shared_layout(network, images, false).total;
+}
 
 ResidentDevice place_resident(const ResidentNetwork& network) {
     for (const bool clustered : {false, true}) allow_shared_memory(kernel_of(network, clustered));
@@ -892,16 +1008,18 @@ ResidentPlan plan_resident(const ResidentNetwork& network, int batch, const Resi
 void run_resident(const ResidentNetwork& network, const ResidentCall& call, const ResidentPlan& plan, Stream stream) {
     check(plan.images >= 1 && plan.images <= kMaxImages, "plan: expected 1 to ", kMaxImages, " images, got ",
           plan.images);
-    check(plan.cluster == 1 || !plan.dynamic, "plan: clusters take one round");
+    check(plan.cluster >= 1 && plan.cluster <= kMaxCluster, "plan: expected clusters of 1 to ", kMaxCluster, ", got ",
+          plan.cluster);
+    check(plan.cluster == 1 || (plan.images == 1 && !plan.dynamic), "plan: clusters take one image and one round");
     check(!plan.dynamic || call.work_counter, "work_counter: needed for ", call.batch, " images");
     check(network.element != ElementType::float32, "element: expected 16 bits");
     if (call.batch == 0) return;
-    const SharedLayout layout = shared_layout(network, plan.images);
+    const SharedLayout layout = shared_layout(network, plan.images, plan.cluster > 1);
     const Grid grid{dim3(plan.blocks), dim3(kThreads), static_cast<std::size_t>(layout.total), plan.cluster, true};
     ResidentCall counted = call;
     if (call.forced) counted.forced_count = min(call.num_gates, network.blocks - 1);
     launch("resident", kernel_of(network, plan.cluster > 1), grid, stream, network, counted, layout,
-           turns_of(call.batch, plan));
+           turns_of(call.batch, plan), bands_of(network, plan.cluster));
 }
 
 }  // namespace skipnet::cuda

@@ -21,8 +21,9 @@ struct ResidentStage {
     int height, width;        // of its activations; set by lay_out
     float share;              // of a pixel in an average; set by lay_out
     int strips, regions;      // regions side by side, and all of them; set by lay_out
+    int pieces;               // whose sums make a pool; set by lay_out
     int inverse;              // of strips, times 2^16: regions are so few that it divides by them; set by lay_out
-    int whole;                // whether no region has a pixel outside; set by lay_out
+    int whole;                // whether no region has a pixel outside, and rows are 1 KiB; set by lay_out
     const void* entry;        // where a stage begins anew: its first block's first convolution, then the projection
     const float* entry_bias;  // [2, channels], of both
     const void* inner;        // all other 3x3 convolutions in order: 2 * blocks, or one less after an entry

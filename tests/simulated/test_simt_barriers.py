@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import test_simt_gathered_conv
-import test_simt_resident
 import torch
 from object_cache import ROOT
 from simt import CSRC, SimtError, build, library
@@ -21,8 +20,8 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 # What is taken out, one at a time.
 GATE = r"__sync(threads|warp)\(\);|__threadfence\(\);"
 CONVOLUTION = GATE + r"|cp_async_wait<.*>\(\);"
-# But for what `barrier` consists of, and the one that only a cluster has: no order of threads shows the need of it.
-RESIDENT = r"^(?!.*(return|kClustered)).*((\bbarrier|__syncthreads|cp_async_wait<.*>)\(\);|__syncwarp\(\);$)"
+RESIDENT = (r"__syncthreads\(\);|cp_async_wait<.*>\(\);|__syncwarp\(\);$|wait_for_stores\(|fence_counters\(\);"
+            r"|cluster_arrive\(\)")
 GATE_SOURCES = "cuda/compaction.cuh", "cuda/gate_step.cuh"
 CONVOLUTION_SOURCES = "cuda/arrival.cuh", "cuda/gathered_conv.cu"
 
@@ -110,18 +109,14 @@ def resident_results():
     """Of thread blocks that take one image after another, and of clusters that share one; all the same bits."""
     images, routing = images_of("8", 3), routings("8", 3)["mixed"]
     for seed in range(6):
-        for spread in (dict(at_a_time=2, multiprocessors=1), dict(cluster=2)):
+        for spread in (dict(at_a_time=2, multiprocessors=1), dict(cluster=2), dict(cluster=4)):
             yield lambda seed=seed, spread=spread: simulate(model("8"), images, torch.float16, routing=routing,
                                                             last_gate=True, seed=seed, **spread)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("source", "line"), places(RESIDENT, "cuda/resident.cu"))
-def test_without_one_the_resident_strategy_fails(source, line, monkeypatch):
-    """Its `barrier` is a function of its own, so that the harness sees one place only: each call gets a condition."""
-    condition = "if (!simt::removal.covers(simt::Site::here()))"
-    removable = build_changed("resident", r"\bbarrier\(\);", f"{condition} barrier();")
-    monkeypatch.setattr(test_simt_resident, "library", lambda name: removable)
+def test_without_one_the_resident_strategy_fails(source, line):
     results = list(resident_results())
     expected = results[0]()
 
@@ -129,5 +124,5 @@ def test_without_one_the_resident_strategy_fails(source, line, monkeypatch):
         assert same_bits(result(), expected)
 
     assert not any(fails(lambda result=result: check(result)) for result in results)
-    with removable.without(source, line):
+    with library("resident").without(source, line):
         assert any(fails(lambda result=result: check(result)) for result in results)

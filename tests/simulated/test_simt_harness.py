@@ -1,6 +1,8 @@
 """The harness that runs CUDA sources on the CPU: it accepts what is right and catches what is wrong."""
 
+import re
 import shutil
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -9,9 +11,18 @@ from simt import SimtError, library
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
-(NONE, BARRIER, COPY_WAIT, SHARED_BOUNDS, GLOBAL_BOUNDS, UNWRITTEN, DIVERGENT, EARLY_EXIT, WARP, MAPA, SPIN, RELEASE,
- ACQUIRE, LATE_RELEASE, NO_WAIT, HASTY_MIDDLE) = range(16)
+(NONE, BARRIER, COPY_WAIT, SHARED_BOUNDS, GLOBAL_BOUNDS, UNWRITTEN, DIVERGENT, EARLY_EXIT, WARP, HASTY_END, SPIN,
+ RELEASE, ACQUIRE, LATE_RELEASE, NO_WAIT, HASTY_MIDDLE, COUNTER_FENCE) = range(17)
 SEEDS = range(8)
+
+
+@contextmanager
+def suppress_and_keep(messages):
+    """An error's message goes on a list."""
+    try:
+        yield
+    except SimtError as error:
+        messages.append(str(error))
 
 
 def rotate(seed, fault, blocks=5):
@@ -64,37 +75,43 @@ def test_out_of_bounds():
                for error in caught)
 
 
+def pass_on(seed, fault, cluster=4):
+    """What 16 blocks have got from the next one of their cluster, and should have."""
+    faults = library("faults")
+    faults.configure(seed)
+    out = faults.empty((16, 32, 2))
+    faults("run_pass_on", out, 16, cluster, fault)
+    following = np.roll(np.arange(16).reshape(-1, cluster), -1, axis=1).reshape(16, 1, 1)
+    return out.copy(), np.broadcast_to(2 * following + np.arange(2), out.shape)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("cluster", [1, 2, 8])
 def test_clusters(seed, cluster):
-    faults = library("faults")
-    faults.configure(seed)
-    out = faults.empty(16)
-    faults("run_pass_on", out, 16, cluster, NONE)
-    blocks = np.arange(16).reshape(-1, cluster)
-    np.testing.assert_array_equal(out, np.roll(blocks, -1, axis=1).ravel())
+    out, expected = pass_on(seed, NONE, cluster)
+    np.testing.assert_array_equal(out, expected)
 
 
-def test_a_cluster_without_a_barrier():
-    faults = library("faults")
+def test_a_store_that_nobody_waits_for_has_not_come():
     for seed in SEEDS:
-        faults.configure(seed)
-        out = faults.empty(16)
-        faults("run_pass_on", out, 16, 4, BARRIER)
-        assert np.isnan(out).any()
+        out, expected = pass_on(seed, NO_WAIT)
+        np.testing.assert_array_equal(out[..., 0], expected[..., 0])
+        assert np.isnan(out[..., 1]).any()
 
 
-def test_reading_a_block_that_has_ended():
-    """Shows in the orders of threads in which it has."""
-    faults, messages = library("faults"), []
-    for seed in range(50):
-        faults.configure(seed)
-        try:
-            faults("run_pass_on", faults.empty(16), 16, 4, MAPA)
-        except SimtError as error:
-            messages.append(str(error))
+@pytest.mark.parametrize(("fault", "message"), [
+    (BARRIER, "nothing is counted there yet|no fence and barrier of the cluster"),
+    (COUNTER_FENCE, "no fence and barrier of the cluster"),
+    (HASTY_END, "a block ends before what is stored to it has come|block . has ended"),
+])
+def test_a_cluster_that_does_not_agree(fault, message):
+    """Storing to a block that does not count yet, or has ended, shows in the orders of threads in which it is so."""
+    messages = []
+    for seed in range(20):
+        with suppress_and_keep(messages):
+            pass_on(seed, fault)
     assert messages
-    assert all("after the block's end" in message for message in messages)
+    assert all(re.search(message, each) for each in messages), messages
 
 
 @pytest.mark.parametrize("seed", SEEDS)

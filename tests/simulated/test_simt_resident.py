@@ -19,9 +19,10 @@ from skipnet_rt.model.packing import pack
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
-# Depth 8 and 14 with the published widths, and what is padded: widths, columns, rows, channels of the image.
+# Depth 8 and 14 with the published widths, whose planes have the published rows, and what is padded: widths, columns,
+# rows, channels of the image.
 NETWORKS = {
-    "8": SkipNetArch("cifar", "basic", (1, 1, 1), (16, 32, 64), "rnn", image_size=(16, 16)),
+    "8": SkipNetArch("cifar", "basic", (1, 1, 1), (16, 32, 64), "rnn", image_size=(16, 32)),
     "14": SkipNetArch("cifar", "basic", (2, 2, 2), (16, 32, 64), "rnn", image_size=(32, 32)),
     "narrow": SkipNetArch("cifar", "basic", (3, 2, 2), (8, 12, 16), "rnn", num_classes=7, image_size=(16, 16)),
     "two groups": SkipNetArch("cifar", "basic", (2, 2), (8, 16), "rnn", "reinforced", image_size=(8, 12),

@@ -18,13 +18,14 @@ enum Fault {
     divergent,
     early_exit,
     warp,
-    mapa,
+    hasty_end,
     spin,
     release,
     acquire,
     late_release,
     no_wait,
-    hasty_middle
+    hasty_middle,
+    counter_fence
 };
 
 // out[i] = the sum of x's 128-element block, rotated by one: through shared memory, cp.async and a warp's shuffles.
@@ -52,19 +53,31 @@ __global__ void rotate(const float* x, float* out, int fault) {
     out[fault == global_bounds ? thread + 1 : thread] = even_lanes ? values[next] + 0.0f * sum : 0.0f;
 }
 
-// out[block] = the value of the next block of the cluster, by distributed shared memory.
+// out[block, lane, turn] = 2 next + turn where `next` is the next block of the cluster, by distributed shared memory.
 __global__ void pass_on(float* out, int fault) {
-    float* value = reinterpret_cast<float*>(shared_memory());
-    const int size = cluster_size();
-    if (threadIdx.x == 0) *value = static_cast<float>(blockIdx.x);
+    auto* counters = reinterpret_cast<StoreCounter*>(shared_memory());  // in turn
+    auto* values = reinterpret_cast<unsigned*>(counters + 2);           // [lane, turn]
+    const int lane = threadIdx.x, size = cluster_size();
+    if (lane == 0) {
+        for (int turn = 0; turn < 2; ++turn) begin_counting(counters + turn);
+        if (fault != counter_fence) fence_counters();
+    }
     if (fault != barrier) {
         cluster_arrive();
         cluster_wait();
     }
-    if (threadIdx.x == 0) out[blockIdx.x] = *peer(value, (cluster_rank() + 1) % size);
-    if (fault == mapa) return;
-    cluster_arrive();
-    cluster_wait();
+    for (int turn = 0; turn < 2; ++turn) {
+        store_async(values + 2 * lane + turn, 2 * blockIdx.x + turn, counters + turn,
+                    (cluster_rank() + size - 1) % size, true);
+        if (lane == 0) expect_stores(counters + turn, 32 * 4);
+        if (fault == hasty_end) return;
+    }
+    for (int turn = 0; turn < 2; ++turn) {
+        if (fault != no_wait || turn == 0) wait_for_stores(counters + turn, false);
+        const unsigned value = values[2 * ((lane + 1) % 32) + turn];
+        out[(blockIdx.x * 32 + lane) * 2 + turn] = value == ~0u ? NAN : static_cast<float>(value);
+    }
+    if (fault == no_wait) wait_for_stores(counters + 1, false);
 }
 
 // Each block adds to the sum of the blocks before it, in the order of tickets.
@@ -131,7 +144,7 @@ const char* run_rotate(const float* x, float* out, int blocks, int fault) {
     return simt::report([=] { launch("rotate", rotate, {blocks, 128, 512}, nullptr, x, out, fault); });
 }
 const char* run_pass_on(float* out, int blocks, int cluster, int fault) {
-    return simt::report([=] { launch("pass_on", pass_on, {blocks, 32, 4, cluster}, nullptr, out, fault); });
+    return simt::report([=] { launch("pass_on", pass_on, {blocks, 32, 272, cluster}, nullptr, out, fault); });
 }
 const char* run_chain(int* ticket, int* sums, int blocks, int fault) {
     return simt::report([=] { launch("chain", chain, {blocks, 1}, nullptr, ticket, sums, fault); });

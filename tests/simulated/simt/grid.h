@@ -5,6 +5,7 @@
 
 #include <csetjmp>
 #include <functional>
+#include <limits>
 #include <map>
 #include <memory>
 #include <string>
@@ -73,6 +74,21 @@ struct Launch {
     bool complete() const { return ended == blocks; }
 };
 
+// What other blocks of the cluster have stored to a block and has not come yet.
+struct ComingStore {
+    unsigned char* to;
+    unsigned value;
+};
+
+// Counts the bytes of such stores, phase after phase.
+struct StoreCounterState {
+    int known_after = std::numeric_limits<int>::max();  // which barrier of the cluster others know of it
+    bool expected = false;                              // whether the phase's bytes have been announced
+    int bytes = 0, phase = 0;                           // still to come; below zero before they are announced
+    std::vector<ComingStore> coming;
+    std::vector<Fiber*> waiting;
+};
+
 struct Block {
     uint3 index{};
     int number = 0, rank = 0, threads = 0, running = 0;
@@ -83,6 +99,7 @@ struct Block {
     std::vector<Fiber*> fibers;
     Barrier barrier;
     std::vector<std::vector<Collective>> warps;
+    std::map<const void*, StoreCounterState> counters;  // by their place in shared memory
 };
 
 struct Cluster {

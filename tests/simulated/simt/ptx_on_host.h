@@ -157,11 +157,27 @@ inline void prefetch_to_l2(const void* from, unsigned bytes) {
 
 inline int cluster_rank() { return simt::cluster_rank(); }
 inline int cluster_size() { return simt::cluster_size(); }
-inline void cluster_arrive(simt::Site site = simt::Site::here()) { simt::cluster_arrive(site); }
-inline void cluster_wait(simt::Site site = simt::Site::here()) { simt::cluster_wait(site); }
-template <typename T>
-T* peer(T* in_shared, int rank, simt::Site site = simt::Site::here()) {
-    return static_cast<T*>(simt::peer(in_shared, rank, site));
+inline void cluster_arrive(simt::Site site = simt::Site::here()) {
+    if (!simt::removal.covers(site)) simt::cluster_arrive(site);
+}
+inline void cluster_wait(simt::Site site = simt::Site::here()) {
+    if (!simt::removal.covers(site)) simt::cluster_wait(site);
+}
+inline void begin_counting(StoreCounter* counter, simt::Site site = simt::Site::here()) {
+    simt::begin_counting(counter, site);
+}
+inline void fence_counters(simt::Site site = simt::Site::here()) {
+    if (!simt::removal.covers(site)) simt::fence_counters();
+}
+inline void expect_stores(StoreCounter* counter, int bytes, simt::Site site = simt::Site::here()) {
+    simt::expect_stores(counter, bytes, site);
+}
+inline void wait_for_stores(StoreCounter* counter, bool odd, simt::Site site = simt::Site::here()) {
+    if (!simt::removal.covers(site)) simt::wait_for_stores(counter, odd, site);
+}
+inline void store_async(void* place, unsigned value, StoreCounter* counter, int rank, bool stores,
+                        simt::Site site = simt::Site::here()) {
+    if (stores) simt::store_async(place, value, counter, rank, site);
 }
 
 }  // namespace skipnet::cuda

@@ -69,6 +69,7 @@ public:
         if (++idle_ > 1'000'000) fail("spins for ever");
         leave();
     }
+    std::size_t random(std::size_t below) { return random_() % below; }
     void perhaps_yield() {
         if (random_() % 4 == 0) yield(false);
     }
@@ -202,6 +203,9 @@ inline void Machine::end_thread(Fiber* fiber) {
     fiber->copy_groups.clear();
     spare_.push_back(fiber);
     if (--block.running == 0) {
+        for (const auto& [place, counter] : block.counters)
+            if (!counter.coming.empty())
+                error_ = "st.async: a block ends before what is stored to it has come" + whose();
         if (!block.shared->intact()) error_ = "shared memory: written outside the block's" + whose();
         block.shared->forbid();  // no other block of the cluster may look at it any more
         Launch& launch = *block.launch;

@@ -4,6 +4,8 @@
 //   - shared memory starts out as NaN and lies against a page that may not be touched, and so do the arrays of a test;
 //   - cp.async fills its destination with NaN and copies only when its group is waited for;
 //   - what a thread block leaves to others with __stcg is NaN to them, read by __ldcg, until a fence on each side;
+//   - what is stored to another thread block of a cluster is NaN there until somebody waits for it, and comes in any
+//   order;
 //   - a barrier that not all threads reach, or reach at different lines, a warp operation that lanes of its mask do not
 //     take part in, and threads that wait for ever are errors that say who waits where.
 //
@@ -15,12 +17,13 @@
 //   grid.h            threads, thread blocks, clusters, and who waits
 //   weak_memory.h     which stores a thread may count on
 //   scheduler.h       fibers and their order
-//   barriers.h  shared_memory.h  async_copy.h  warp.h  tensor_cores.h  atomics.h
+//   barriers.h  shared_memory.h  async_copy.h  cluster_stores.h  warp.h  tensor_cores.h  atomics.h
 //   cuda_functions.h  __syncthreads and the like
 //   exports.h         what Python calls
 #pragma once
 
 #include "async_copy.h"
+#include "cluster_stores.h"
 #include "cuda_functions.h"
 #include "exports.h"
 #include "tensor_cores.h"
