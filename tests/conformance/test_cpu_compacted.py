@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from networks import small_images, small_model
+from networks import relative_error, small_images, small_model, with_seeded_weights
 
+import skipnet_rt as srt
 from skipnet_rt.engines.cpu import CpuEngine
 from skipnet_rt.model.packing import pack
 
@@ -21,3 +22,20 @@ def test_a_batch_that_nobody_executes_and_one_that_all_do(name, torch_threads):
         for row in range(3):
             alone = engine.run(images[row:row + 1].contiguous(), routes[row:row + 1].t(), gates).logits
             assert torch.equal(alone[0], together[row])
+
+
+def test_large_maps_of_odd_sizes(torch_threads):
+    """A stem pooled in bands with an edge on every side, and more images than go through a block together."""
+    torch_threads(3)
+    arch = srt.SkipNetArch("imagenet", "bottleneck", (2, 1), (160, 16), "rnn", image_size=(93, 110))
+    model = with_seeded_weights(srt.build(arch), seed=5, gate_bias=0.0, gate_gain=1.0)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(6, 3, 93, 110, generator=generator)
+    routing = torch.rand(6, arch.num_gates, generator=generator) < 0.8
+    together = srt.compile(model, engine="cpu").infer(images, routing=routing).logits
+    expected = srt.compile(model, engine="eager").infer(images, routing=routing).logits
+    assert relative_error(together, expected) < 1e-5
+    torch_threads(1)
+    for row in range(6):
+        alone = srt.compile(model, engine="cpu").infer(images[row:row + 1], routing=routing[row:row + 1]).logits
+        assert torch.equal(alone[0], together[row])

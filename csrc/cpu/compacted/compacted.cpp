@@ -9,6 +9,7 @@
 
 #include "../batch_slice.h"
 #include "../variant.h"
+#include "pooled_stem.h"
 #include "standalone_conv.h"
 #include "winograd_nchwc.h"
 
@@ -49,6 +50,7 @@ struct ImageState {
 struct Scratch {
     Buffer own;
     std::vector<Run> runs;
+    BufferOf<Element> band;  // of the stem, where it is pooled
 };
 
 // What a slice needs. Made once, reused from call to call.
@@ -57,8 +59,11 @@ struct Workspace {
     std::vector<Decisions> decisions;  // [gates]
     BufferOf<Element> shared;          // of the layers
     Buffer image;                      // of one image at a time, in phases
-    BufferOf<Element> stem;            // of one image at a time, what is pooled
 };
+
+// Images go through a block together, and share a pass over its weights, as long as their activations take no more than
+// so many bytes: more would be in memory by the time that the next convolution reads them.
+constexpr std::size_t kTogetherBytes = 8 << 20;
 
 using Slice = BatchSlice<ImageState>;
 using States = ImageList<ImageState>;
@@ -69,26 +74,21 @@ struct Worker {
     Workspace& workspace;
     ThreadGroup group;
     Memory<VariantOperand> memory;
+    Element* stem_band;
 };
 
-// Maximum of kernel x kernel with stride 2 and padding (kernel - 1) / 2, NaN if any is; inputs are not negative, so a
-// border of zeros does no harm. The group shares the rows.
-void max_pool(int kernel, const Plane& in, const Element* from, const Plane& out, Element* to,
-              const ThreadGroup& group) {
-    const int pad = (kernel - 1) / 2;
+// Maximum of 2x2 with stride 2, NaN if any is. The group shares the rows.
+void max_pool(const Plane& in, const Element* from, const Plane& out, Element* to, const ThreadGroup& group) {
     group.share(out.blocks() * out.height, [&](int begin, int end) {
         for (int row = begin; row < end; ++row) {
             const int block = row / out.height, y = row % out.height;
-            const Element* corner = from + static_cast<std::ptrdiff_t>(block) * in.block() + in.at(2 * y - pad, -pad);
+            const Element* top = from + static_cast<std::ptrdiff_t>(block) * in.block() + in.at(2 * y, 0);
             Element* result = to + static_cast<std::ptrdiff_t>(block) * out.block() + out.at(y, 0);
-            for (int x = 0; x < out.width; ++x, corner += 2 * kWidth, result += kWidth) {
-                Vector most = VariantOperand::widen(corner);
-                for (int i = 0; i < kernel; ++i)
-                    for (int j = 0; j < kernel; ++j) {
-                        const Vector value = VariantOperand::widen(corner + i * in.row() + j * kWidth);
-                        most = most < value || value != value ? value : most;
-                    }
-                VariantOperand::narrow(result, most);
+            for (int x = 0; x < out.width; ++x, top += 2 * kWidth, result += kWidth) {
+                const auto row_of_two = [](const Element* left) {
+                    return larger(VariantOperand::widen(left), VariantOperand::widen(left + kWidth));
+                };
+                VariantOperand::narrow(result, larger(row_of_two(top), row_of_two(top + in.row())));
             }
         }
     });
@@ -112,6 +112,7 @@ public:
 private:
     enum class Use { activation, first, second };  // maps of one shape may be in use together
 
+    void run_together(const Worker& worker, int index, const States& executing) const;
     void run_layer(const ConvLayer& layer, const States& states, int from, int to, Buffer ImageState::* sums,
                    Finish finish, const Worker& worker) const;
     void feedforward_features(const Worker& worker, int index) const;
@@ -139,9 +140,8 @@ private:
 
     int classes_;
     PhasePlane image_;
-    Plane stem_plane_;
-    bool max_pool_;
-    std::unique_ptr<Layer<Float32, VariantOperand>> stem_;
+    std::unique_ptr<First<VariantOperand>> stem_;  // the one that the network has
+    std::unique_ptr<PooledStem<VariantOperand>> pooled_stem_;
     std::vector<Map> maps_;
     std::vector<Stage> stages_;
     std::vector<Block> blocks_;
@@ -164,8 +164,8 @@ int halved(int size) { return (size + 1) / 2; }
 
 Network::Network(const NetworkWeights& weights)
     : classes_(weights.classes),
-      image_{weights.height, weights.width, weights.stem.in, weights.stem.kernel, weights.stem.stride}, stem_plane_{},
-      max_pool_(weights.max_pool), gates_(weights) {
+      image_{weights.height, weights.width, weights.stem.in, weights.stem.kernel, weights.stem.stride},
+      gates_(weights) {
     const bool basic = !weights.blocks[0].bottleneck;
     const bool strided_gates = !weights.gates.empty() && !weights.gates[0].max_pool;
     const auto activation = [&](int height, int width, int channels) {
@@ -178,14 +178,12 @@ Network::Network(const NetworkWeights& weights)
     };
     const int stride = weights.stem.stride;
     const int height = (weights.height + stride - 1) / stride, width = (weights.width + stride - 1) / stride;
-    if (max_pool_) {
-        stem_plane_ = bordered(height, width, weights.stem.out, 2);
-        add_stage(activation(halved(height), halved(width), weights.stem.out));
-    } else {
-        stem_plane_ = activation(height, width, weights.stem.out);
-        add_stage(stem_plane_);
-    }
-    stem_ = make_first<VariantOperand>(weights.stem, image_, stem_plane_);
+    const int by = weights.max_pool ? 2 : 1;
+    add_stage(activation((height + by - 1) / by, (width + by - 1) / by, weights.stem.out));
+    if (weights.max_pool)
+        pooled_stem_ = std::make_unique<PooledStem<VariantOperand>>(weights.stem, image_, plane(stages_[0].x));
+    else
+        stem_ = make_first<VariantOperand>(weights.stem, image_, plane(stages_[0].x));
     for (std::size_t index = 0; index < weights.blocks.size(); ++index) {
         const BlockWeights& block = weights.blocks[index];
         const Plane x = plane(stages_.back().x);
@@ -280,12 +278,7 @@ auto Network::make_state() const -> ImageState {
 
 auto Network::acquire_workspace(const Call& call, int images) -> std::unique_ptr<Workspace> {
     std::unique_ptr<Workspace> workspace = workspaces_.acquire();
-    if (!workspace)
-        workspace.reset(new Workspace{{},
-                                      {},
-                                      BufferOf<Element>(max_shared_),
-                                      Buffer(image_.size()),
-                                      BufferOf<Element>(max_pool_ ? stem_plane_.size() : 0)});
+    if (!workspace) workspace.reset(new Workspace{{}, {}, BufferOf<Element>(max_shared_), Buffer(image_.size())});
     while (static_cast<int>(workspace->states.size()) < images) workspace->states.push_back(make_state());
     workspace->decisions.resize(call.num_gates);
     return workspace;
@@ -304,7 +297,8 @@ void Network::run(const Call& call) {
     std::unique_ptr<Team> team = teams_.acquire();
     if (!team) team = std::make_unique<Team>();
     while (static_cast<int>(team->scratch.size()) < threads.size())
-        team->scratch.push_back({Buffer(max_own_), std::vector<Run>(max_channels_ / kWidth)});
+        team->scratch.push_back({Buffer(max_own_), std::vector<Run>(max_channels_ / kWidth),
+                                 BufferOf<Element>(pooled_stem_ ? pooled_stem_->band() : 0)});
     RunContext context{
         *this, {*this, call, (call.batch + slices - 1) / slices, 1, threads.size()}, *team, threads.size()};
     threads.run(
@@ -318,7 +312,8 @@ void Network::run(const Call& call) {
                 forward(context.network, Worker{slice.images,
                                                 workspace,
                                                 group,
-                                                {workspace.shared.get(), scratch.own.get(), scratch.runs.data()}});
+                                                {workspace.shared.get(), scratch.own.get(), scratch.runs.data()},
+                                                scratch.band.get()});
             });
         },
         &context);
@@ -349,18 +344,21 @@ void Network::stem(const Worker& worker) const {
         const std::size_t from = static_cast<std::size_t>(worker.slice.first + i) * channels * height * width;
         group.share(channels * height, [&](int begin, int end) {
             for (int row = begin; row < end; ++row)
-                for (int x = 0; x < width; ++x)
-                    workspace.image.get()[image_.at(row / height, row % height, x)] =
-                        worker.slice.call.images[from + static_cast<std::size_t>(row) * width + x];
+                for (int phase = 0; phase < image_.stride; ++phase) {
+                    float* to = workspace.image.get() + image_.at(row / height, row % height, phase);
+                    for (int x = phase; x < width; x += image_.stride)
+                        *to++ = worker.slice.call.images[from + static_cast<std::size_t>(row) * width + x];
+                }
             if (begin > 0) return;
             state.pooled_after = -1;
             gates_.reset(state.gate);
         });
         const float* input = workspace.image.get();
         Element* x = state.maps[stages_[0].x].get();
-        Element* output = max_pool_ ? workspace.stem.get() : x;
-        stem_->run({&input, &output, nullptr, 1}, Finish::relu, group, {nullptr, nullptr, nullptr});
-        if (max_pool_) max_pool(3, stem_plane_, workspace.stem.get(), plane(stages_[0].x), x, group);
+        if (pooled_stem_)
+            pooled_stem_->run(input, x, worker.stem_band, group);
+        else
+            stem_->run({&input, &x, nullptr, 1}, Finish::relu, group, {});
     }
 }
 
@@ -388,7 +386,7 @@ void Network::feedforward_features(const Worker& worker, int index) const {
     if (gate.max_pool) {
         for (int i = 0; i < states.count; ++i) {
             std::vector<BufferOf<Element>>& maps = states.of[i]->maps;
-            max_pool(2, plane(from), maps[from].get(), plane(gate.pooled), maps[gate.pooled].get(), worker.group);
+            max_pool(plane(from), maps[from].get(), plane(gate.pooled), maps[gate.pooled].get(), worker.group);
         }
         from = gate.pooled;
     }
@@ -403,11 +401,27 @@ void Network::feedforward_features(const Worker& worker, int index) const {
 void Network::run_block(const Worker& worker, int index, const States& executing) const {
     const Block& block = blocks_[index];
     const int result = stages_[block.stage].x;
-    int from = result;
-    if (block.projection) {
-        from = stages_[block.stage - 1].x;
-        run_layer(*block.projection, worker.slice.all_images(), from, result, &ImageState::sums, Finish::none, worker);
-    }
+    const auto few_at_a_time = [&](const States& states, const auto& run) {
+        const int most = static_cast<int>(kTogetherBytes / (plane(result).size() * sizeof(Element)));
+        for (int first = 0; first < states.count;) {
+            States some;
+            while (first < states.count && (some.count == 0 || some.count < most)) some.add(*states.of[first++]);
+            run(some);
+        }
+    };
+    if (block.projection)
+        few_at_a_time(worker.slice.all_images(), [&](const States& some) {
+            run_layer(*block.projection, some, stages_[block.stage - 1].x, result, &ImageState::sums, Finish::none,
+                      worker);
+        });
+    few_at_a_time(executing, [&](const States& some) { run_together(worker, index, some); });
+}
+
+// The block's convolutions of some images.
+void Network::run_together(const Worker& worker, int index, const States& executing) const {
+    const Block& block = blocks_[index];
+    const int result = stages_[block.stage].x;
+    int from = block.projection ? stages_[block.stage - 1].x : result;
     for (std::size_t i = 0; i + 1 < block.layers.size(); ++i) {
         run_layer(*block.layers[i], executing, from, block.maps[i], nullptr, Finish::relu, worker);
         from = block.maps[i];
@@ -427,7 +441,7 @@ void Network::head(const Worker& worker) const {
         inputs[i] = slice.states[i].pooled.get();
         outputs[i] = slice.states[i].logits.get();
     }
-    head_->run({inputs, outputs, nullptr, slice.count}, Finish::none, worker.group, {nullptr, nullptr, nullptr});
+    head_->run({inputs, outputs, nullptr, slice.count}, Finish::none, worker.group, {});
     worker.group.share(slice.count, [&](int begin, int end) {
         for (int i = begin; i < end; ++i) {
             const ImageState& state = slice.states[i];

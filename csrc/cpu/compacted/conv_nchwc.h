@@ -49,6 +49,8 @@ struct Run {
     std::ptrdiff_t from;
 };
 
+constexpr int kLine = 64;  // bytes of a line of the cache
+
 // sums[t][k] += sum over runs r and i < Depth of x[runs[r].from + t * Step + i] * weight[r, i, k], in this order.
 template <typename Operand, int Step, int Depth, int T, int K>
 inline __attribute__((always_inline)) void multiply(
@@ -58,6 +60,12 @@ inline __attribute__((always_inline)) void multiply(
     static_assert(Depth % kPack == 0, "a run is whole packs");
     for (int r = 0; r < count; ++r) {
         const typename Operand::Element* from = x + runs[r].from;
+        if constexpr (Depth == kWidth) {  // runs are far apart, in no order that the processor foresees
+            constexpr int kApart = Step * sizeof(*x) < kLine ? kLine / (Step * sizeof(*x)) : 1;
+            const typename Operand::Element* later = x + runs[r + 2 < count ? r + 2 : r].from;
+#pragma GCC unroll 16
+            for (int t = 0; t < T; t += kApart) __builtin_prefetch(later + t * Step);
+        }
 #pragma GCC unroll 1
         for (int i = 0; i < Depth; i += kPack, weight += K * kWidth * kPack) {
             typename Operand::Pack w[K];
@@ -173,20 +181,38 @@ public:
         });
     }
 
+    // `count` rows of an output, from its row `to` on, of the input's outputs from row `from` on: by this thread alone.
+    void rows(const Element* input, int from, typename Out::Element* output, int to, int count, Finish finish) const {
+        const int across = strips_.across();
+        for (int i = 0; i < count * across; ++i)
+            for (int panel = 0; panel < panels_.count(); ++panel)
+                strip(input, from * across + i, output, to * across + i, nullptr, panel, finish);
+    }
+
     int parts() const override { return strips_.count(); }
 
 private:
     std::size_t depth() const { return runs_.size() * Depth; }
 
     void strip(const LayerImages<In, Out>& images, int image, int number, int panel, Finish finish) const {
-        const int row = number / strips_.across(), place = number % strips_.across();
-        const int begin = strips_.begin(place), pixels = strips_.begin(place + 1) - begin;
-        const Element* x = images.inputs[image] + static_cast<std::ptrdiff_t>(row) * first_row_ + begin * Step;
-        const Run* places = places_.data() + row * strips_.width + begin;
-        typename Out::Element* y = images.outputs[image];
-        float* sum = images.sums ? images.sums[image] + number * out_.channels : nullptr;
+        strip(images.inputs[image], number, images.outputs[image], number,
+              images.sums ? images.sums[image] + number * out_.channels : nullptr, panel, finish);
+    }
+
+    // From strip number `from` of an input to number `number` of an output.
+    void strip(const Element* input, int from, typename Out::Element* y, int number, float* sum, int panel,
+               Finish finish) const {
+        const int across = strips_.across(), begin = strips_.begin(number % across);
+        const int pixels = strips_.begin(number % across + 1) - begin;
+        const Element* x = input + static_cast<std::ptrdiff_t>(from / across) * first_row_ + begin * Step;
+        const Run* places = places_.data() + number / across * strips_.width + begin;
         with_block(pixels, panels_.width(panel), [&](auto t, auto k) {
             constexpr int T = decltype(t)::value, K = decltype(k)::value;
+            for (int j = 0; j < K; ++j)
+#pragma GCC unroll 16
+                for (int i = 0; i < T; ++i)  // for the end: where it is written to is in no near cache
+                    __builtin_prefetch(
+                        y + static_cast<std::ptrdiff_t>(panel * kPanel + j) * out_.block() + places[i].from, 1);
             Vector sums[T][K];
             for (int j = 0; j < K; ++j) {
                 const Vector bias = load(bias_.get() + (panel * kPanel + j) * kWidth);
@@ -271,8 +297,10 @@ struct PhasePlane {
 
 // Three channels do not pair: the products are float32's.
 template <typename Out>
-std::unique_ptr<Layer<Float32, Out>> make_first(const ConvolutionWeights& layer, const PhasePlane& in,
-                                                const Plane& out) {
+using First = Direct<Float32, Out, 1, 1>;
+
+template <typename Out>
+std::unique_ptr<First<Out>> make_first(const ConvolutionWeights& layer, const PhasePlane& in, const Plane& out) {
     const int kernel = layer.kernel, taps = kernel * kernel;
     const Panels panels{out.blocks()};
     const std::size_t depth = static_cast<std::size_t>(layer.in) * taps;
@@ -285,9 +313,8 @@ std::unique_ptr<Layer<Float32, Out>> make_first(const ConvolutionWeights& layer,
                     layer.weight[(static_cast<std::size_t>(o) * layer.in + c) * taps + tap];
             runs.push_back({in.at(c, tap / kernel - kernel / 2, tap % kernel - kernel / 2)});
         }
-    return std::make_unique<Direct<Float32, Out, 1, 1>>(Strips{out.height, out.width},
-                                                        in.stride * in.stride * in.columns(), std::move(runs), out,
-                                                        std::move(weight), packed_bias(layer));
+    return std::make_unique<First<Out>>(Strips{out.height, out.width}, in.stride * in.stride * in.columns(),
+                                        std::move(runs), out, std::move(weight), packed_bias(layer));
 }
 
 }  // namespace
