@@ -34,6 +34,7 @@ public:
     ThreadGroup() = default;  // alone
     ThreadGroup(int rank, int size, SharedWork& shared) : rank_(rank), size_(size), shared_(&shared) {}
 
+    int rank() const { return rank_; }
     int size() const { return size_; }
 
     // Has function(begin, end) called for all of 0 .. total - 1, in parts, by whoever of the group comes; returns when

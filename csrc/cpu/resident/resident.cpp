@@ -338,8 +338,12 @@ void Network::run_block(const Worker& worker, int index, const States& executing
                                       worker.scratch);
         direct_[block.first].run(planes_[stage - 1], before.of, inner.of, true, executing.count, group, worker.scratch);
     } else {
+        winograd_[block.last].announce(plane, executing.count, group, worker.scratch);
         winograd_[block.first].run(plane, x.of, inner.of, false, nullptr, executing.count, group, worker.scratch);
     }
+    // The next gate has not decided yet.
+    if (index + 1 < num_blocks() && !blocks_[index + 1].opens_stage)
+        winograd_[blocks_[index + 1].first].announce(plane, executing.count, group, worker.scratch);
     winograd_[block.last].run(plane, inner.of, x.of, true, sums.of, executing.count, group, worker.scratch);
 }
 
