@@ -34,7 +34,8 @@ void pause() {
 }
 
 constexpr int kPauses = 2048;            // some 20 microseconds: longer than threads that all run wait for each other
-constexpr microseconds kHeldUp(300);     // waited for so long, a thread has been stopped by the system
+constexpr microseconds kHeldUp(300);     // waited for so long, a thread has been stopped by the system,
+constexpr int kHeldUpShare = 20;         // if that is more than a 20th of the call so far: long units end far apart
 constexpr microseconds kLeastSpin(200);  // between calls, where spinning is welcome
 constexpr microseconds kMostAlone(100000);  // after having been held up
 
@@ -95,6 +96,7 @@ public:
     void held_up(microseconds waited) {
         if (waited < kHeldUp) return;
         const auto now = Clock::now();
+        if (waited * kHeldUpShare < now - begin_) return;
         const bool again = now < alone_until_ + 4 * alone_;
         alone_ = std::min(again ? 2 * alone_ : 4 * waited, kMostAlone);
         alone_until_ = now + alone_;
@@ -143,7 +145,8 @@ private:
     // Has workers spin for somewhat longer than calls have lately been apart, unless that is longer than they may.
     void note_call() {
         const int most = most_spin.load(std::memory_order_relaxed);
-        gaps_[calls_++ % kGaps] = std::chrono::duration_cast<microseconds>(Clock::now() - last_end_);
+        begin_ = Clock::now();
+        gaps_[calls_++ % kGaps] = std::chrono::duration_cast<microseconds>(begin_ - last_end_);
         microseconds longest = kLeastSpin;
         for (microseconds gap : gaps_)
             if (2 * gap.count() <= most) longest = std::max(longest, 2 * gap);
@@ -188,8 +191,8 @@ private:
     int kept_free_ = -1, informed_ = 0;  // a processor, and how many workers know
     microseconds gaps_[kGaps]{};         // between the last calls
     unsigned calls_ = 0;
-    Clock::time_point last_end_ = Clock::now(), alone_until_{};
-    microseconds alone_{};  // how long the last time without workers was
+    Clock::time_point begin_{}, last_end_ = Clock::now(), alone_until_{};  // of calls, and of going without workers
+    microseconds alone_{};                                                 // how long the last time without workers was
     std::atomic<std::int64_t> spin_{kLeastSpin.count()};
     alignas(64) std::atomic<Places> places_{{0, 0, 0}};
     int wanted_ = 0;
