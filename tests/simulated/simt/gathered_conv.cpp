@@ -5,7 +5,47 @@
 
 using namespace skipnet::cuda;
 
+namespace {
+
+// Whether some lanes of a warp, `at_once` of them side by side, meet a bank with pieces of so many floats.
+template <typename Offset>
+bool meet(int at_once, int floats, Offset offset) {
+    for (int first = 0; first < 32; first += at_once)
+        for (int lane = first; lane < first + at_once; ++lane)
+            for (int other = first; other < lane; ++other)
+                if (offset(lane) / floats % (32 / floats) == offset(other) / floats % (32 / floats)) return true;
+    return false;
+}
+
+// The product's way through shared memory: as tensor cores leave it, as the epilogue reads it.
+template <typename Tile>
+int staging_conflicts() {
+    const auto stored = [](int lane) { return lane / 4 * Tile::kStagingStride + Tile::staged(0) + lane % 4 * 2; };
+    const auto read = [](int lane) {
+        return lane / Tile::kColumns * Tile::kStagingStride + Tile::staged(lane % Tile::kColumns * kChannels);
+    };
+    return meet(16, 2, stored) + meet(8, 4, read);
+}
+
+}  // namespace
+
 extern "C" {
+
+// counts: [ldmatrix' phases, those that meet a bank twice, cp.async's, those that do] since the last call.
+const char* count_conflicts(int* counts) {
+    counts[0] = std::exchange(simt::ldmatrix_phases, 0);
+    counts[1] = std::exchange(simt::ldmatrix_conflicts, 0);
+    counts[2] = simt::copy_phases.phases;
+    counts[3] = simt::copy_phases.conflicts;
+    simt::copy_phases.clear();
+    simt::counts_copies = true;
+    return nullptr;
+}
+
+int count_staging_conflicts() {
+    return staging_conflicts<Narrow<Half>>() + staging_conflicts<Small<Half>>() +
+           staging_conflicts<Large<Half, false>>() + staging_conflicts<Large<Half, true>>();
+}
 
 const char* run_gathered_conv(int type, int in, int out, int kernel, int stride, const void* weight, const float* bias,
                               int batch, int height, int width, int* rows, int* count, bool gathers, bool scatters,
