@@ -38,7 +38,7 @@ def test_operands_meet_no_bank_twice(tile, element):
 
 
 def test_the_product_meets_no_bank_twice():
-    """As warps leave it and as the epilogue's threads read it."""
+    """As warps leave it and as the epilogue's threads read it, in the 64x64 tile and the 128x128 one."""
     assert library("compacted")._library.count_staging_conflicts() == 0
 
 

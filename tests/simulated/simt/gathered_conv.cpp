@@ -42,10 +42,8 @@ const char* count_conflicts(int* counts) {
     return nullptr;
 }
 
-int count_staging_conflicts() {
-    return staging_conflicts<Narrow<Half>>() + staging_conflicts<Small<Half>>() +
-           staging_conflicts<Large<Half, false>>() + staging_conflicts<Large<Half, true>>();
-}
+// Not of the narrow tile: with 32 columns either way has to meet a bank twice, and the epilogue's does.
+int count_staging_conflicts() { return staging_conflicts<Small<Half>>() + staging_conflicts<Large<Half, false>>(); }
 
 const char* run_gathered_conv(int type, int in, int out, int kernel, int stride, const void* weight, const float* bias,
                               int batch, int height, int width, int* rows, int* count, bool gathers, bool scatters,
