@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -175,12 +176,37 @@ def gathered_conv(code: Code, units: Units, warps: int, at_once: int, pools: int
     }
 
 
-def gate_step(code: Code, units: Units, warps: int) -> list[int]:
-    """One image's RNNGate from a kernel's start to its end, by how many channels a thread takes at a time: one, two,
-    four. Four warps, one to a scheduler, do so twice."""
-    loads = sorted(code.blocks, key=lambda block: code.count(block, "LDG"))[-3:]
-    return [round(replay(code.way(0, *[block] * (2 // warps), code.ends)[0], units, warps).cycles)
-            for block in sorted(loads, key=lambda block: code.count(block, "LDG"))]
+def gate_step(code: Code, units: Units, after: str) -> dict[str, object]:
+    """RNNGate from an instruction on (the last of its kind before the gate) to the kernel's end. For up to 256 channels
+    and for more: of an image alone, of one among several whose thread block lists them all; and what a further round
+    of loads adds, of an image's tiles and of its channels."""
+    # Where a thread takes four channels at a time and where it takes eight: the last round of loads, and all others.
+    first = code.having(LDG=8, LDS=10, FFMA=40)[::-1]
+    further = [[block for block in code.having(LDG=8, LDS=0, FADD=32) if block.start < loads.start][-1]
+               for loads in first]
+
+    def any_of(**kind: int) -> Callable[[int], bool]:
+        blocks = code.having(**kind)
+        return lambda at: any(block(at) for block in blocks)
+
+    rest = [any_of(SHFL=12), any_of(MUFU=2, FFMA=20), any_of(MUFU=2, STG=2), any_of(SHFL=5, FADD=4)]
+    listing = [any_of(MEMBAR=1), any_of(SHFL=5, FADD=0)]
+
+    def cycles(*places: Callable[[int], bool]) -> int:
+        ways = []
+        for start in (at for at, instruction in enumerate(code.instructions) if instruction.startswith(after)):
+            with suppress(ValueError):
+                ways.append(code.way(start, *places, code.ends)[0])
+        return round(replay(min(ways, key=len), units, 1).cycles)
+
+    alone = [cycles(loads, *rest) for loads in first]
+    return {
+        "alone": alone,
+        "listing": [cycles(loads, *rest, *listing) for loads in first],
+        "tiles": [cycles(more, loads, *rest) - base
+                  for loads, more, base in zip(first, further, alone, strict=True)],
+        "channels": cycles(first[1], first[1], *rest) - alone[1],
+    }
 
 
 # By a tile's sides: warps per scheduler of a thread block, thread blocks at once, pooled tiles.
@@ -191,15 +217,18 @@ TILES = {"128, 128, 2, 4, false": (2, 2, 2), "128, 128, 2, 4, true": (2, 1, 2), 
 def pieces(units: Units) -> dict[str, object]:
     """Of all kernels of a network in float16."""
     conv = kernels("gathered_conv.cu")
+    tail = Code(conv["gathered_conv_kernel<Tile<Half, 64, 64, 2, 2, true>, true>"])
     return {
         "resident": resident(Code(kernels("resident.cu")["resident<Half, false>"]), units),
         "cluster": resident(Code(kernels("resident.cu")["resident<Half, true>"]), units, cluster=True),
         "gathered_conv": {
             name: gathered_conv(Code(conv[f"gathered_conv_kernel<Tile<Half, {name}>, false>"]), units, *tile)
             for name, tile in TILES.items()},
-        "gate_step": gate_step(Code(kernels("gate_step.cu")["gate_step_kernel<Rnn<8>>"]), units, 2),
-        # In the tail of a block's last convolution, of an image that skips the block.
-        "gate_tail": gate_step(Code(conv["gathered_conv_kernel<Tile<Half, 64, 64, 2, 2, true>, true>"]), units, 1),
+        # In a launch of its own; in the tail of a block's last convolution where the image executes the block, once its
+        # last tile has arrived, and where it skips it. From griddepcontrol.wait on, or a barrier.
+        "gate_step": gate_step(Code(kernels("gate_step.cu")["gate_step_kernel<Rnn<true>>"]), units, "ACQBULK"),
+        "gate_tail": {state: gate_step(tail, units, after)
+                      for state, after in (("executed", "BAR.RED"), ("skipped", "ACQBULK"))},
     }
 
 

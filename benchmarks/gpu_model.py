@@ -26,6 +26,7 @@ CYCLES = Path(__file__).parent / "results" / "predicted" / "cycles.json"
 
 
 TO_L2 = 280  # cycles
+EMPTY = 600  # cycles of a convolution's launch that finds no image
 
 
 @cache
@@ -161,6 +162,14 @@ def resident(arch: SkipNetArch, device: Device, batch: int, share: float, cluste
     return Prediction(name, device.name, batch, (Part("launch", device.launch, "launches"), *parts))
 
 
+SMALL, SMALL_BYTES = "64, 64, 2, 2, true", 32 << 10  # the tile, and the shared memory it takes
+
+
+def _gate_bytes(channels: int) -> int:
+    """Of a gate's weights in shared memory."""
+    return 4 * (4 * 10 * 21 + 10 * channels)
+
+
 @dataclass(frozen=True)
 class Convolution:
     """A layer of the compacted strategy; channels, sides of the output in pixels."""
@@ -189,20 +198,26 @@ class Convolution:
         of_rows = images * ceil(self.pixels / rows) if self.pools else ceil(images * self.pixels / rows)
         return of_rows * ceil(self.outputs / columns)
 
+    def gates(self, batch: int, device: Device) -> bool:
+        """Whether the launch evaluates gates in its tail: every thread block has a multiprocessor for itself."""
+        name, *sides = self.tile(batch, device)
+        return (name == SMALL and self.tiles(batch, *sides) * self.slices <= device.multiprocessors
+                and SMALL_BYTES + _gate_bytes(self.outputs) <= device.shared_memory)
+
     def tile(self, batch: int, device: Device) -> tuple[str, int, int]:
         """The tile that a batch takes: its name, rows, columns."""
         if self.outputs <= 32:
             return "128, 32, 4, 1, false", 128, 32
         rows = self.pixels if self.pools else batch * self.pixels
         if rows <= 64 or self.outputs <= 64 or self.tiles(batch, 128, 128) < device.multiprocessors:
-            return "64, 64, 2, 2, true", 64, 64
+            return SMALL, 64, 64
         return f"128, 128, 2, 4, {'true' if self.slices > 1 else 'false'}", 128, 128
 
 
 def _convolutions(plan: BlockPlan) -> tuple[list[Convolution], list[Convolution]]:
     """A block's convolutions, and its projection."""
     inside, outside = (math.prod(size) for size in (plan.in_size, plan.out_size))
-    projection = [Convolution(plan.in_channels, plan.out_channels, 1, outside)] if plan.projects else []
+    projection = [Convolution(plan.in_channels, plan.out_channels, 1, outside, pools=True)] if plan.projects else []
     if plan.kind == "basic":
         return [Convolution(plan.in_channels, plan.planes, 3, outside),
                 Convolution(plan.planes, plan.out_channels, 3, outside, pools=True)], projection
@@ -231,10 +246,27 @@ def _convolve(phase: str, layer: Convolution, device: Device, batch: int, execut
                    memory=(weights + max(0.0, moved - device.cache)) / device.memory)
 
 
+def _gate(layer: Convolution, device: Device, batch: int, executing: int) -> float:
+    """Seconds of RNNGate after a block's last convolution."""
+    tail = layer.gates(batch, device)
+    pieces = device.cycles["gate_tail"]["executed" if executing else "skipped"] if tail else device.cycles["gate_step"]
+    many = layer.outputs >= 1024
+    tiles, at_once = ceil(layer.pixels / 64), 4 if many else 16
+    cycles = pieces["alone" if batch == 1 else "listing"][many] + (ceil(tiles / at_once) - 1) * pieces["tiles"][many]
+    cycles += (ceil(layer.outputs / 1024) - 1) * pieces["channels"]
+    sums, weights = layer.outputs * tiles * 4 / 64, _gate_bytes(layer.outputs) / 64  # 64 bytes per cycle from L2
+    cycles = max(cycles, sums)
+    # The weights come while the grid before is at work, if grids overlap and multiprocessors have room.
+    if not tail or (device.chained == device.launch and not executing):
+        cycles += weights
+    if tail:  # the last of the image's tiles finds out that it is; or there is nothing else in the launch
+        return device.seconds(cycles + (2 * TO_L2 if executing else -EMPTY))
+    return device.seconds(cycles * ceil(batch / (2 * device.multiprocessors))) + device.chained
+
+
 def compacted(arch: SkipNetArch, device: Device, batch: int, share: float) -> Prediction:
     """Any network with RNNGate, kernel after kernel in a CUDA graph."""
-    cycles = device.cycles
-    pieces = cycles["gathered_conv"]
+    pieces = device.cycles["gathered_conv"]
     stem_pixels = 4 * math.prod(arch.blocks[0].in_size)  # before the max pool
     stem = Convolution(7 * 4 * 8, arch.widths[0], 1, stem_pixels)  # of pixel pairs
     moved = batch * stem_pixels * arch.widths[0] * 2 / device.memory
@@ -245,21 +277,14 @@ def compacted(arch: SkipNetArch, device: Device, batch: int, share: float) -> Pr
         convolutions, projection = _convolutions(plan)
         for layer in projection:
             parts.append(_convolve("run_block", layer, device, batch, batch, pieces))
-        for layer in convolutions:
-            for count, probability in _executing(batch, 1.0 if index == 0 else share):
-                if probability > 1e-6:
-                    part = (_convolve("run_block", layer, device, batch, count, pieces) if count
-                            else Part("run_block", device.seconds(600), "latency"))
-                    parts.append(replace(part, seconds=part.seconds * probability))
+        executing = [(count, probability) for count, probability in _executing(batch, 1.0 if index == 0 else share)
+                     if probability > 1e-6]
+        for count, probability in executing:
+            block = [_convolve("run_block", layer, device, batch, count, pieces) if count
+                     else Part("run_block", device.seconds(EMPTY), "latency") for layer in convolutions]
+            block.append(Part("gate_step", _gate(convolutions[-1], device, batch, count), "latency"))
+            parts += [replace(part, seconds=part.seconds * probability) for part in block]
         launches += len(convolutions) + len(projection)
-        channels = min(2, (plan.out_channels - 1).bit_length() - 8)
-        rounds = ceil(batch / (2 * device.multiprocessors))
-        if convolutions[-1].tile(batch, device)[1] == 128:  # a launch of its own after large tiles
-            gate = device.seconds(cycles["gate_step"][channels] * rounds) + device.chained
-        else:  # the last of the image's tiles finds out that it is, the last of the images likewise
-            arrival = 2 * TO_L2
-            gate = device.seconds((cycles["gate_tail"][channels] + arrival) * rounds)
-        parts.append(Part("gate_step", gate, "latency"))
     head = Convolution(arch.blocks[-1].out_channels, arch.num_classes, 1, batch)
     parts.append(_convolve("head", head, device, 1, 1, pieces))
     launches += 2

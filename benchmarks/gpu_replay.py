@@ -72,10 +72,8 @@ class Units:
                 return 33
             case "SHFL":
                 return 24
-            case "LDG" | "LD" | "LDGSTS":
+            case "LDG" | "LD" | "LDGSTS" | "ATOMG" | "ATOM" | "RED" | "MEMBAR":
                 return self.l2
-            case "ATOMG" | "ATOM" | "RED" | "MEMBAR":
-                return 2 * self.l2
             case _:
                 return 22
 

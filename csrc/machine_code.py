@@ -130,7 +130,7 @@ def loads_under_way(instructions: Sequence[str]) -> Iterator[int]:
         if pending.keys() & set(re.findall(r"\bR\d+\b", instruction)):
             yield issued
             pending, issued = {}, 0
-        if instruction.startswith("LDG"):
+        if instruction.startswith("LDG."):
             first = re.search(r" R(\d+),", instruction)
             assert first is not None
             width = max((_WIDTHS.get(suffix, 1) for suffix in instruction.split()[0].split(".")), default=1)

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../gate.h"
+#include "activations.cuh"
 #include "arrival.cuh"
 #include "compaction.cuh"
 #include "gate_step.h"
@@ -11,177 +12,224 @@
 
 namespace skipnet::cuda {
 
-// Sums over channels are taken in the order of so many warps, however many a thread block has.
-constexpr int kGateWarps = 8, kGateThreads = 32 * kGateWarps;
-// Loads of pooled sums that a thread has under way: each is a trip to L2, and there is little else to do meanwhile.
-constexpr int kLoads = 16;
+// Of a thread block that takes one image's gate: a warp for each of an LSTM's four gates.
+constexpr int kGateWarps = 4, kGateThreads = 32 * kGateWarps;
+// kWidth neighbouring numbers, in one load: one, or four that are aligned.
+template <int kWidth>
+struct Numbers {
+    float values[kWidth];
 
-// A pooled sum; past L1 if this grid has written it.
-template <bool kPastL1>
-__device__ float load_sum(const float* from) {
-    return kPastL1 ? __ldcg(from) : *from;
-}
-
-// totals[row] += sum_c weight[row, c] * sums[c] over a thread's channels, kGateThreads apart; sums[c] over an image's
-// tiles. Of the last rows there may be fewer; what is in their places then has no meaning. All loads of kAtOnce
-// channels are issued before the first is waited for.
-template <int kRows, int kAtOnce, bool kPastL1>
-__device__ void add_products(const float* weight, int rows, int channels, const float* sums, int tiles, int thread,
-                             float (&totals)[kRows]) {
-    constexpr int kTiles = kLoads / kAtOnce;
-    for (int first = thread; first < channels; first += kAtOnce * kGateThreads) {
-        float weights[kAtOnce][kRows], feature[kAtOnce] = {};
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i)
-#pragma unroll
-            for (int row = 0; row < kRows; ++row) {
-                const int channel = first + i * kGateThreads;
-                weights[i][row] = channel < channels ? weight[min(row, rows - 1) * channels + channel] : 0.0f;
-            }
-        const float* from = sums + first;
-        int left = tiles;
-        do {
-            float loaded[kTiles][kAtOnce];
-#pragma unroll
-            for (int t = 0; t < kTiles; ++t, from += channels)
-#pragma unroll
-                for (int i = 0; i < kAtOnce; ++i)
-                    loaded[t][i] = t < left && first + i * kGateThreads < channels
-                                       ? load_sum<kPastL1>(from + i * kGateThreads)
-                                       : 0.0f;
-#pragma unroll
-            for (int t = 0; t < kTiles; ++t)
-#pragma unroll
-                for (int i = 0; i < kAtOnce; ++i) feature[i] += loaded[t][i];
-            left -= kTiles;
-        } while (left > 0);
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i)
-#pragma unroll
-            for (int row = 0; row < kRows; ++row) totals[row] += weights[i][row] * feature[i];
-    }
-}
-
-// weight[rows, channels] times the image's sums, into partial[warp, row] in shared memory; kRows at a time, by a thread
-// block of kWarps. With more of them the pool is taken again.
-template <int kRows, int kWarps>
-__device__ void multiply(const float* weight, int rows, int channels, const PooledSums& pooled, int image,
-                         float* partial) {
-    constexpr bool kPastL1 = kWarps != kGateWarps;  // in a launch of its own a gate has so many
-    const int lane = threadIdx.x % 32, tiles = pooled.tiles;
-    const float* sums = pooled.sums + static_cast<std::int64_t>(image) * tiles * channels;
-    for (int first = 0; first < rows; first += kRows, weight += kRows * channels) {
-        const int left = rows - first;
-#pragma unroll 1
-        for (int warp = threadIdx.x / 32; warp < kGateWarps; warp += kWarps) {
-            const int thread = 32 * warp + lane;
-            float totals[kRows] = {};
-            if (channels <= kGateThreads)
-                add_products<kRows, 1, kPastL1>(weight, left, channels, sums, tiles, thread, totals);
-            else if (channels <= 2 * kGateThreads)
-                add_products<kRows, 2, kPastL1>(weight, left, channels, sums, tiles, thread, totals);
-            else
-                add_products<kRows, 4, kPastL1>(weight, left, channels, sums, tiles, thread, totals);
-#pragma unroll
-            for (int row = 0; row < kRows; ++row) totals[row] = warp_sum(totals[row]);
-#pragma unroll
-            for (int row = 0; row < kRows; ++row)
-                if (lane == 0 && row < left) partial[warp * rows + first + row] = totals[row];
+    __device__ static Numbers at(const float* from) {
+        if constexpr (kWidth == 1) {
+            return {*from};
+        } else {
+            const float4 four = *reinterpret_cast<const float4*>(from);
+            return {four.x, four.y, four.z, four.w};
         }
     }
+    __device__ static Numbers past_l1(const float* from) {
+        if constexpr (kWidth == 1) {
+            return {__ldcg(from)};
+        } else {
+            const float4 four = __ldcg(reinterpret_cast<const float4*>(from));
+            return {four.x, four.y, four.z, four.w};
+        }
+    }
+};
+
+// totals[row] += sum_c weight[row, c] * sums[c] over a thread's kAtOnce times kWidth channels, kGateThreads * kWidth
+// apart; sums[c] over an image's tiles, kTiles at a time, past L1: in a convolution's tail they are the grid's own. The
+// weights are loaded while the last sums are on their way. Of the last rows there may be fewer; what is in their places
+// then has no meaning.
+template <int kRows, int kWidth, int kAtOnce, int kTiles>
+__device__ void add_products(const float* weight, int rows, int channels, const float* sums, int tiles,
+                             float (&totals)[kRows]) {
+    constexpr int kApart = kGateThreads * kWidth;
+    Numbers<kWidth> loaded[kTiles][kAtOnce], weights[kAtOnce][kRows], feature[kAtOnce] = {};
+    const auto load_sums = [&] {
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t, sums += channels)
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                loaded[t][i] = {};
+                if (t < tiles) loaded[t][i] = Numbers<kWidth>::past_l1(sums + i * kApart);
+            }
+    };
+    const auto add = [&] {
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i)
+#pragma unroll
+                for (int c = 0; c < kWidth; ++c) feature[i].values[c] += loaded[t][i].values[c];
+    };
+#pragma unroll 1
+    for (; tiles > kTiles; tiles -= kTiles) {
+        load_sums();
+        add();
+    }
+    load_sums();
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+#pragma unroll
+        for (int row = 0; row < kRows; ++row)
+            weights[i][row] = Numbers<kWidth>::at(weight + min(row, rows - 1) * channels + i * kApart);
+    add();
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+#pragma unroll
+        for (int row = 0; row < kRows; ++row)
+#pragma unroll
+            for (int c = 0; c < kWidth; ++c) totals[row] += weights[i][row].values[c] * feature[i].values[c];
 }
 
-// A row of the product with the image's averages, after a barrier.
-__device__ inline float product(const float* partial, int rows, int row, const PooledSums& pooled) {
+// weight[rows, channels] times the image's sums, into partial[warp, row] in shared memory; kRows at a time. With more
+// of them the pool is taken again.
+template <int kRows, int kWidth>
+__device__ void multiply(const float* weight, int rows, int channels, const PooledSums& pooled, int image,
+                         float* partial) {
+    constexpr int kMany = 8 * kGateThreads;  // channels
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tiles = pooled.tiles, mine = kWidth * threadIdx.x;
+    const float* sums = pooled.sums + static_cast<std::int64_t>(image) * tiles * channels;
+#pragma unroll 1
+    for (int first = 0; first < rows; first += kRows, weight += kRows * channels) {
+        const int left = rows - first;
+        float totals[kRows] = {};
+        int channel = mine;
+#pragma unroll 1
+        for (; channel - mine + kMany <= channels; channel += kMany)
+            add_products<kRows, kWidth, 8 / kWidth, 4>(weight + channel, left, channels, sums + channel, tiles, totals);
+#pragma unroll 1
+        for (; channel < channels; channel += kWidth * kGateThreads)
+            add_products<kRows, kWidth, 1, 16>(weight + channel, left, channels, sums + channel, tiles, totals);
+        const float sum = spread_sums<16, 1>(totals, lane);
+#pragma unroll
+        for (int row = 0; row < kRows; ++row)
+            if (lane == holder<16, 1, kRows>(row) && row < left) partial[warp * rows + first + row] = sum;
+    }
+}
+
+// A row of the product, after a barrier.
+__device__ inline float product(const float* partial, int rows, int row) {
     float sum = 0.0f;
 #pragma unroll
     for (int warp = 0; warp < kGateWarps; ++warp) sum += partial[warp * rows + row];
-    return sum / static_cast<float>(pooled.pixels);
+    return sum;
 }
 
-__device__ inline float load(const float* from, int place, int size) { return place < size ? from[place] : 0.0f; }
+constexpr int kPublished = 10;  // numbers of an embedding and of a state in the published networks
 
-// The two kinds of gate: a thread block of kWarps brings one image's pooled sums to its execute logit, which warp 0
-// gets; by as many warps as it may be, to the same bits.
-template <int kWarps>
+// Floats in shared memory that RNNGate works in, a multiple of 4; that its weights take there.
+inline int gate_scratch(const Lstm& lstm) {
+    return kGateWarps * ((lstm.embed + lstm.hidden + 3) / 4 * 4 + lstm.embed + lstm.hidden);
+}
+inline int gate_weights(const Embedding& embedding, const Lstm& lstm) {
+    return 4 * lstm.hidden * (lstm.embed + lstm.hidden + 1) + lstm.embed * embedding.channels;
+}
+// Whether the sizes are the published ones and all that fits into so many bytes, the weights in pieces of 16.
+inline bool can_stage(const Embedding& embedding, const Lstm& lstm, int bytes) {
+    return lstm.embed == kPublished && lstm.hidden == kPublished && embedding.channels % 4 == 0 &&
+           (gate_scratch(lstm) + gate_weights(embedding, lstm)) * static_cast<int>(sizeof(float)) <= bytes;
+}
+
+// The two kinds of gate: a thread block brings one image's pooled sums to its execute logit, which thread 0 gets.
+// RNNGate's weights do not depend on the grid before: with kStaged, for the published sizes only, they come into shared
+// memory while that is still at work, and what follows the embedding has no branch.
+template <bool kStaged>
 class Rnn {
 public:
-    static constexpr int kThreads = 32 * kWarps;
-
     __host__ __device__ Rnn(const Embedding& embedding, const Lstm& lstm, float* hidden, float* cell)
         : embedding_(embedding), lstm_(lstm), hidden_(hidden), cell_(cell) {}
 
-    // Floats in shared memory.
-    static int scratch(const Lstm& lstm) { return kGateWarps * lstm.embed + 4 * lstm.hidden; }
+    // Begins to bring the weights, as a group of cp.async.
+    __device__ void stage(float* staged) const {
+        if constexpr (kStaged) {
+            const auto copy = [&](const float* from, int floats) {
+#pragma unroll 2
+                for (int i = 4 * threadIdx.x; i < floats; i += 4 * kGateThreads) cp_async16(staged + i, from + i);
+                staged += floats;
+            };
+            copy(lstm_.input_weight, 4 * kSize * kSize);
+            copy(lstm_.hidden_weight, 4 * kSize * kSize);
+            copy(lstm_.bias, 4 * kSize);
+            copy(embedding_.weight, kSize * embedding_.channels);
+            cp_async_commit();
+        }
+    }
 
-    __device__ float logit(const PooledSums& pooled, int image, float* scratch) const {
-        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n = lstm_.hidden;
-        float *partial = scratch, *gates = partial + kGateWarps * lstm_.embed;
+    __device__ float logit(const PooledSums& pooled, int image, float* scratch, const float* staged) const {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        const int n = kStaged ? kSize : lstm_.hidden, embed = kStaged ? kSize : lstm_.embed;
+        const int all_inputs = (embed + n + 3) / 4 * 4;
+        float* inputs = scratch + warp * all_inputs;  // each warp has its own: the embedded feature, the state
+        float *partial = scratch + kGateWarps * all_inputs, *activated = partial + kGateWarps * embed;
         float *hidden = hidden_ + static_cast<std::int64_t>(image) * n,
               *cell = cell_ + static_cast<std::int64_t>(image) * n;
-        // All that the LSTM needs is on its way while the pool is taken: the first one in each lane.
-        float weights[kRows], addend = load_addend(hidden, lane);
-        load_weights(warp, lane, weights);
-        float before = load(cell, lane, n), projection = load(lstm_.projection_weight, lane, n);
-        multiply<kFeatures, kWarps>(embedding_.weight, lstm_.embed, embedding_.channels, pooled, image, partial);
-        __syncthreads();
-        for (int first = warp; first < 4 * n; first += kRows * kWarps) {
-            float sums[kRows] = {};
-            for (int k = lane; k < inputs(); k += 32) {
-                if (first != warp || k != lane) {
-                    addend = load_addend(hidden, k);
-                    load_weights(first, k, weights);
-                }
-                const float input = addend + (k < lstm_.embed ? product(partial, lstm_.embed, k, pooled) : 0.0f);
-#pragma unroll
-                for (int i = 0; i < kRows; ++i) sums[i] += weights[i] * input;
-            }
-#pragma unroll
-            for (int i = 0; i < kRows; ++i) sums[i] = warp_sum(sums[i]);
-#pragma unroll
-            for (int i = 0; i < kRows; ++i)
-                if (lane == 0 && first + i * kWarps < 4 * n) gates[first + i * kWarps] = sums[i];
+        const float* weight = embedding_.weight;
+        Lstm lstm = lstm_;
+        if constexpr (kStaged) {
+            lstm.input_weight = staged;
+            lstm.hidden_weight = lstm.input_weight + 4 * n * embed;
+            lstm.bias = lstm.hidden_weight + 4 * n * n;
+            weight = lstm.bias + 4 * n;
         }
+        // What is not in shared memory is on its way while the pool is taken: a lane's first ones. Lanes beyond the
+        // last unit or feature do the same as that one's.
+        const int first = min(lane, n - 1), feature = min(lane, embed - 1);
+        const float state = hidden[first], bias = embedding_.bias[feature];
+        const float before = cell[first], projection = lstm.projection_weight[first];
+        const float share = fast_reciprocal(static_cast<float>(pooled.pixels));
+        if constexpr (kStaged) {
+            cp_async_wait<0>();
+            __syncthreads();
+        }
+        multiply<kPublished, kStaged ? 4 : 1>(weight, embed, embedding_.channels, pooled, image, partial);
+        each(first, n, [&](int k) { inputs[embed + k] = k == first ? state : hidden[k]; });
+        __syncthreads();
+        each(feature, embed, [&](int k) {
+            inputs[k] = share * product(partial, embed, k) + (k == feature ? bias : embedding_.bias[k]);
+        });
+        __syncwarp();
+        const float scale = warp == 2 ? 2.0f : 1.0f;  // tanh(x) is 2 sigmoid(2 x) - 1
+        each(first, n, [&](int unit) {
+            const int row = warp * n + unit;
+            const float sum = lstm.bias[row] + dot(lstm.hidden_weight + row * n, inputs + embed, n) +
+                              dot(lstm.input_weight + row * embed, inputs, embed);
+            activated[row] = scale * fast_sigmoid(scale * sum) - (scale - 1.0f);
+        });
         __syncthreads();
         if (warp != 0) return 0.0f;
         float sum = 0.0f;
-        for (int k = lane; k < n; k += 32) {
-            if (k != lane) before = cell[k], projection = lstm_.projection_weight[k];
-            float h;
-            lstm_unit(gates[k], gates[n + k], gates[2 * n + k], gates[3 * n + k], h, before);
-            hidden[k] = h;
-            cell[k] = before;
-            sum += projection * h;
-        }
-        return warp_sum(sum) + lstm_.projection_bias;
+        each(first, n, [&](int unit) {
+            const float c =
+                activated[n + unit] * (unit == first ? before : cell[unit]) + activated[unit] * activated[2 * n + unit];
+            const float h = activated[3 * n + unit] * fast_tanh(c);
+            cell[unit] = c;
+            hidden[unit] = h;
+            if (lane < n) sum += (unit == first ? projection : lstm.projection_weight[unit]) * h;
+        });
+        return warp_sum(sum) + lstm.projection_bias;
     }
 
 private:
-    static constexpr int kFeatures = 10;  // of the embedding, at a time; as many as there are in the published networks
-    static constexpr int kRows = 40 / kWarps;  // of the LSTM's 4 * hidden sums, at a time in a warp; the same
+    static constexpr int kSize = kPublished;
 
-    // What a lane multiplies: the embedded feature, the hidden state, and a one for the bias.
-    __device__ int inputs() const { return lstm_.embed + lstm_.hidden + 1; }
-
-    // Input k, but for what the embedding's product adds to it.
-    __device__ float load_addend(const float* hidden, int k) const {
-        if (k < lstm_.embed) return embedding_.bias[k];
-        return k < inputs() - 1 ? hidden[k - lstm_.embed] : 1.0f;
+    // A lane's share of `count` numbers: the first one, and those 32 further on. Of published sizes it has one.
+    template <typename Work>
+    __device__ static void each(int first, int count, Work work) {
+        work(first);
+        if constexpr (!kStaged)
+            for (int number = first + 32; number < count; number += 32) work(number);
     }
-    // Of input k in the sums first, first + kWarps, ...
-    __device__ void load_weights(int first, int k, float (&weights)[kRows]) const {
-        const int state = k - lstm_.embed;
-        const float* from = lstm_.bias;
-        int stride = 1;
-        if (state < 0)
-            from = lstm_.input_weight + k, stride = lstm_.embed;
-        else if (state < lstm_.hidden)
-            from = lstm_.hidden_weight + state, stride = lstm_.hidden;
+    __device__ static float dot(const float* weights, const float* inputs, int count) {
+        float sum = 0.0f;
+        if constexpr (kStaged) {
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-            const int row = first + i * kWarps;
-            weights[i] = k < inputs() && row < 4 * lstm_.hidden ? from[row * stride] : 0.0f;
+            for (int k = 0; k < kSize; ++k) sum += weights[k] * inputs[k];
+        } else {
+            for (int k = 0; k < count; ++k) sum += weights[k] * inputs[k];
         }
+        return sum;
     }
 
     Embedding embedding_;
@@ -191,14 +239,13 @@ private:
 
 class Feedforward {
 public:
-    static constexpr int kThreads = kGateThreads;
-
     explicit Feedforward(const FeedforwardTail& tail) : tail_(tail) {}
 
-    __device__ float logit(const PooledSums& pooled, int image, float* scratch) const {
-        multiply<1, kGateWarps>(tail_.weight, 1, tail_.channels, pooled, image, scratch);
+    __device__ void stage(float*) const {}
+    __device__ float logit(const PooledSums& pooled, int image, float* scratch, const float*) const {
+        multiply<1, 1>(tail_.weight, 1, tail_.channels, pooled, image, scratch);
         __syncthreads();
-        return product(scratch, 1, 0, pooled) + tail_.bias;
+        return product(scratch, 1, 0) / static_cast<float>(pooled.pixels) + tail_.bias;
     }
 
 private:
@@ -208,13 +255,24 @@ private:
 // One image's decision, of `images`; the thread block that finishes last lists who executes.
 template <typename Gate>
 __device__ void decide_and_compact(const Gate& gate, const PooledSums& pooled, const Decision& decision, int image,
-                                   int images, const RowList& list, int* arrivals, float* scratch) {
-    const float logit = gate.logit(pooled, image, scratch);
-    if (threadIdx.x == 0)  // past L1, where the last thread block looks for it
-        __stcg(reinterpret_cast<unsigned char*>(decision.executed + image),
-               static_cast<unsigned char>(decide(decision, image, logit)));
-    if (comes_last(arrivals, images))
-        compact_in_block<Gate::kThreads>(decision.executed, images, list, reinterpret_cast<int*>(scratch));
+                                   int images, const RowList& list, int* arrivals, float* scratch,
+                                   const float* staged) {
+    const int forced = decision.forced && threadIdx.x == 0 ? decision.forced[image] : 0;
+    const float logit = gate.logit(pooled, image, scratch, staged);
+    if (threadIdx.x == 0) {
+        // Looked at here and not before, where it would be waited for.
+        const bool executed = decision.forced ? in_register(forced) != 0 : executes_logit(logit);
+        if (images == 1) {  // an image alone needs nobody to list it
+            list.rows[0] = executed ? 0 : -1;
+            *list.count = executed;
+        }
+        // Past L1, where the last thread block looks for it.
+        __stcg(reinterpret_cast<unsigned char*>(decision.executed + image), static_cast<unsigned char>(executed));
+        decision.logit[image] = logit;
+        decision.probability[image] = sigmoid(logit);
+    }
+    if (images > 1 && comes_last(arrivals, images))
+        compact_in_block<kGateThreads>(decision.executed, images, list, reinterpret_cast<int*>(scratch));
 }
 
 }  // namespace skipnet::cuda

@@ -26,7 +26,6 @@ namespace {
 constexpr int kStages = 4;         // of the cp.async pipeline
 constexpr int kChunk = 16;         // bytes of one cp.async
 constexpr int kChunks = 4;         // of a row of a stage: K advances by 32 16-bit or 16 float32 elements
-constexpr int kTailThreads = 128;  // of a thread block that may evaluate gates
 constexpr int kPooledPixels = 64;  // of a pooled tile, whatever the tile of the product is
 
 // Sums over K are taken in ascending order; with splitK each slice of K is summed by itself, and slices are
@@ -46,8 +45,6 @@ struct Tile {
                                           : kSplitK                                                            ? 384
                                                                                                                : 512;
     static constexpr int kBlocksAtOnce = kThreadsAtOnce / kThreads;
-    // A gate has many loads under way, the more so the fewer warps there are for it.
-    static constexpr int kGatingBlocksAtOnce = std::min(kBlocksAtOnce, 3);
     static constexpr int kPerChunk = kChunk / static_cast<int>(sizeof(Element));
     static constexpr int kBlockK = kChunks * kPerChunk;
     static constexpr int kStageBytes = (blockM + blockN) * kChunks * kChunk;
@@ -67,6 +64,10 @@ struct Tile {
 
     // What is worth a register between K steps, where there are enough of them.
     __device__ static int keep(int value) { return sizeof(Element) == 2 ? in_register(value) : value; }
+    // Whether the launch may evaluate gates in its tail. Only where every thread block has a multiprocessor for itself,
+    // and its weights room beside the tile: with more tiles a launch of its own costs less than what every tile adds.
+    static constexpr bool kHasTail = blockM == 64;
+    static_assert(!kHasTail || kThreads == kGateThreads, "a thread block is one that takes a gate");
     // Where a column of the product lies in a staged row.
     __host__ __device__ static constexpr int staged(int column) { return column + column / 32 * 4; }
     static_assert(staged(kBlockN - 1) < kStagingStride, "a row has room for its columns");
@@ -454,12 +455,15 @@ __device__ void prefetch_weights(const Arguments& call) {
 }
 
 template <typename Tile, bool kGates>
-__global__ void __launch_bounds__(Tile::kThreads, kGates ? Tile::kGatingBlocksAtOnce : Tile::kBlocksAtOnce)
+__global__ void __launch_bounds__(Tile::kThreads, kGates ? 1 : Tile::kBlocksAtOnce)
     gathered_conv_kernel(Arguments call) {
     using Product = std::conditional_t<Tile::kOnTensorCores, TensorCores<Tile>, FusedMultiplyAdds<Tile>>;
-    unsigned char* shared = shared_memory();  // [kStages, kStageBytes], then the product
+    unsigned char* shared = shared_memory();  // [kStages, kStageBytes], then the product; behind it a gate's weights
+    float* gate_weights = reinterpret_cast<float*>(shared + Tile::kSharedBytes);
+    const Rnn<true> gate(call.gate.embedding, call.gate.lstm, call.gate.hidden, call.gate.cell);
     let_next_grid();
     prefetch_weights<Tile>(call);
+    if (kGates) gate.stage(gate_weights);
     wait_for_previous_grid();
     const int count = call.count ? *call.count : call.batch, pixels = count * call.out_pixels.value();
     const int row_tiles = call.flat ? (pixels + Tile::kBlockM - 1) / Tile::kBlockM : count * call.row_tiles.value();
@@ -472,10 +476,9 @@ __global__ void __launch_bounds__(Tile::kThreads, kGates ? Tile::kGatingBlocksAt
     const int items = splits ? tiles * slices : tiles;
     const int images = kGates ? images_of(call.gate.present, call.batch) : 0;
     const auto gate_step = [&](int image) {
-        decide_and_compact(
-            Rnn<kTailThreads / 32>(call.gate.embedding, call.gate.lstm, call.gate.hidden, call.gate.cell),
-            {call.sums, call.pooled_tiles, call.out_pixels.value()}, call.gate.decision, image, images, call.gate.list,
-            call.gate.arrivals + call.batch, reinterpret_cast<float*>(shared));
+        decide_and_compact(gate, {call.sums, call.pooled_tiles, call.out_pixels.value()}, call.gate.decision, image,
+                           images, call.gate.list, call.gate.arrivals + call.batch, reinterpret_cast<float*>(shared),
+                           gate_weights);
     };
     // Computes a tile, or a slice of one. Whose gate is to come next: the image's all of which is there, or -1.
     const auto compute = [&](int item) {
@@ -541,11 +544,14 @@ __global__ void __launch_bounds__(Tile::kThreads, kGates ? Tile::kGatingBlocksAt
         int image = -1;
         if (item < items)
             image = compute(item);
-        else if (call.gate.executed && !call.gate.executed[item - items])
+        else if (call.gate.executed && (count == 0 || !call.gate.executed[item - items]))
             image = item - items;
         if (kGates && image >= 0) gate_step(image);
     }
-    if (kGates && images == 0 && blockIdx.x == 0 && threadIdx.x == 0) *call.gate.list.count = 0;
+    if constexpr (kGates) {
+        if (images == 0 && blockIdx.x == 0 && threadIdx.x == 0) *call.gate.list.count = 0;
+        cp_async_wait<0>();  // where there was no gate, too
+    }
 }
 
 int divided_up(int value, int by) { return (value + by - 1) / by; }
@@ -572,24 +578,29 @@ void launch_tiles(Arguments call, const Rows& rows, int slices, const GatheredCo
     call.column_tiles = Divisor(divided_up(call.out, Tile::kBlockN));
     if (!Tile::kSplitK) slices = 1;
     call.slices = Divisor(slices);
-    auto kernel = gathered_conv_kernel<Tile, false>;
-    // Where there are tiles enough to be large, what every tile adds to a gate in the tail is more than a launch.
-    constexpr bool kHasTail = Tile::kThreads == kTailThreads;
-    if constexpr (kHasTail)
-        if (asked.gate) kernel = gathered_conv_kernel<Tile, true>;
-    const int resident = multiprocessors() * resident_blocks(kernel, Tile::kThreads, Tile::kSharedBytes);
     constexpr int kMaxSlices = kPartialSums / (Tile::kBlockM * Tile::kBlockN);
     static_assert(kMaxSlices / 2 <= kPartialTiles, "there are at least two slices of a tile");
-    call.max_slices = slices > 1 && call.partial.sums ? std::min(kMaxSlices, resident) : 0;
-    const int blocks = std::min(rows.tiles<Tile>(call.out) * slices, resident);
-    Grid grid{blocks, Tile::kThreads, Tile::kSharedBytes};
-    grid.dependent = asked.dependent;
-    launch("gathered_conv", kernel, grid, stream, call);
-    if (!asked.gate || kHasTail) return;
+    const int most_blocks = rows.tiles<Tile>(call.out) * slices;
+    const auto launch = [&](auto kernel, std::size_t shared) {
+        allow_shared_memory(kernel);  // not by launches: those of one kernel take more or less, captured ones too
+        const int resident = multiprocessors() * resident_blocks(kernel, Tile::kThreads, shared);
+        call.max_slices = slices > 1 && call.partial.sums ? std::min(kMaxSlices, resident) : 0;
+        Grid grid{std::min(most_blocks, resident), Tile::kThreads, shared};
+        grid.allowed = true;
+        grid.dependent = asked.dependent;
+        cuda::launch("gathered_conv", kernel, grid, stream, call);
+    };
     const GateTail& gate = call.gate;
-    gate_step(gate.embedding, gate.lstm, call.batch, gate.present,
-              {call.sums, call.pooled_tiles, call.out_pixels.value()}, gate.hidden, gate.cell, gate.decision, gate.list,
-              gate.arrivals + call.batch, true, stream);
+    if constexpr (Tile::kHasTail)
+        if (asked.gate && most_blocks <= multiprocessors() &&
+            can_stage(gate.embedding, gate.lstm, shared_memory_limit() - Tile::kSharedBytes))
+            return launch(gathered_conv_kernel<Tile, true>,
+                          Tile::kSharedBytes + sizeof(float) * gate_weights(gate.embedding, gate.lstm));
+    launch(gathered_conv_kernel<Tile, false>, Tile::kSharedBytes);
+    if (asked.gate)
+        gate_step(gate.embedding, gate.lstm, call.batch, gate.present,
+                  {call.sums, call.pooled_tiles, call.out_pixels.value()}, gate.hidden, gate.cell, gate.decision,
+                  gate.list, gate.arrivals + call.batch, true, stream);
 }
 
 template <typename Element>

@@ -80,12 +80,10 @@ void allow_shared_memory(void (*kernel)(Parameters...)) {
                "cudaFuncSetAttribute");
 }
 
-// How many of a kernel's thread blocks a multiprocessor holds at a time.
+// How many of a kernel's thread blocks a multiprocessor holds at a time; of more than 48 KiB only if it is allowed
+// them.
 template <typename... Parameters>
 int resident_blocks(void (*kernel)(Parameters...), int threads, std::size_t shared) {
-    if (shared > 48 * 1024)
-        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
-                   "cudaFuncSetAttribute");
     int blocks;
     check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared),
                "cudaOccupancyMaxActiveBlocksPerMultiprocessor");

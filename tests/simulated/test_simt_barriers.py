@@ -18,11 +18,11 @@ from test_simt_resident import images_of, model, routings, same_bits, simulate
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 # What is taken out, one at a time.
-GATE = r"__sync(threads|warp)\(\);|__threadfence\(\);"
-CONVOLUTION = GATE + r"|cp_async_wait<.*>\(\);"
+GATE = r"__sync(threads|warp)\(\);|__threadfence\(\);|cp_async_wait<0>\(\);"
+CONVOLUTION = r"__sync(threads|warp)\(\);|__threadfence\(\);|cp_async_wait<k.*>\(\);"
 RESIDENT = (r"__syncthreads\(\);|cp_async_wait<.*>\(\);|__syncwarp\(\);$|wait_for_stores\(|fence_counters\(\);"
             r"|cluster_arrive\(\)")
-GATE_SOURCES = "cuda/compaction.cuh", "cuda/gate_step.cuh"
+GATE_SOURCES = "cuda/compaction.cuh", "cuda/gate_step.cu", "cuda/gate_step.cuh"
 CONVOLUTION_SOURCES = "cuda/arrival.cuh", "cuda/gathered_conv.cu"
 
 
@@ -32,6 +32,7 @@ def gate_checks():
         yield lambda seed=seed: assert_equals_oracle(GateStep(seed, 130, 32, 4), seed)
         yield lambda seed=seed: assert_equals_oracle(GateStep(seed, 1100, 16, 1, rnn=False), seed)
         yield lambda seed=seed: compact(9001, seed)
+        yield lambda seed=seed: GateStep(seed, 2, 16, 1).run(seed, empty=3)
 
 
 def compact(batch, seed):

@@ -147,6 +147,59 @@ def test_wide_networks(dtype, tf32):
     assert 1e-5 < error < 1e-3 if tf32 else error <= bar
 
 
+@pytest.fixture(scope="module")
+def wide():
+    """RNNGate after convolutions in small tiles, whose tail it may be."""
+    arch = srt.SkipNetArch("imagenet", "basic", (2, 2), (40, 72), "rnn", image_size=(36, 40))
+    return Compacted(with_seeded_weights(srt.build(arch), 3, 0.0, 1.0), torch.float32)
+
+
+def test_a_gate_in_a_convolutions_tail_gives_the_same_bits_as_in_a_launch_of_its_own(wide):
+    images, native = torch.randn(3, 3, 36, 40, generator=torch.Generator().manual_seed(1)), library("compacted")
+    for routing in (None, torch.tensor([[True, False, True], [False, True, False], [False, False, False]])):
+        native.launches()
+        by_itself = wide.run(images, 1, routing, num_gates=4, multiprocessors=2)
+        launches = native.launches()
+        for seed in range(2, 6):
+            in_tail = wide.run(images, seed, routing, num_gates=4, multiprocessors=200)
+            assert native.launches() == launches - 4
+            for value, expected in zip(in_tail, by_itself, strict=True):
+                assert torch.equal(value, expected)
+        for image in range(3):  # alone, nobody else lists it
+            alone = wide.run(images[image:image + 1], image, None if routing is None else routing[image:image + 1],
+                             num_gates=4, multiprocessors=200, empty=image % 2)
+            for value, expected in zip(alone, by_itself, strict=True):
+                assert torch.equal(value[0], expected[image])
+
+
+TAIL_WAITS = places(r"cp_async_wait<0>\(\);", "cuda/gathered_conv.cu")
+
+
+@pytest.mark.parametrize(("source", "line"), TAIL_WAITS)
+def test_a_tail_without_a_gate_waits_for_the_weights_it_asked_for(wide, source, line):
+    images = torch.zeros(1, 3, 36, 40)
+    with library("compacted").without(source, line):
+        assert fails(lambda: wide.run(images, multiprocessors=200))
+    assert not fails(lambda: wide.run(images, multiprocessors=200))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_images_of_an_odd_width(dtype):
+    """The stem takes pixels in pairs; the last pair of a row is half one."""
+    arch = srt.SkipNetArch("imagenet", "basic", (1, 1), (8, 16), "rnn", image_size=(27, 33))
+    model = with_seeded_weights(srt.build(arch), 4, 0.0, 1.0)
+    images = torch.randn(2, 3, 27, 33, generator=torch.Generator().manual_seed(2))
+    routing = torch.tensor([[True], [False]])
+    exact = plain_logits(copy.deepcopy(model).double(), images.double(), routing)
+    network = Compacted(model, dtype)
+    assert network.description.stem_pairs
+    logits, *_ = network.run(images, 1, routing)
+    bar = TOLERANCES[dtype].logits
+    if bar is None:
+        bar = 2 * relative_error(plain_logits(copy.deepcopy(model).to(dtype), images.to(dtype), routing), exact)
+    assert relative_error(logits, exact) <= bar
+
+
 @pytest.mark.parametrize("name", ["rnn", "feedforward2"])
 def test_all_and_none(name):
     """Routes on which nobody or everybody executes; the unused last gate is evaluated, too."""

@@ -34,6 +34,10 @@ class Library:
         self._library.simt_release()
         self._library.simt_configure(ctypes.c_uint(seed), multiprocessors)
 
+    def launches(self) -> int:
+        """How many grids were launched since the last call."""
+        return int(self._library.simt_launches())
+
     def empty(self, shape: int | tuple[int, ...], dtype: np.typing.DTypeLike = np.float32) -> np.ndarray:
         """An array full of poison (NaN, -1) whose neighbouring memory faults; valid until :meth:`configure`."""
         dtype, shape = np.dtype(dtype), (shape,) if isinstance(shape, int) else shape

@@ -32,6 +32,12 @@ __attribute__((used)) inline void simt_configure(unsigned seed, int multiprocess
 }
 // Of a source's file name without its folder.
 __attribute__((used)) inline void simt_remove(const char* file, int line) { simt::removal = {file, line}; }
+// How many grids were launched since the last call.
+__attribute__((used)) inline int simt_launches() {
+    const int launches = static_cast<int>(simt::machine.launched.size());
+    simt::machine.launched.clear();
+    return launches;
+}
 __attribute__((used)) inline void* simt_allocate(std::size_t size) {
     return simt::global_memory.allocate(size, simt::machine.seed % 2 == 0)->data();
 }

@@ -22,6 +22,11 @@
 
 namespace simt {
 
+// Of a launch; shared memory in bytes.
+struct Shape {
+    int blocks, threads, shared;
+};
+
 constexpr std::size_t kStack = 128 * 1024;
 
 // The simulated GPU, with one stream: a grid runs after the one before it. A dependent one's threads already run once
@@ -31,6 +36,7 @@ public:
     unsigned seed = 0;
     int multiprocessors = 3;  // few, so that persistent grids go round
     Fiber* current = nullptr;
+    std::vector<Shape> launched;  // since the last time that somebody cleared it
 
     // Puts a grid into the stream.
     void launch(const char* name, dim3 grid, dim3 block, std::size_t shared, int cluster, bool dependent,
@@ -279,6 +285,7 @@ inline void Machine::launch(const char* name, dim3 grid, dim3 block, std::size_t
     if (blocks == 0 || threads == 0 || threads > 1024) refuse(text(blocks, " blocks of ", threads, " threads"));
     if (grid.x % cluster) refuse(text("a grid of ", grid.x, " blocks in clusters of ", cluster));
     if (shared > 227 * 1024) refuse(text(shared, " bytes of shared memory, at most 227 KiB"));
+    launched.push_back({blocks, threads, static_cast<int>(shared)});
     if (!dependent) synchronize();
     Launch* before = stream_.empty() ? nullptr : stream_.back().get();
     const int first = before ? before->first + before->blocks : 0;
