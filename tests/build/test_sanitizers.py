@@ -51,8 +51,8 @@ def fuzz(program, *arguments):
     return f"exit status {done.returncode}: {done.stderr[-4000:]}" if done.returncode else ""
 
 
-# Calls in place of AddressSanitizer's inlined checks, and a trap (SIGILL) in place of UndefinedBehaviorSanitizer's words: as
-# much is found, and the compiler takes half the time. To read the words, compile with -fno-sanitize-recover=all instead.
+# Calls in place of AddressSanitizer's inlined checks, and a trap (SIGILL) in place of UndefinedBehaviorSanitizer's
+# words: as much is found, and the compiler takes half the time. To read the words: -fno-sanitize-recover=all instead.
 ADDRESS = compiler("-fsanitize=address,undefined", "-fsanitize-undefined-trap-on-error",
                    "--param=asan-instrumentation-with-call-threshold=0")
 
