@@ -19,6 +19,7 @@ from machine_code import cubin, find_tool, readable  # noqa: E402
 from nvcc import ALL_ARCHS  # noqa: E402
 
 SOURCES = sorted(path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+RESERVED = 1024  # bytes of shared memory that the system takes from sm_90 on, of every kernel that has some
 TABLE_ROW = re.compile(r"^\| `(?P<kernel>[^`]+)` \| (?P<registers>\d+) \|", re.MULTILINE)
 
 
@@ -40,7 +41,9 @@ def compile_for(source: str, arch: str) -> list[Kernel]:
     listing = subprocess.run([cuobjdump, "-res-usage", str(cubin(source, arch))], capture_output=True, text=True,
                              check=True).stdout
     found = re.finditer(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", listing)
-    return [Kernel(readable(name), arch, *map(int, numbers)) for name, *numbers in (each.groups() for each in found)]
+    reserved = RESERVED if int(arch.rstrip("a")) >= 90 else 0
+    return [Kernel(readable(name), arch, int(registers), int(stack), max(0, int(shared) - reserved))
+            for name, registers, stack, shared in (each.groups() for each in found)]
 
 
 def compile_all(archs: Sequence[str] = ALL_ARCHS, jobs: int = 2) -> list[Kernel]:
