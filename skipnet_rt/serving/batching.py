@@ -84,7 +84,7 @@ class Batcher:
         self._computing = self._stopping = False
         self._numbers = count()
         self._inside = 0  # requests
-        self._lately = math.inf  # seconds that a thread was last busy with a request, and those that came meanwhile
+        self._lately = math.inf  # seconds that the last request took that was computed, and those that came meanwhile
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -120,18 +120,19 @@ class Batcher:
         """Prepares a request and, if nobody else does, computes what is in the queue; whether it was quick enough."""
         begun = time.perf_counter()
         try:
-            if not request.answer.cancelled() and self._prepared(request, quick):
-                self._compute_all()
+            # Of what was not computed here the time says nothing.
+            if not request.answer.cancelled() and self._prepared(request, quick) and self._compute_all():
+                self._lately = time.perf_counter() - begun
         except NotQuickError:
             return False
-        self._lately = time.perf_counter() - begun
         return True
 
-    def _compute_all(self) -> None:
+    def _compute_all(self) -> bool:
+        """Until the queue is empty; whether it was this thread that did."""
         with self._changed:
             if self._computing:
                 self._changed.notify()  # it may be waiting for images
-                return
+                return False
             self._computing = True
         while batch := self._next_batch():
             try:
@@ -140,6 +141,7 @@ class Batcher:
                 self._loop.call_soon_threadsafe(self._fail, [each.request for each in batch], error)
             else:
                 self._loop.call_soon_threadsafe(self._answer, batch, predictions)
+        return True
 
     def _prepared(self, request: _Request, quick: bool) -> bool:
         """Puts a request's images into the queue; whether they could be made."""

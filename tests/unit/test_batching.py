@@ -271,6 +271,20 @@ def test_the_event_loop_does_nothing_that_takes_long():
     assert not any(whereabouts(five_in_turn, seconds=batching.QUICK))
 
 
+def test_what_fails_at_once_does_not_make_the_next_request_quick():
+    def impossible(quick):
+        raise ValueError("no picture")
+
+    async def scenario(batcher):
+        for number in range(5):
+            with pytest.raises(ValueError, match="no picture"):
+                await batcher(impossible)
+            await asyncio.sleep(0.01)  # until that thread is done
+            assert await ask(batcher, number) == [number]
+
+    assert not any(whereabouts(scenario, seconds=batching.QUICK))
+
+
 @pytest.mark.usefixtures("all_is_quick")
 def test_what_says_that_it_takes_long_is_prepared_in_another_thread():
     places = []
