@@ -128,7 +128,7 @@ class SkipNetRuntime(nn.Module):
             if len(other):
                 raise ValueError(f"routing must be bool, or 0 and 1, got {other[0].item()}")
             routing = routing != 0
-        return (routing if routing.dim() == 2 else routing.expand(batch, gates)).t()
+        return routing.expand(batch, gates).t()
 
     def train(self, mode: bool = True) -> SkipNetRuntime:
         """A runtime only evaluates; ``train()`` raises and ``eval()`` does nothing."""

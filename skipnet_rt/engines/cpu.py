@@ -118,5 +118,4 @@ class CpuEngine(Engine):
             pixels.numpy(), logits.numpy(), decisions.gate_logits.numpy(), decisions.probabilities.numpy(),
             decisions.executed.numpy(), None if decisions.forced is None else decisions.forced.numpy(),
             decisions.hidden.numpy(), decisions.cell.numpy(), threads)
-        # A conversion that changes nothing still costs a call: most of what Python takes of a rested one are such.
-        return EnginePass(logits if self.network.dtype == torch.float32 else logits.to(self.network.dtype), decisions)
+        return EnginePass(logits.to(self.network.dtype), decisions)
