@@ -22,6 +22,7 @@
 
 #include "../check.h"
 #include "../gate.h"
+#include "activations.cuh"
 #include "launch.cuh"
 #include "ptx.cuh"
 #include "warp.cuh"
@@ -678,11 +679,6 @@ __device__ __forceinline__ float ForwardPass<Element, kClustered>::pooled(int st
     for (int piece = begin + kTogether * step; piece < at.pieces; piece += step) total += sum[piece * channels];
     return total * at.share;
 }
-
-// The LSTM's functions without a branch. Their absolute error is that of a float32 near 1: no more than the state's
-// own.
-__device__ inline float fast_sigmoid(float x) { return fast_reciprocal(1.0f + fast_exp2(-1.44269504f * x)); }
-__device__ inline float fast_tanh(float x) { return 1.0f - 2.0f * fast_reciprocal(1.0f + fast_exp2(2.88539008f * x)); }
 
 // Adds to an LSTM unit's four sums, a unit a lane, what inputs make of them, an input a lane. `weights` is that of the
 // lane's unit and the first input.
