@@ -94,9 +94,14 @@ def resident(code: Code, units: Units, cluster: bool = False) -> dict[str, objec
     images_at_once = IMAGES[:1] if cluster else IMAGES
     stem, inner, entry = finishes[0], finishes[1::2], finishes[2::2]
     closing, projection = pooling[::2], pooling[1::2]
-    # A gate embeds features if a block has changed them; otherwise it only recalls its state.
+    # A gate embeds features if a block has changed them; otherwise it only recalls its state. The warps that decide, and
+    # have activations to compute, and those that look ahead, and have not, then wait for each other.
     gates = code.having(SHFL=13)
     recalls = [block for block in code.having(SHFL=10, FFMA=40) if block not in gates]
+    activations = code.having(MUFU=8)
+
+    def decides(at: int) -> bool:
+        return any(block(at) for block in activations)
 
     def region(finish: Block, products: int) -> list[Block]:
         """The blocks that multiply, and the one that finishes."""
@@ -126,7 +131,9 @@ def resident(code: Code, units: Units, cluster: bool = False) -> dict[str, objec
         first, last = region(inner[stage], products), region(closing[stage], products)
         _, middle = code.way(inner[stage].end - 1, code.barrier)
         _, closed = code.way(middle, *last, code.barrier)
-        after_gate, next_decided = code.way(closed, gates[stage], code.barrier)
+        looks_ahead, next_decided = code.way(closed, gates[stage], code.barrier)
+        embeds, _ = code.way(closed, gates[stage], decides, code.barrier)
+        recalls_state, _ = code.way(closed, recalls[stage], decides, code.barrier)
         pieces: dict[str, object] = {}
         if stage:
             entered = region(entry[stage - 1], 18 if cluster else 72)
@@ -137,8 +144,8 @@ def resident(code: Code, units: Units, cluster: bool = False) -> dict[str, objec
         stages.append(pieces | {
             "inner": [through(decided, first, regions * images) for images in images_at_once],
             "closing": [through(middle, last, regions * images) for images in images_at_once],
-            "gate": cycles(after_gate, 1),
-            "recall": cycles(code.way(closed, recalls[stage], code.barrier)[0], 1),
+            "gate": max(cycles(looks_ahead, 1), cycles(embeds, 1)),
+            "recall": max(cycles(looks_ahead, 1), cycles(recalls_state, 1)),
             "skip": cycles(code.way(decided, code.barrier)[0]),
         })
     of_stem = region(stem, 36 if cluster else 72)

@@ -123,6 +123,13 @@ def _executing(images: int, share: float) -> Iterator[tuple[int, float]]:
         yield count, comb(images, count) * share ** count * (1 - share) ** (images - count)
 
 
+def turns(batch: int, images: int, blocks: int) -> list[int]:
+    """How many images the thread block takes that has most, one turn after another, if turns take so many at most."""
+    each = ceil(batch / blocks)
+    rounds = ceil(each / images)
+    return [each // rounds + (number < each % rounds) for number in range(rounds)]
+
+
 def resident(arch: SkipNetArch, device: Device, batch: int, share: float, cluster: int = 1) -> Prediction:
     """A CIFAR-scale SkipNet in one launch; a thread block takes one to three images from stem to head, or a cluster of
     four takes one."""
@@ -131,33 +138,34 @@ def resident(arch: SkipNetArch, device: Device, batch: int, share: float, cluste
     most = 1 if cluster > 1 else (device.shared_memory - rest) // image
     rounds = ceil(batch / (device.multiprocessors * most))
     images = ceil(batch / (device.multiprocessors * rounds))
-    groups = ceil(batch / images)
-    blocks = min(device.multiprocessors, groups)
+    blocks = min(device.multiprocessors, ceil(batch / images))
 
     def weights(channels: int) -> float:  # of a convolution, for all thread blocks
         return blocks * cluster * 9 * channels ** 2 * 2 / device.l2
 
-    one = [Part("stem", device.seconds(cycles["start"][images - 1]), "latency")]
-    for number, depth in enumerate(arch.depths):
-        stage, channels = cycles["stages"][number], arch.widths[number]
-        for block in range(depth):
-            always = number == block == 0
-            for count, probability in [(images, 1.0)] if always else _executing(images, share):
-                first = "entry" if number and block == 0 else "inner"
-                if count:
-                    run = stage[first][count - 1] + stage["closing"][count - 1]
-                else:
-                    run = stage["entry"][0] if first == "entry" else stage["skip"]
-                loads = 2 if count else 1  # a skipped block's first convolution was on its way
-                part = Part.of("run_block", latency=device.seconds(run), L2=loads * weights(channels))
-                one.append(replace(part, seconds=part.seconds * probability))
-            # Images decide side by side: the gate is a short one only if none of them has executed.
-            nobody = 0.0 if block == 0 else (1 - share) ** images
-            gate = (1 - nobody) * stage["gate"] + nobody * stage["recall"]
-            one.append(Part("gate_step", device.seconds(gate), "latency"))
-    one.append(Part("head", device.seconds(cycles["head"]), "latency"))
-    rounds_taken = ceil(groups / blocks)
-    parts = [replace(part, seconds=part.seconds * rounds_taken) for part in one]
+    def turn(images: int) -> Iterator[Part]:
+        """So many images' from stem to head."""
+        yield Part("stem", device.seconds(cycles["start"][images - 1]), "latency")
+        for number, depth in enumerate(arch.depths):
+            stage, channels = cycles["stages"][number], arch.widths[number]
+            for block in range(depth):
+                always = number == block == 0
+                for count, probability in [(images, 1.0)] if always else _executing(images, share):
+                    first = "entry" if number and block == 0 else "inner"
+                    if count:
+                        run = stage[first][count - 1] + stage["closing"][count - 1]
+                    else:
+                        run = stage["entry"][0] if first == "entry" else stage["skip"]
+                    loads = 2 if count else 1  # a skipped block's first convolution was on its way
+                    part = Part.of("run_block", latency=device.seconds(run), L2=loads * weights(channels))
+                    yield replace(part, seconds=part.seconds * probability)
+                # Images decide side by side: the gate is a short one only if none of them has executed.
+                nobody = 0.0 if block == 0 else (1 - share) ** images
+                gate = (1 - nobody) * stage["gate"] + nobody * stage["recall"]
+                yield Part("gate_step", device.seconds(gate), "latency")
+        yield Part("head", device.seconds(cycles["head"]), "latency")
+
+    parts = [part for taken in turns(batch, images, blocks) for part in turn(taken)]
     name = f"{arch.name}, a cluster of {cluster}" if cluster > 1 else arch.name or ""
     return Prediction(name, device.name, batch, (Part("launch", device.launch, "launches"), *parts))
 

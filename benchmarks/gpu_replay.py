@@ -1,9 +1,9 @@
 """Cycles of a way through a kernel's machine code, by replaying its instructions on a multiprocessor's scheduler.
 
 The compiler writes into every instruction how long its warp waits before the next one and for which results it waits
-first. A replay issues one instruction per cycle from the scheduler's warps and keeps to these, to the latency of what
-has a result of unknown time, and to how long a unit is taken by each instruction. Latencies and units are published
-microbenchmarks' (docs/gpu-model.md); none was measured here.
+first. A replay issues one instruction per cycle from the scheduler's warps, the last one's as long as it can and then the
+youngest's, and keeps to these, to the latency of what has a result of unknown time, and to how long a unit is taken by
+each instruction. Latencies, units and the order are published microbenchmarks' (docs/gpu-model.md); none was measured here.
 """
 
 from __future__ import annotations
@@ -139,9 +139,13 @@ def replay(instructions: Sequence[Instruction], units: Units, warps: int, blocks
     team = [_Warp(instructions, number * blocks // warps) for number in range(warps)]
     taken: dict[str, float] = defaultdict(float)  # until when each unit is
     slot = 0.0  # the next one to issue in
+    last = 0  # the warp that has issued
     while any(warp.next for warp in team):
         times = [warp.earliest(slot, taken, units) for warp in team]
-        time, warp = min(times), team[times.index(min(times))]  # the oldest of those that can
+        time = min(times)
+        can = [number for number, other in enumerate(times) if other == time]
+        last = last if last in can else can[-1]  # greedy, then the youngest
+        warp = team[last]
         instruction = warp.instructions[warp.at]
         unit, cycles = units.occupied(instruction)
         begun = max(time, taken[unit])
