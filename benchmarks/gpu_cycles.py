@@ -73,9 +73,13 @@ class Code:
         """Whether the kernel does."""
         return self.instructions[at].startswith("EXIT")
 
+    def indices(self, start: int, *places: Callable[[int], bool]) -> list[int]:
+        """The shortest way through places."""
+        return way(self.instructions, start, places)
+
     def way(self, start: int, *places: Callable[[int], bool]) -> tuple[list[Instruction], int]:
         """The shortest way through places, and where it ends."""
-        indices = way(self.instructions, start, places)
+        indices = self.indices(start, *places)
         return [self.instructions[at] for at in indices], indices[-1]
 
 
@@ -94,14 +98,13 @@ def resident(code: Code, units: Units, cluster: bool = False) -> dict[str, objec
     images_at_once = IMAGES[:1] if cluster else IMAGES
     stem, inner, entry = finishes[0], finishes[1::2], finishes[2::2]
     closing, projection = pooling[::2], pooling[1::2]
-    # A gate embeds features if a block has changed them; otherwise it only recalls its state. The warps that decide, and
-    # have activations to compute, and those that look ahead, and have not, then wait for each other.
-    gates = code.having(SHFL=13)
-    recalls = [block for block in code.having(SHFL=10, FFMA=40) if block not in gates]
-    activations = code.having(MUFU=8)
+    # Of a gate's warps some decide and others look ahead; of each the code that embeds features. They wait for each other.
+    embeds = code.having(SHFL=7, FFMA=16, MUFU=0)
+    decisions = code.having(SHFL=13, MUFU=8)
 
-    def decides(at: int) -> bool:
-        return any(block(at) for block in activations)
+    def pool(embed: Block) -> Block:
+        """Which a block that has not changed an image saves those that look ahead."""
+        return [block for block in code.having(LDS=4, SHFL=0, FFMA=0, HMMA=0) if block.start < embed.start][-1]
 
     def region(finish: Block, products: int) -> list[Block]:
         """The blocks that multiply, and the one that finishes."""
@@ -118,10 +121,14 @@ def resident(code: Code, units: Units, cluster: bool = False) -> dict[str, objec
     def cycles(instructions: list[Instruction], warps: int = 2) -> int:
         return round(replay(instructions, units, warps).cycles)
 
-    def through(start: int, region: list[Block], regions: int) -> int:
+    def without_barrier(instructions: list[Instruction]) -> list[Instruction]:
+        """The same way where no block has been executed that would be waited for."""
+        return [each.replaced("NOP") if each.predicated and each.startswith("BAR") else each for each in instructions]
+
+    def through(start: int, region: list[Block], regions: int, to: Callable[[int], bool] = code.barrier) -> int:
         """Of a convolution: the next one's weights come with the last region's products."""
         most, at = code.way(start, *region * (regions - 1)) if regions > 1 else ([], start)
-        return cycles(without_loads(most) + code.way(at, *region, code.barrier)[0])
+        return cycles(without_loads(most) + code.way(at, *region, to)[0])
 
     _, loaded = code.way(0, code.barrier)
     stages = []
@@ -130,10 +137,11 @@ def resident(code: Code, units: Units, cluster: bool = False) -> dict[str, objec
         products, regions = (OF_CLUSTER[stage], 1) if cluster else (PRODUCTS[stage], 2 if stage == 0 else 1)
         first, last = region(inner[stage], products), region(closing[stage], products)
         _, middle = code.way(inner[stage].end - 1, code.barrier)
-        _, closed = code.way(middle, *last, code.barrier)
-        looks_ahead, next_decided = code.way(closed, gates[stage], code.barrier)
-        embeds, _ = code.way(closed, gates[stage], decides, code.barrier)
-        recalls_state, _ = code.way(closed, recalls[stage], decides, code.barrier)
+        decision, (embed, ahead) = decisions[stage], embeds[2 * stage:2 * stage + 2]
+        # Each kind of warp has a barrier of its own before it embeds, where it waits for the block.
+        closed = {each: [at for at in code.indices(closing[stage].end - 1, pool(each), each) if code.barrier(at)][-1]
+                  for each in (embed, ahead)}
+        _, next_decided = code.way(closed[embed], decision, code.barrier)
         pieces: dict[str, object] = {}
         if stage:
             entered = region(entry[stage - 1], 18 if cluster else 72)
@@ -141,12 +149,16 @@ def resident(code: Code, units: Units, cluster: bool = False) -> dict[str, objec
             pieces["entry"] = [cycles(code.way(decided, *entered * images, *projected * images, code.barrier)[0])
                                for images in images_at_once]
         decided = next_decided
+        weights = [block for block in code.having(LDG=9, HMMA=0) if block.start < inner[stage].start][-1]
         stages.append(pieces | {
             "inner": [through(decided, first, regions * images) for images in images_at_once],
-            "closing": [through(middle, last, regions * images) for images in images_at_once],
-            "gate": max(cycles(looks_ahead, 1), cycles(embeds, 1)),
-            "recall": max(cycles(looks_ahead, 1), cycles(recalls_state, 1)),
-            "skip": cycles(code.way(decided, code.barrier)[0]),
+            "loading": through(decided, [weights, *first], 1) - through(decided, first, 1),
+            "closing": [through(middle, last, regions * images, lambda at, to=closed[embed]: at == to)
+                        for images in images_at_once],
+            "gate": max(cycles(code.way(closed[embed], embed, decision, code.barrier)[0], 1),
+                        cycles(code.way(closed[ahead], pool(ahead), ahead, code.barrier)[0], 1)),
+            "recall": max(cycles(without_barrier(code.way(decided, each, code.barrier)[0]), 1)
+                          for each in (decision, ahead)),
         })
     of_stem = region(stem, 36 if cluster else 72)
     start = [cycles(code.way(0, code.barrier)[0]) + through(loaded, of_stem, images if cluster else 2 * images)

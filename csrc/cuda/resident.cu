@@ -40,8 +40,8 @@ constexpr int kRow = 1024;      // bytes of a row of a whole plane: 32x32, 16x16
 constexpr int kZeros = 0;       // where in shared memory zeros lie, for pixels outside of a plane: lines kRow apart
 constexpr int kZeroLines = 6;
 constexpr int kMostChannels = stage_channels(kMaxStages - 1);
-constexpr int kEmbeddings = 4;            // for a gate, the next one, and two more on their way
-constexpr int kProducts = kMaxUnits + 4;  // floats between two images' products: in different banks
+constexpr int kEmbeddings = 4;        // for a gate, the next one, and two more on their way
+constexpr int kPooledTogether = 256;  // sums of pieces that are taken at once, zeros where there are fewer
 constexpr unsigned kAllLanes = ~0u;
 
 constexpr SKIPNET_HD int rounded_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -49,6 +49,12 @@ constexpr SKIPNET_HD int quotient_up(int value, int divisor) { return (value + d
 
 // Rows of a band, of which 32x32, 16x16 and 8x8 planes have four. A pool is a sum over pieces of a band and 8 columns.
 constexpr SKIPNET_HD int band_rows(int channels) { return 128 / channels; }
+
+// The number of the first image in a mask, which has some: quicker than __ffs.
+__device__ inline int lowest(unsigned images) {
+    static_assert(kMaxImages == 4);
+    return 0x12131210u >> 2 * images & 3;
+}
 
 constexpr SKIPNET_HD int region_rows(int channels) { return channels == 64 ? 4 : 8; }
 
@@ -75,7 +81,6 @@ struct SharedLayout {
     int embedding;   // bytes of a place
     int features;    // [warps, kMostChannels]: pooled activations, a copy for each warp that computes with them
     int ahead;       // [2, kMaxImages, kMaxUnits] of float4: what the input adds to the next gate's four sums
-    int products;    // [kMaxImages, kProducts]: whose sum is a logit
     int sums;        // [images, pieces, channels]: of each piece's pixels; two in turn in a cluster
     int sums_of;     // bytes of an image's
     int pooled;      // [images, channels], for the head
@@ -106,7 +111,7 @@ SKIPNET_HD int embedding_floats(const ResidentNetwork& network, int stage) {
 }
 
 SharedLayout shared_layout(const ResidentNetwork& network, int images, bool clustered) {
-    int planes[kMaxStages] = {}, most_sums = 0;
+    int planes[kMaxStages] = {}, most_sums = kPooledTogether;
     for (int stage = 0; stage < network.stages; ++stage) {
         const ResidentStage& at = network.stage[stage];
         planes[stage] = plane_bytes(stage_channels(stage), at.height, at.width);
@@ -126,7 +131,6 @@ SharedLayout shared_layout(const ResidentNetwork& network, int images, bool clus
     layout.embeddings = place(kEmbeddings * layout.embedding);
     layout.features = place(network.embed ? kWarps * kMostChannels * 4 : 0);
     layout.ahead = place(network.embed ? 2 * kMaxImages * kMaxUnits * 16 : 0);
-    layout.products = place(network.embed ? kMaxImages * kProducts * 4 : 0);
     layout.sums_of = rounded_up(most_sums * 4, kLine);
     layout.sums = place((clustered ? 2 : images) * layout.sums_of);
     layout.pooled = place(images * channels * 4);
@@ -148,10 +152,11 @@ SharedLayout shared_layout(const ResidentNetwork& network, int images, bool clus
 // Of one tap of a convolution.
 constexpr SKIPNET_HD int fragment_bytes(int in, int out) { return in * out * 2; }
 
-// Where a lane's part of a convolution's weights lies; null if there is no convolution.
+// Where a lane's part of a convolution's weights lies, if there is such a convolution.
 struct Source {
     const uint2* fragments;
     const float2* biases;
+    bool exists;
 };
 
 // A warp's weights of a convolution: for each chunk of input channels and each tap of the kernel the fragment of 16
@@ -164,10 +169,10 @@ struct Weights {
     float2 biases[kEighths];
 
     // Of the warps' share number `slice` of the output channels.
-    static __device__ Source at(const void* fragments, const float* biases, int slice, int lane) {
+    static __device__ Source at(const void* fragments, const float* biases, int slice, int lane, bool exists = true) {
         const int eighth = slice * kEighths;
         return {static_cast<const uint2*>(fragments) + (eighth / 2 * kChunks * kTaps * 32 + lane) * 2 + eighth % 2,
-                reinterpret_cast<const float2*>(biases) + eighth * 4 + lane % 4};
+                reinterpret_cast<const float2*>(biases) + eighth * 4 + lane % 4, exists};
     }
 
     __device__ void load_biases(const Source& from, bool loads) {
@@ -287,9 +292,6 @@ struct ForwardPass {
     __device__ float4* ahead(int i, int gate) const {
         return reinterpret_cast<float4*>(shared + layout.ahead) + (gate % 2 * kMaxImages + i) * kMaxUnits;
     }
-    __device__ float* products(int i) const {
-        return reinterpret_cast<float*>(shared + layout.products) + i * kProducts;
-    }
 
     __device__ void run(const Turns& turns);
     __device__ bool take(int turn, const Turns& turns);
@@ -301,12 +303,13 @@ struct ForwardPass {
     template <int kStage>
     __device__ void gate_step(int block);
     template <int kStage, int kSize>
-    __device__ unsigned rnn_gate(int block);
-    template <int kStage>
-    __device__ void pool_features(int i) const;
+    __device__ void rnn_gate(int block);
+    template <int kStage, typename Meanwhile>
+    __device__ void pool_features(int i, Meanwhile meanwhile) const;
     template <int kStage, int kSize>
     __device__ float embedded(int gate) const;
-    __device__ unsigned compact(float logit) const;
+    __device__ unsigned compact() const;
+    __device__ void clear_sums();
     __device__ void stage_forced_decisions();
     __device__ void write_decisions() const;
     __device__ void head();
@@ -315,24 +318,39 @@ struct ForwardPass {
     __device__ void fetch_embedding(int gate, int block);
     template <int kChannels>
     __device__ void await_others(const ResidentStage& stage, bool pools);
-    template <int kTogether>
-    __device__ float pooled(int stage, int i, int channel, int begin = 0, int step = 1) const;
-    template <int kIn, int kOut, int kStride, int kKernel>
+    template <int kTogether, typename Meanwhile>
+    __device__ float pooled(int stage, int i, int channel, int begin, int step, Meanwhile meanwhile) const;
+    template <int kIn, int kOut, int kStride, int kKernel, bool kCloses = false>
     __device__ void convolve(Weights<kIn, kKernel * kKernel, kClustered ? 1 : 2>& weights, const Source& next,
-                             unsigned images, const Planes& planes, bool closes);
+                             unsigned images, const Planes& planes);
+    template <int kIn, int kOut, int kStride, int kKernel, bool kCloses, bool kWhole>
+    __device__ void convolve_planes(Weights<kIn, kKernel * kKernel, kClustered ? 1 : 2>& weights, const Source& next,
+                                    unsigned images, const Planes& planes);
     template <int kOut, bool kProjects, bool kWhole, bool kCloses, int kPairs, int kEighths>
     __device__ void finish_region(float (&sum)[kPairs][kEighths][4], int i, int row0, int column0,
                                   const Planes& planes);
 };
 
-// relu(convolution + bias) for the images of a mask, which has some. One that `closes` a block adds what stands in its
-// output's plane; it and a projection, which has no ReLU, leave each piece's sums. `next`, if there is one, replaces
-// the weights.
+// relu(convolution + bias) for the images of a mask, which has some. One that closes a block adds what stands in its
+// output's plane; it and a projection, which has no ReLU, leave each piece's sums. `next`, if it exists, replaces the
+// weights.
 template <typename Element, bool kClustered>
-template <int kIn, int kOut, int kStride, int kKernel>
+template <int kIn, int kOut, int kStride, int kKernel, bool kCloses>
 __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(
     Weights<kIn, kKernel * kKernel, kClustered ? 1 : 2>& weights, const Source& next, unsigned images,
-    const Planes& planes, bool closes) {
+    const Planes& planes) {
+    if (planes.stage.whole)
+        convolve_planes<kIn, kOut, kStride, kKernel, kCloses, true>(weights, next, images, planes);
+    else
+        convolve_planes<kIn, kOut, kStride, kKernel, kCloses, false>(weights, next, images, planes);
+}
+
+// The same for whole planes, where most numbers are constants, or for others.
+template <typename Element, bool kClustered>
+template <int kIn, int kOut, int kStride, int kKernel, bool kCloses, bool kWhole>
+__device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve_planes(
+    Weights<kIn, kKernel * kKernel, kClustered ? 1 : 2>& weights, const Source& next, unsigned images,
+    const Planes& planes) {
     using Own = Share<kOut, kClustered>;
     constexpr bool kProjects = kKernel == 1;
     constexpr int kRows = Own::kRows, kPairs = kRows / 2;
@@ -343,23 +361,24 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(
     constexpr int kSources = kNext * (kPairs - 1) + kKernel;
     static_assert(Own::kSlices * Own::kWorkers == kWarps && kRows % 2 == 0 && (kKernel == 1 || kKernel == 3));
 
-    const int strips = planes.stage.strips;
+    const int strips = kWhole ? kRow / (2 * kOut * kStrip) : planes.stage.strips;
+    const int from_pitch = kWhole ? kRow / (2 * kIn) : rounded_up(planes.from_width, kStrip);
+    const int from_width = kWhole && kStride == 1 ? from_pitch : planes.from_width;
+    const int line = from_pitch * 2 * kIn;  // bytes of a row
     const int first = rank() * bands.own * strips + warp / Own::kSlices;
     const int end = kClustered ? min((rank() + 1) * bands.own * strips, planes.stage.pieces) : planes.stage.regions;
-    const bool whole = planes.stage.whole;
 
-    unsigned left = images;
     int region = first;
-    if (region >= end) return;  // none for this warp, in the whole stage: it has no need of the next weights
-    do {
-        const int i = __ffs(left) - 1;
-        const int row = region * planes.stage.inverse >> 16;  // of regions
+    unsigned left = region < end ? images : 0;  // a warp may have no region, in the whole stage
+    while (left) {
+        const int i = lowest(left);
+        const int row = kWhole ? region / strips : region * planes.stage.inverse >> 16;  // of regions
         const int row0 = row * kRows, column0 = (region - row * strips) * kStrip;
         // The regions of an image, then the next image's.
         const int region_after = region + Own::kWorkers;
         const bool image_done = region_after >= end;
         const unsigned left_after = image_done ? left & (left - 1) : left;
-        const bool refill = !left_after && next.fragments;
+        const bool refill = !left_after && next.exists;
 
         float sum[kPairs][Own::kEighths][4];  // of two rows and 8 output channels, as the tensor core leaves it
 #pragma unroll
@@ -372,76 +391,59 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve(
         // ldmatrix: lanes 0-7 and 8-15 give eight pixels of a row and of its partner, the others their upper 8
         // channels. What comes is a product's operand as it is, in registers side by side.
         const int begin = kStride * row0 - kKernel / 2 + lane / 8 % 2 * kApart;
-        const auto multiply = [&](auto whole_plane) {
-            const int from_pitch = whole_plane.value ? kRow / (2 * kIn) : rounded_up(planes.from_width, kStrip);
-            const int line = from_pitch * 2 * kIn;  // bytes of a row
-            // A chunk of input channels and a column of the kernel make a step. Its operands come while the tensor
-            // cores are busy with the step before, where registers are left for them.
-            constexpr int kSteps = kIn / kChunk * kKernel;
-            constexpr int kBuffers = !kClustered && kIn == 64 ? 1 : 2;
-            unsigned operands[kBuffers][kSources][4];
-            // In a whole plane an address serves all rows, and zeros where it is outside of the columns. But a region's
-            // first and last rows may be outside, too.
-            constexpr bool kConstantRows = whole_plane.value && kStride == 1;
-            static_assert(!kConstantRows || kSources <= kZeroLines);
-            const auto load_operands = [&](int number) {
-                const int chunk = number / kKernel, dx = number % kKernel;
-                const int column = kStride * (column0 + lane % 8) + dx - kKernel / 2;
-                const bool column_inside = (kConstantRows && dx == 1) ||
-                                           static_cast<unsigned>(column) < static_cast<unsigned>(planes.from_width);
-                const int byte = byte_of<kIn>(0, column, from_pitch, lane / 16) ^ chunk * 32;
-                // Outside of the plane zeros, of the same banks: eight pixels still come from all of them. Those of a
-                // row outside may read the same ones.
-                const int place = column_inside ? from + begin * line + byte : kZeros + (byte & (kLine - 16));
-                const int step = kConstantRows || column_inside ? kStep * line : 0;
+        // A chunk of input channels and a column of the kernel make a step. Its operands come while the tensor cores
+        // are busy with the step before, where registers are left for them.
+        constexpr int kSteps = kIn / kChunk * kKernel;
+        constexpr int kBuffers = !kClustered && kIn == 64 ? 1 : 2;
+        unsigned operands[kBuffers][kSources][4];
+        // In a whole plane an address serves all rows, and zeros where it is outside of the columns. But a region's
+        // first and last rows may be outside, too.
+        constexpr bool kConstantRows = kWhole && kStride == 1;
+        static_assert(!kConstantRows || kSources <= kZeroLines);
+        const auto load_operands = [&](int number) {
+            const int chunk = number / kKernel, dx = number % kKernel;
+            const int column = kStride * (column0 + lane % 8) + dx - kKernel / 2;
+            const bool column_inside =
+                (kConstantRows && dx == 1) || static_cast<unsigned>(column) < static_cast<unsigned>(from_width);
+            const int byte = byte_of<kIn>(0, column, from_pitch, lane / 16) ^ chunk * 32;
+            // Outside of the plane zeros, of the same banks: eight pixels still come from all of them. Those of a row
+            // outside may read the same ones.
+            const int place = column_inside ? from + begin * line + byte : kZeros + (byte & (kLine - 16));
+            const int step = kConstantRows || column_inside ? kStep * line : 0;
 #pragma unroll
-                for (int s = 0; s < kSources; ++s) {
-                    const bool sure = kConstantRows && 0 < s && s < kSources - 1;
-                    const bool inside =
-                        sure || static_cast<unsigned>(begin + s * kStep) < static_cast<unsigned>(planes.from_height);
-                    const int row = (inside ? place : kZeros) + (kConstantRows || inside ? s * step : 0);
-                    ldmatrix_x4(shared + row, operands[number % kBuffers][s]);
-                }
-            };
-            if (kBuffers == 2) load_operands(0);
-#pragma unroll
-            for (int number = 0; number < kSteps; ++number) {
-                const int chunk = number / kKernel, dx = number % kKernel;
-                const int loaded = number + kBuffers - 1;
-                if (loaded < kSteps) load_operands(loaded);
-                if (number + 1 == kSteps) weights.load_biases(next, refill);
-#pragma unroll
-                for (int dy = 0; dy < kKernel; ++dy) {
-                    const int tap = dy * kKernel + dx;
-                    unsigned b[Own::kEighths][2];
-                    operands_of(weights.of[chunk][tap], b);
-#pragma unroll
-                    for (int p = 0; p < kPairs; ++p)
-#pragma unroll
-                        for (int n = 0; n < Own::kEighths; ++n)
-                            mma_m16n8k16<Element>(sum[p][n], operands[number % kBuffers][kNext * p + dy], b[n]);
-                    weights.load(next, chunk, tap, refill);
-                }
-                __syncwarp();  // keeps these loads here, among the products
+            for (int s = 0; s < kSources; ++s) {
+                const bool sure = kConstantRows && 0 < s && s < kSources - 1;
+                const bool inside =
+                    sure || static_cast<unsigned>(begin + s * kStep) < static_cast<unsigned>(planes.from_height);
+                const int row = (inside ? place : kZeros) + (kConstantRows || inside ? s * step : 0);
+                ldmatrix_x4(shared + row, operands[number % kBuffers][s]);
             }
         };
-        // Codes for each kind of plane and of end, so that none has a branch of its own.
-        const auto finish = [&](auto whole_plane, auto closes_block) {
-            finish_region<kOut, kProjects, whole_plane.value, closes_block.value>(sum, i, row0, column0, planes);
-        };
-        using Yes = std::true_type;
-        using No = std::false_type;
-        const auto compute = [&](auto whole_plane) {
-            multiply(whole_plane);
-            if (kProjects || !closes)
-                finish(whole_plane, No());
-            else
-                finish(whole_plane, Yes());
-        };
-        whole ? compute(Yes()) : compute(No());
+        if (kBuffers == 2) load_operands(0);
+#pragma unroll
+        for (int number = 0; number < kSteps; ++number) {
+            const int chunk = number / kKernel, dx = number % kKernel;
+            const int loaded = number + kBuffers - 1;
+            if (loaded < kSteps) load_operands(loaded);
+            if (number + 1 == kSteps) weights.load_biases(next, refill);
+#pragma unroll
+            for (int dy = 0; dy < kKernel; ++dy) {
+                const int tap = dy * kKernel + dx;
+                unsigned b[Own::kEighths][2];
+                operands_of(weights.of[chunk][tap], b);
+#pragma unroll
+                for (int p = 0; p < kPairs; ++p)
+#pragma unroll
+                    for (int n = 0; n < Own::kEighths; ++n)
+                        mma_m16n8k16<Element>(sum[p][n], operands[number % kBuffers][kNext * p + dy], b[n]);
+                weights.load(next, chunk, tap, refill);
+            }
+            __syncwarp();  // keeps these loads here, among the products
+        }
+        finish_region<kOut, kProjects, kWhole, kCloses>(sum, i, row0, column0, planes);
         left = left_after;
         region = image_done ? first : region_after;
-    } while (left);
+    }
 }
 
 // What follows a region's products: what stands in the place if it closes a block, ReLU but for a projection, and the
@@ -571,8 +573,9 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::stem() {
     }
     __syncthreads();
     const Planes planes{layout.inner[0], height, width, layout.x[0], stage};
-    convolve<16, 16, 1, 3>(weights, {}, all_images(), planes, false);
+    convolve<16, 16, 1, 3>(weights, {}, all_images(), planes);
     await_others<16>(stage, false);
+    cp_async_wait<1>();  // for the embeddings of the first gate and the next one
     __syncthreads();
 }
 
@@ -589,13 +592,13 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::enter_stage() 
     if (executing) {
         Weights<kIn, 9, kEighths> weights;
         weights.load(weights.at(stage.entry, stage.entry_bias, slice, lane));
-        convolve<kIn, kOut, 2, 3>(weights, {}, executing, planes, false);
+        convolve<kIn, kOut, 2, 3>(weights, {}, executing, planes);
     }
     Weights<kIn, 1, kEighths> weights;
     const auto* projection = static_cast<const unsigned char*>(stage.entry) + 9 * fragment_bytes(kIn, kOut);
     weights.load(weights.at(projection, stage.entry_bias + kOut, slice, lane));
     planes.to = layout.x[kStage];
-    convolve<kIn, kOut, 2, 1>(weights, {}, all_images(), planes, false);
+    convolve<kIn, kOut, 2, 1>(weights, {}, all_images(), planes);
     if (executing) await_others<kOut>(stage, false);
     await_others<kOut>(stage, true);
     __syncthreads();
@@ -610,31 +613,33 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::run_stage() {
     using Own = Share<kChannels, kClustered>;
     using Inner = Weights<kChannels, 9, Own::kEighths>;
     const ResidentStage& stage = network.stage[kStage];
-    const int convolutions = 2 * stage.blocks - kEntry;
+    const int convolutions = 2 * stage.blocks - kEntry, height = stage.height, width = stage.width;
+    const int x = layout.x[kStage], inner = layout.inner[kStage];
     const auto source = [&](int number) {
-        if (number >= convolutions) return Source{};
         return Inner::at(
             static_cast<const unsigned char*>(stage.inner) + number * 9 * fragment_bytes(kChannels, kChannels),
-            stage.inner_bias + number * kChannels, warp % Own::kSlices, lane);
+            stage.inner_bias + number * kChannels, warp % Own::kSlices, lane, number < convolutions);
     };
 
     Inner weights;
     if (kEntry) enter_stage<kStage == 0 ? 1 : kStage>();
     weights.load(source(0));
+    bool loaded = true;  // with the last block that was executed, or not at all
     for (int block = 0; block < stage.blocks; ++block) {
         const int end = 2 * (block + 1) - kEntry;  // the next block's first convolution
         if (executing) {
-            for (int number = block == 0 ? 0 : end - 2; number < end; ++number) {
-                const bool closes = number == end - 1;
-                const Planes planes{closes ? layout.inner[kStage] : layout.x[kStage], stage.height, stage.width,
-                                    closes ? layout.x[kStage] : layout.inner[kStage], stage};
-                convolve<kChannels, kChannels, 1, 3>(weights, source(number + 1), executing, planes, closes);
-                await_others<kChannels>(stage, closes);
-                if (!closes) __syncthreads();
+            if (!loaded) weights.load(source(end - 2));
+            if (!kEntry || block > 0) {
+                convolve<kChannels, kChannels, 1, 3>(weights, source(end - 1), executing,
+                                                     {x, height, width, inner, stage});
+                await_others<kChannels>(stage, false);
+                __syncthreads();
             }
-        } else if (end < convolutions) {
-            weights.load(source(end));
+            convolve<kChannels, kChannels, 1, 3, true>(weights, source(end), executing,
+                                                       {inner, height, width, x, stage});
+            await_others<kChannels>(stage, true);
         }
+        loaded = executing;
         gate_step<kStage>(block);
     }
 }
@@ -657,68 +662,99 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::fetch_embeddin
     cp_async_commit();
 }
 
-// Average over an image's pixels; or the share that some pieces have in it. So many of their sums are loaded before
-// anything waits for one.
+// Average over an image's pixels; or the share that some pieces have in it. So many of their sums, or zeros, are on
+// their way while `meanwhile` is done.
 template <typename Element, bool kClustered>
-template <int kTogether>
+template <int kTogether, typename Meanwhile>
 __device__ __forceinline__ float ForwardPass<Element, kClustered>::pooled(int stage, int i, int channel, int begin,
-                                                                          int step) const {
+                                                                          int step, Meanwhile meanwhile) const {
     const ResidentStage& at = network.stage[stage];
     const int channels = stage_channels(stage);
-    const float* sum = sums(i) + channel;
+    const float* sum = sums(i) + begin * channels + channel;
     float parts[kTogether];
 #pragma unroll
-    for (int k = 0; k < kTogether; ++k) {
-        const int piece = begin + k * step;
-        parts[k] = piece < at.pieces ? sum[piece * channels] : 0.0f;
-    }
-    float total = 0.0f;
+    for (int k = 0; k < kTogether; ++k) parts[k] = sum[k * step * channels];
+    meanwhile();
 #pragma unroll
-    for (int k = 0; k < kTogether; ++k) total += parts[k];
+    for (int half = kTogether / 2; half > 0; half /= 2)
+#pragma unroll
+        for (int k = 0; k < half; ++k) parts[k] += parts[k + half];
+    float total = parts[0];
 #pragma unroll 1
-    for (int piece = begin + kTogether * step; piece < at.pieces; piece += step) total += sum[piece * channels];
+    for (int more = kTogether * step; begin + more < at.pieces; more += step) total += sum[more * channels];
     return total * at.share;
 }
 
-// Adds to an LSTM unit's four sums, a unit a lane, what inputs make of them, an input a lane. `weights` is that of the
-// lane's unit and the first input.
-template <int kUnroll>
-__device__ inline void add_inputs(float4& sums, const float4* weights, float input, int inputs, int units) {
-#pragma unroll kUnroll
-    for (int k = 0; k < inputs; ++k) {
-        const float4 weight = weights[k * units];
-        const float x = __shfl_sync(kAllLanes, input, k);
-        sums.x += weight.x * x;
-        sums.y += weight.y * x;
-        sums.z += weight.z * x;
-        sums.w += weight.w * x;
+// So many lanes share an LSTM unit, or an output of the embedding: each sums over a part of its inputs. `kSize` is the
+// number of either where they are equal and known, so that no loop is left; 0 takes any, a lane for each.
+template <int kSize>
+constexpr int kSharers = kSize > 0 ? 32 / kSize : 1;
+
+// What a lane's share of some inputs, an input a lane, adds to its unit's four sums. `weights` is that of the unit and
+// the first input.
+template <int kSize>
+__device__ inline void add_inputs(float4& sums, const float4* weights, float input, int inputs, int units, int share) {
+    constexpr int kShare = kSharers<kSize>;
+#pragma unroll(kSize ? kSize : 1)
+    for (int k = 0; k < inputs; k += kShare) {
+        const bool last = kShare > 1 && k + kShare > inputs && k + share >= inputs;  // not every lane has one more
+        const int own = last ? 0 : k + share;
+        const float4 weight = weights[own * units];
+        const float x = __shfl_sync(kAllLanes, input, own);
+        sums.x += last ? 0.0f : weight.x * x;
+        sums.y += last ? 0.0f : weight.y * x;
+        sums.z += last ? 0.0f : weight.z * x;
+        sums.w += last ? 0.0f : weight.w * x;
     }
+}
+
+// A unit's sum over the lanes that share it, in the first of them.
+template <int kSize>
+__device__ inline float over_sharers(float sum, int lane) {
+    float all = sum;
+#pragma unroll
+    for (int other = 1; other < kSharers<kSize>; ++other)
+        all += __shfl_sync(kAllLanes, sum, (lane + other * kSize) % 32);
+    return all;
+}
+
+// The sum over the first kSize lanes, or over all of them, in the first one.
+template <int kSize>
+__device__ inline float over_units(float value, int lane) {
+    if (kSize == 0) return warp_sum(value);
+    static_assert(kSize % 2 == 0);
+    const float two = value + __shfl_sync(kAllLanes, value, (lane + kSize / 2) % 32);
+    float all = two;
+#pragma unroll
+    for (int k = 1; k < kSize / 2; ++k) all += __shfl_sync(kAllLanes, two, k);
+    return all;
 }
 
 // Finishes an image's pool into this warp's features.
 template <typename Element, bool kClustered>
-template <int kStage>
-__device__ __forceinline__ void ForwardPass<Element, kClustered>::pool_features(int i) const {
+template <int kStage, typename Meanwhile>
+__device__ __forceinline__ void ForwardPass<Element, kClustered>::pool_features(int i, Meanwhile meanwhile) const {
     constexpr int kChannels = stage_channels(kStage);
     constexpr int kLanes = kChannels < 32 ? kChannels : 32;  // that have a channel of their own; others share them
-    constexpr int kTogether = kChannels < 64 ? 8 : 4;        // a lane's part of what the published networks have
+    constexpr int kTogether = kPooledTogether / (kChannels < 32 ? 32 : kChannels);
 #pragma unroll
     for (int part = 0; part < kChannels; part += kLanes) {
         const int channel = part + lane % kLanes;
-        float sum = pooled<kTogether>(kStage, i, channel, lane / kLanes, 32 / kLanes);
+        float sum = pooled<kTogether>(kStage, i, channel, lane / kLanes, 32 / kLanes, [&] {
+            if (part == 0) meanwhile();
+        });
         if (kLanes < 32) sum += __shfl_xor_sync(kAllLanes, sum, kLanes);
         if (lane < kLanes) features()[channel] = sum;
     }
     __syncwarp();
 }
 
-// A lane's input to the LSTM: one of the outputs of a gate's embedding of this warp's features. `kSize` is embed and
-// hidden where they are equal and known, so that lanes can share an output and no loop is left; 0 takes any.
+// A lane's input to the LSTM: one of the outputs of a gate's embedding of this warp's features.
 template <typename Element, bool kClustered>
 template <int kStage, int kSize>
 __device__ __forceinline__ float ForwardPass<Element, kClustered>::embedded(int gate) const {
     constexpr int kChannels = stage_channels(kStage), kPieces = kChannels / 4;
-    constexpr int kShare = kSize > 0 ? 32 / kSize : 1;
+    constexpr int kShare = kSharers<kSize>;
     const int embed = kSize ? kSize : network.embed;
     const int output = kSize ? lane % kSize : min(lane, embed - 1), share = kSize ? lane / kSize % kShare : 0;
     const float* weights = embedding_place(gate);
@@ -744,76 +780,95 @@ __device__ __forceinline__ float ForwardPass<Element, kClustered>::embedded(int 
 
 // Pool-finish, embed, LSTM step, and who executes the next block. Warp i decides for image i, whose features are as
 // they were unless its block has changed them. Then what they add to the LSTM's sums is known already: warp i +
-// kMaxImages has computed it during the gate before, as it does now for the next one.
+// kMaxImages - 1 (or the last one) has computed it during the gate before, as it does now for the next one.
 template <typename Element, bool kClustered>
 template <int kStage, int kSize>
-__device__ __forceinline__ unsigned ForwardPass<Element, kClustered>::rnn_gate(int block) {
+__device__ __forceinline__ void ForwardPass<Element, kClustered>::rnn_gate(int block) {
     const int embed = kSize ? kSize : network.embed, units = kSize ? kSize : network.hidden;
-    constexpr int kUnroll = kSize ? kSize : 1;
-    const bool is_ahead = warp >= kMaxImages;
-    const int unit = min(lane, units - 1), i = (is_ahead ? warp + 1 : warp) % kMaxImages;
+    const int unit = kSize ? lane % kSize : min(lane, units - 1), share = kSize ? lane / kSize % kSharers<kSize> : 0;
+    const bool looks_ahead = warp >= kMaxImages;
+    const int i = (warp + looks_ahead) % kMaxImages;
     const bool changed = (kStage > 0 && block == 0) || (executing >> i & 1);
-    const auto* lstm =
-        reinterpret_cast<const float4*>(shared + layout.lstm);  // [embed + hidden + 1, hidden] of i, f, g, o
-    const auto* projection = reinterpret_cast<const float*>(lstm + (embed + units + 1) * units);
-    if (i < count) {
-        float4 sums = lstm[(embed + units) * units + unit];  // the bias
-        const auto recall = [&] { add_inputs<kUnroll>(sums, lstm + embed * units + unit, hidden, units, units); };
-        float4 input{0.0f, 0.0f, 0.0f, 0.0f};
-        if (changed || is_ahead) {
-            recall();  // which needs not wait for the pool, as all that follows
-            pool_features<kStage>(i);
-            add_inputs<kUnroll>(input, lstm + unit, embedded<kStage, kSize>(index + is_ahead), embed, units);
+    // [embed + hidden + 1, hidden] of i, f, g, o
+    const auto* lstm = reinterpret_cast<const float4*>(shared + layout.lstm) + unit;
+    const auto embed_features = [&](int gate) {
+        float4 sums{0.0f, 0.0f, 0.0f, 0.0f};
+        add_inputs<kSize>(sums, lstm, embedded<kStage, kSize>(gate), embed, units, share);
+        return sums;
+    };
+    // Warps wait for the block's output and sums each in its own code: which one it takes is then decided already.
+    const auto await_block = [&] {
+        if (executing) __syncthreads();
+    };
+    if (looks_ahead) {
+        await_block();
+        if (i < count) {
+            if (changed) pool_features<kStage>(i, [] {});
+            ahead(i, index + 1)[lane] = embed_features(index + 1);
+        }
+        fetch_embedding<kStage>(index + kEmbeddings - 1, block + kEmbeddings - 1);
+        cp_async_wait<1>();  // for those of the next gate
+    } else if (i < count) {
+        const auto* projection = reinterpret_cast<const float*>(lstm - unit + (embed + units + 1) * units);
+        float4 sums{0.0f, 0.0f, 0.0f, 0.0f}, input;
+        const auto recall = [&] {
+            if (share == 0) sums = lstm[(embed + units) * units];  // the bias
+            add_inputs<kSize>(sums, lstm + embed * units, hidden, units, units, share);
+        };
+        if (changed) {
+            await_block();
+            pool_features<kStage>(i, recall);
+            input = embed_features(index);
         } else {
+            await_block();
             recall();
-            input = ahead(i, index)[unit];
+            input = ahead(i, index)[lane];
         }
-        if (is_ahead) {
-            if (lane < units) ahead(i, index + 1)[lane] = input;
-        } else {
-            cell = fast_sigmoid(input.y + sums.y) * cell + fast_sigmoid(input.x + sums.x) * fast_tanh(input.z + sums.z);
-            hidden = fast_sigmoid(input.w + sums.w) * fast_tanh(cell);
-            products(i)[lane] = lane < units ? projection[unit] * hidden : 0.0f;
-        }
+        const auto all = [&](float input, float sum) { return over_sharers<kSize>(input + sum, lane); };
+        cell = fast_sigmoid(all(input.y, sums.y)) * cell +
+               fast_sigmoid(all(input.x, sums.x)) * fast_tanh(all(input.z, sums.z));
+        hidden = fast_sigmoid(all(input.w, sums.w)) * fast_tanh(cell);
+        const float logit =
+            over_units<kSize>(lane < units ? projection[unit] * hidden : 0.0f, lane) + projection[units];
+        const bool writes = lane == 0, decides = writes && !is_forced(index);
+        if (writes) logits(index)[i] = logit;
+        if (decides) decisions(index)[i] = executes_logit(logit);
+    } else {
+        await_block();
     }
-    if (is_ahead) fetch_embedding<kStage>(index + kEmbeddings - 1, block + kEmbeddings - 1);
     __syncthreads();
-    // A lane has an image, the same in every warp.
-    const auto* product = reinterpret_cast<const float4*>(products(lane < count ? lane : 0));
-    float4 sums{0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll kUnroll
-    for (int k = 0; k < quotient_up(units, 4); ++k) {
-        const float4 x = product[k];
-        sums.x += x.x;
-        sums.y += x.y;
-        sums.z += x.z;
-        sums.w += x.w;
-    }
-    return compact((sums.x + sums.y) + (sums.z + sums.w) + projection[units]);
 }
 
 // The gate after a stage's block, and who runs the next one.
 template <typename Element, bool kClustered>
 template <int kStage>
 __device__ __forceinline__ void ForwardPass<Element, kClustered>::gate_step(int block) {
-    cp_async_wait<kEmbeddings - 3>();
-    __syncthreads();  // for the block's output and sums, and two embeddings
-    if (index < call.num_gates)
-        executing =
-            network.embed == 10 && network.hidden == 10 ? rnn_gate<kStage, 10>(block) : rnn_gate<kStage, 0>(block);
+    if (index >= call.num_gates) {
+        __syncthreads();
+    } else {
+        if (network.embed == 10 && network.hidden == 10)
+            rnn_gate<kStage, 10>(block);
+        else
+            rnn_gate<kStage, 0>(block);
+        executing = compact();
+    }
     ++index;
 }
 
-// The images that a gate lets execute, as a mask; a lane has an image's logit.
+// The images that a gate lets execute, as a mask: its four decisions are the bytes of a word, of which a product brings
+// the last bits together.
 template <typename Element, bool kClustered>
-__device__ __forceinline__ unsigned ForwardPass<Element, kClustered>::compact(float logit) const {
-    const bool decides = lane < count;
-    const bool executes = is_forced(index) ? decides && decisions(index)[lane] : executes_logit(logit);
-    if (warp == 0 && decides) {
-        logits(index)[lane] = logit;
-        if (!is_forced(index)) decisions(index)[lane] = executes;
-    }
-    return __ballot_sync(kAllLanes, executes) & all_images();
+__device__ __forceinline__ unsigned ForwardPass<Element, kClustered>::compact() const {
+    static_assert(kMaxImages == sizeof(unsigned));
+    const unsigned decided = *reinterpret_cast<const unsigned*>(decisions(index)) & 0x01010101;
+    return decided * 0x01020408 >> 24 & all_images();
+}
+
+// Of pieces that there are not, so that a pool need not ask. A stage has no fewer than the one before.
+template <typename Element, bool kClustered>
+__device__ __forceinline__ void ForwardPass<Element, kClustered>::clear_sums() {
+    for (int at = layout.sums + 16 * threadIdx.x; at < layout.pooled; at += 16 * kThreads)
+        *reinterpret_cast<uint4*>(shared + at) = make_uint4(0, 0, 0, 0);
 }
 
 // Where decisions are forced, a gate finds them made.
@@ -848,7 +903,7 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::head() {
     const int last = network.stages - 1, channels = stage_channels(last), classes = network.classes;
     auto* features = reinterpret_cast<float*>(shared + layout.pooled);  // [count, channels]
     for (int at = threadIdx.x; at < count * channels; at += kThreads)
-        features[at] = pooled<4>(last, at / channels, at % channels);
+        features[at] = pooled<4>(last, at / channels, at % channels, 0, 1, [] {});
     __syncthreads();
     if (rank() > 0) return;
     write_decisions();
@@ -879,6 +934,7 @@ __device__ __forceinline__ bool ForwardPass<Element, kClustered>::take(int turn,
 
 template <typename Element, bool kClustered>
 __device__ __forceinline__ void ForwardPass<Element, kClustered>::run(const Turns& turns) {
+    clear_sums();
     if (kClustered) {
         if (threadIdx.x == 0) {
             for (StoreCounter& counter : control().exchanges) begin_counting(&counter);
@@ -909,6 +965,7 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::run(const Turn
         if (network.stages > 2) run_stage<2>();
         head();
         if (kClustered || !call.work_counter) return;
+        clear_sums();
         if (threadIdx.x == 0) control().turn = turns.workers + atomicAdd(call.work_counter, 1);
         __syncthreads();
         turn = control().turn;
