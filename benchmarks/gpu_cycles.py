@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "csrc"))
 from gpu_model import CYCLES  # noqa: E402
-from gpu_replay import UNITS, Units, replay, without_loads  # noqa: E402
+from gpu_replay import UNITS, Units, is_turn, replay, without_loads  # noqa: E402
 from machine_code import Instruction, count, kernels, way  # noqa: E402
 
 IMAGES = (1, 2, 3)  # that a resident thread block takes; three fit the largest shared memory
@@ -51,7 +51,7 @@ class Code:
         """All of them, in the order in which they lie in memory."""
         targets = {instruction.target for instruction in self.instructions}
         ends = [at + 1 for at, instruction in enumerate(self.instructions)
-                if instruction.startswith(_ENDS) or at + 1 in targets]
+                if (instruction.startswith(_ENDS) and not is_turn(instruction)) or at + 1 in targets]
         return [Block(start, end) for start, end in zip([0, *ends], ends, strict=False) if end > start]
 
     def count(self, block: Block, name: str) -> int:
@@ -67,7 +67,7 @@ class Code:
 
     def barrier(self, at: int) -> bool:
         """Whether a thread block meets here."""
-        return self.instructions[at].startswith(("BAR.SYNC", "BAR.RED"))
+        return self.instructions[at].startswith(("BAR.SYNC", "BAR.RED")) and not is_turn(self.instructions[at])
 
     def ends(self, at: int) -> bool:
         """Whether the kernel does."""
@@ -93,8 +93,8 @@ def resident(code: Code, units: Units, cluster: bool = False) -> dict[str, objec
 
     # In memory the stem comes first, then each stage: its entry and projection, then the others. What follows the
     # products, without a branch, is found by the rounding to 16 bits; what pools by the identity that it loads.
-    finishes = of_whole_planes(code.having(F2FP=2, LDS=0))
-    pooling = of_whole_planes(code.having(F2FP=2, LDS=1))
+    finishes = of_whole_planes(code.having(F2FP=2, LDS=0, HMMA=16))
+    pooling = of_whole_planes(code.having(F2FP=2, LDS=1, HMMA=1))
     images_at_once = IMAGES[:1] if cluster else IMAGES
     stem, inner, entry = finishes[0], finishes[1::2], finishes[2::2]
     closing, projection = pooling[::2], pooling[1::2]

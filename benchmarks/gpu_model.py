@@ -150,19 +150,21 @@ def resident(arch: SkipNetArch, device: Device, batch: int, share: float, cluste
             stage, channels = cycles["stages"][number], arch.widths[number]
             for block in range(depth):
                 always = number == block == 0
-                nobody = 0.0 if always else (1 - share) ** images
+                nobody = (1 - share) ** images
+                # Weights are loaded ahead as long as blocks are executed.
+                late = nobody if block > (number == 0) else 0.0
                 for count, probability in [(images, 1.0)] if always else _executing(images, share):
                     first = "entry" if number and block == 0 else "inner"
-                    if not count and first == "inner":
+                    if count:
+                        run = stage[first][count - 1] + late * stage["loading"] + stage["closing"][count - 1]
+                    elif first == "entry":
+                        run = stage["entry"][0]  # of which the projection is for all
+                    else:
                         continue
-                    run = stage[first][max(count, 1) - 1] + (stage["closing"][count - 1] if count else 0)
-                    # Weights are loaded ahead as long as blocks are executed.
-                    late = (1 - share) ** images if block and not number == block - 1 == 0 else 0.0
-                    part = Part.of("run_block", latency=device.seconds(run + late * stage["loading"]),
-                                   L2=(2 + late) * weights(channels))
+                    part = Part.of("run_block", latency=device.seconds(run), L2=(2 + late) * weights(channels))
                     yield replace(part, seconds=part.seconds * probability)
                 # Images decide side by side: the gate is a short one only if none of them has executed.
-                nobody = 0.0 if block == 0 else nobody
+                nobody = nobody if block else 0.0
                 gate = (1 - nobody) * stage["gate"] + nobody * stage["recall"]
                 yield Part("gate_step", device.seconds(gate), "latency")
         yield Part("head", device.seconds(cycles["head"]), "latency")

@@ -110,6 +110,9 @@ SKIPNET_HD int embedding_floats(const ResidentNetwork& network, int stage) {
     return rounded_up(network.embed * stage_channels(stage) + network.embed, 4);
 }
 
+// Floats from one output's weights to the next one's in shared memory: those of eight lie in different banks.
+constexpr SKIPNET_HD int embedding_row(int channels) { return channels + 4; }
+
 SharedLayout shared_layout(const ResidentNetwork& network, int images, bool clustered) {
     int planes[kMaxStages] = {}, most_sums = kPooledTogether;
     for (int stage = 0; stage < network.stages; ++stage) {
@@ -127,7 +130,7 @@ SharedLayout shared_layout(const ResidentNetwork& network, int images, bool clus
     };
     const int channels = stage_channels(network.stages - 1);
     layout.lstm = place(lstm_floats(network) * 4);
-    layout.embedding = rounded_up(network.embed ? embedding_floats(network, network.stages - 1) * 4 : 0, kLine);
+    layout.embedding = rounded_up(network.embed * (embedding_row(channels) + 1) * 4, kLine);
     layout.embeddings = place(kEmbeddings * layout.embedding);
     layout.features = place(network.embed ? kWarps * kMostChannels * 4 : 0);
     layout.ahead = place(network.embed ? 2 * kMaxImages * kMaxUnits * 16 : 0);
@@ -394,7 +397,7 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve_plane
         // A chunk of input channels and a column of the kernel make a step. Its operands come while the tensor cores
         // are busy with the step before, where registers are left for them.
         constexpr int kSteps = kIn / kChunk * kKernel;
-        constexpr int kBuffers = !kClustered && kIn == 64 ? 1 : 2;
+        constexpr int kBuffers = 2;
         unsigned operands[kBuffers][kSources][4];
         // In a whole plane an address serves all rows, and zeros where it is outside of the columns. But a region's
         // first and last rows may be outside, too.
@@ -419,12 +422,36 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve_plane
                 ldmatrix_x4(shared + row, operands[number % kBuffers][s]);
             }
         };
+        // What stands in the output's place is added like a tenth tap, by a product with the identity, which is exact.
+        unsigned before[kPairs][4];
+        const auto load_before = [&] {
+            const int pitch = kWhole ? kRow / (2 * kOut) : strips * kStrip;
+#pragma unroll
+            for (int p = 0; p < kPairs; ++p) {
+                const int row = row0 + p + lane / 8 % 2 * kPairs, column = column0 + lane % 8;
+                const bool inside = (kWhole || (row < planes.stage.height && column < planes.stage.width)) &&
+                                    (Own::kEighths == 2 || lane < 16);
+                const int eighth = warp % Own::kSlices * Own::kEighths + lane / 16 % Own::kEighths;
+                const int byte = byte_of<kOut>(row, column, pitch, eighth);
+                ldmatrix_x4(inside ? image(i) + planes.to + byte : shared + kZeros + (byte & (kLine - 16)), before[p]);
+            }
+        };
+        const auto add_before = [&] {
+            const uint4 identity = control().identity[lane];
+            const unsigned halves[2][2] = {{identity.x, identity.y}, {identity.z, identity.w}};
+#pragma unroll
+            for (int p = 0; p < kPairs; ++p)
+#pragma unroll
+                for (int n = 0; n < Own::kEighths; ++n) mma_m16n8k16<Element>(sum[p][n], before[p], halves[n]);
+        };
+        constexpr bool kEarly = kCloses && kOut == 16;  // where registers are left for it
         if (kBuffers == 2) load_operands(0);
 #pragma unroll
         for (int number = 0; number < kSteps; ++number) {
             const int chunk = number / kKernel, dx = number % kKernel;
             const int loaded = number + kBuffers - 1;
             if (loaded < kSteps) load_operands(loaded);
+            if (kEarly && number == 0) load_before();
             if (number + 1 == kSteps) weights.load_biases(next, refill);
 #pragma unroll
             for (int dy = 0; dy < kKernel; ++dy) {
@@ -438,7 +465,12 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve_plane
                         mma_m16n8k16<Element>(sum[p][n], operands[number % kBuffers][kNext * p + dy], b[n]);
                 weights.load(next, chunk, tap, refill);
             }
+            if (kEarly && number == 0) add_before();
             __syncwarp();  // keeps these loads here, among the products
+        }
+        if (kCloses && !kEarly) {
+            load_before();
+            add_before();
         }
         finish_region<kOut, kProjects, kWhole, kCloses>(sum, i, row0, column0, planes);
         left = left_after;
@@ -464,21 +496,6 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::finish_region(
     };
     unsigned char* plane = image(i) + planes.to;
     const uint4 identity = kPools ? control().identity[lane] : uint4();
-    const unsigned halves[2][2] = {{identity.x, identity.y}, {identity.z, identity.w}};
-    if (kCloses) {
-        unsigned before[kPairs][4];
-#pragma unroll
-        for (int p = 0; p < kPairs; ++p) {
-            const int row = p + lane / 8 % 2 * kPairs, column = column0 + lane % 8;
-            const bool here = inside(row, column) && (kEighths == 2 || lane < 16);
-            const int byte = byte_of<kOut>(row0 + row, column, pitch, eighth + lane / 16 % kEighths);
-            ldmatrix_x4(here ? plane + byte : shared + kZeros + (byte & (kLine - 16)), before[p]);
-        }
-#pragma unroll
-        for (int p = 0; p < kPairs; ++p)
-#pragma unroll
-            for (int n = 0; n < kEighths; ++n) mma_m16n8k16<Element>(sum[p][n], before[p], halves[n]);
-    }
     const int column = column0 + lane / 4;
     unsigned rounded[kRows][2] = {};  // of 8 channels each
 #pragma unroll
@@ -504,16 +521,23 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::finish_region(
     if (kPools) {
         // With the identity on the left a row is transposed: a lane gets two pixels of channels lane / 4 and + 8.
         const unsigned transposing[4] = {identity.x, identity.y, identity.z, identity.w};
-        float totals[kBands][2][4] = {};
+        constexpr int kSums = kBandRows < 4 ? kBandRows : 4;  // of rows, side by side
+        float totals[kBands][kSums][4] = {};
 #pragma unroll
         for (int row = 0; row < kRows; ++row)
-            mma_m16n8k16<Element>(totals[row / kBandRows][row % 2], transposing, rounded[row]);
+            mma_m16n8k16<Element>(totals[row / kBandRows][row % kSums], transposing, rounded[row]);
         float values[kBands * kEighths];
 #pragma unroll
         for (int at = 0; at < kBands * kEighths; ++at) {
-            const auto& [even, odd] = totals[at / kEighths];
+            auto& rows = totals[at / kEighths];
             const int n = at % kEighths * 2;
-            values[at] = (even[n] + even[n + 1]) + (odd[n] + odd[n + 1]);
+#pragma unroll
+            for (auto& sums : rows) sums[n] += sums[n + 1];
+#pragma unroll
+            for (int half = kSums / 2; half > 0; half /= 2)
+#pragma unroll
+                for (int k = 0; k < half; ++k) rows[k][n] += rows[k + half][n];
+            values[at] = rows[0][n];
         }
         const float total = spread_sums<2, 1>(values, lane);
         const int held = lane / (4 / (kBands * kEighths)) % (kBands * kEighths);
@@ -656,8 +680,11 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::fetch_embeddin
         const int floats = embedding_floats(network, kStage);
         const float* from = stage.embeddings + static_cast<std::size_t>(block) * floats;
 #pragma unroll 1
-        for (int at = 4 * (threadIdx.x - 32 * kMaxImages); at < floats; at += 4 * (kThreads - 32 * kMaxImages))
-            cp_async16(embedding_place(gate) + at, from + at);
+        for (int at = 4 * (threadIdx.x - 32 * kMaxImages); at < floats; at += 4 * (kThreads - 32 * kMaxImages)) {
+            const int row = min(at / stage_channels(kStage), network.embed);  // behind them lies the bias
+            const int added = embedding_row(stage_channels(kStage)) - stage_channels(kStage);
+            cp_async16(embedding_place(gate) + at + row * added, from + at);
+        }
     }
     cp_async_commit();
 }
@@ -758,7 +785,7 @@ __device__ __forceinline__ float ForwardPass<Element, kClustered>::embedded(int 
     const int embed = kSize ? kSize : network.embed;
     const int output = kSize ? lane % kSize : min(lane, embed - 1), share = kSize ? lane / kSize % kShare : 0;
     const float* weights = embedding_place(gate);
-    const auto* weight = reinterpret_cast<const float4*>(weights + output * kChannels);
+    const auto* weight = reinterpret_cast<const float4*>(weights + output * embedding_row(kChannels));
     const auto* feature = reinterpret_cast<const float4*>(features());
     float4 sums{0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
@@ -771,7 +798,7 @@ __device__ __forceinline__ float ForwardPass<Element, kClustered>::embedded(int 
         sums.w += last ? 0.0f : w.w * x.w;
     }
     const float sum = (sums.x + sums.y) + (sums.z + sums.w);
-    float all = weights[embed * kChannels + output];
+    float all = weights[embed * embedding_row(kChannels) + output];
 #pragma unroll
     for (int other = 0; other < kShare; ++other)
         all += kShare > 1 ? __shfl_sync(kAllLanes, sum, output + other * kSize) : sum;
