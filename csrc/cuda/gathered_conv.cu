@@ -94,7 +94,8 @@ struct Arguments {
     int max_slices;  // that can be in memory at a time
     PartialSums partial;
     GateTail gate;
-    bool flat;  // tiles go on from one image to the next
+    PublishedRnn rnn;  // its evaluation
+    bool flat;         // tiles go on from one image to the next
     bool gathers, scatters;
     float least;  // of a result: 0 is the ReLU
 };
@@ -458,29 +459,48 @@ template <typename Tile, bool kGates>
 __global__ void __launch_bounds__(Tile::kThreads, kGates ? 1 : Tile::kBlocksAtOnce)
     gathered_conv_kernel(Arguments call) {
     using Product = std::conditional_t<Tile::kOnTensorCores, TensorCores<Tile>, FusedMultiplyAdds<Tile>>;
-    unsigned char* shared = shared_memory();  // [kStages, kStageBytes], then the product; behind it a gate's weights
-    float* gate_weights = reinterpret_cast<float*>(shared + Tile::kSharedBytes);
-    const Rnn<true> gate(call.gate.embedding, call.gate.lstm, call.gate.hidden, call.gate.cell);
+    unsigned char* shared = shared_memory();  // [kStages, kStageBytes], then the product; behind it the gate's
+    float* gate_shared = reinterpret_cast<float*>(shared + Tile::kSharedBytes);
+    const PooledSums pooled{call.sums, call.pooled_tiles, call.out_pixels.value()};
     let_next_grid();
     prefetch_weights<Tile>(call);
-    if (kGates) gate.stage(gate_weights);
+    // An image that skips the block has kept its sums. Its thread block is one of those that have least to do: images
+    // that skip leave the last ones without a tile.
+    const int skipping = static_cast<int>(gridDim.x - 1 - blockIdx.x);
+    PublishedRnn::Ready ready;
+    if constexpr (kGates) {
+        call.rnn.stage(gate_shared);
+        if (skipping < call.batch && call.gate.executed) ready = call.rnn.ready(pooled, skipping, gate_shared);
+    }
     wait_for_previous_grid();
     const int count = call.count ? *call.count : call.batch, pixels = count * call.out_pixels.value();
     const int row_tiles = call.flat ? (pixels + Tile::kBlockM - 1) / Tile::kBlockM : count * call.row_tiles.value();
     const int tiles = row_tiles * call.column_tiles.value();
     const int steps = (call.depth + Tile::kBlockK - 1) / Tile::kBlockK;
-    const int warp = threadIdx.x / 32;
+    const int warp = kGates ? own_warp() : threadIdx.x / 32;
     // A thread block computes one slice of a tile if there are enough of them, otherwise all of its slices in turn.
     const bool splits = Tile::kSplitK && tiles * call.slices.value() <= call.max_slices;
     const int slices = Tile::kSplitK ? call.slices.value() : 1;
     const int items = splits ? tiles * slices : tiles;
     const int images = kGates ? images_of(call.gate.present, call.batch) : 0;
-    const auto gate_step = [&](int image) {
-        decide_and_compact(gate, {call.sums, call.pooled_tiles, call.out_pixels.value()}, call.gate.decision, image,
-                           images, call.gate.list, call.gate.arrivals + call.batch, reinterpret_cast<float*>(shared),
-                           gate_weights);
+    const auto decide = [&](int image, int forced, const PublishedRnn::State& state, PublishedRnn::Sums& sums,
+                            PublishedRnn::Weights& weights) {
+        const float logit = call.rnn.logit(warp, pooled, image, gate_shared, state, sums, weights);
+        decide_and_compact(warp, logit, forced, call.gate.decision, image, images, call.gate.list,
+                           call.gate.arrivals + call.batch, gate_shared);
     };
-    // Computes a tile, or a slice of one. Whose gate is to come next: the image's all of which is there, or -1.
+    if constexpr (kGates) {
+        if (images == 0 && blockIdx.x == 0 && threadIdx.x == 0) *call.gate.list.count = 0;
+        if (skipping < images && call.gate.executed) {  // whether it skips is known when its sums are there
+            const bool skips = !call.gate.executed[skipping];
+            const int forced = forced_decision(call.gate.decision, skipping);
+            const PublishedRnn::State state = call.rnn.state_of(skipping);
+            PublishedRnn::Sums sums;
+            call.rnn.load(sums, ready.sums);
+            if (skips) decide(skipping, forced, state, sums, ready.weights);
+        }
+    }
+    // Computes a tile, or a slice of one; if it is an image's last one, its gate.
     const auto compute = [&](int item) {
         int first_slice = splits ? item : 0;
         const int tile = splits ? call.slices.divide(first_slice) : item;
@@ -522,7 +542,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kGates ? 1 : Tile::kBlocksAtOn
             total.add(sums);
         }
         if constexpr (Tile::kSplitK)
-            if (splits && !reduce_split_k(call, tile, first_slice, total)) return -1;
+            if (splits && !reduce_split_k(call, tile, first_slice, total)) return;
         __syncthreads();  // the stages become the product's place; all of theirs has landed
         float* staging = reinterpret_cast<float*>(shared);
         product.store(total, staging);
@@ -531,26 +551,28 @@ __global__ void __launch_bounds__(Tile::kThreads, kGates ? 1 : Tile::kBlocksAtOn
             finish<Tile, true>(call, staging, place);
         else
             finish<Tile, false>(call, staging, place);
-        __syncthreads();  // the product's place becomes the next tile's stages
-        if constexpr (kGates) {
-            const int own_tiles = call.row_tiles.value() * call.column_tiles.value();
-            if (comes_last(call.gate.arrivals + place.out_image, own_tiles)) return place.out_image;
+        if constexpr (!kGates) {
+            __syncthreads();  // the product's place becomes the next tile's stages
+        } else {              // whose weights landed with the first stage
+            const int image = place.out_image, own_tiles = call.row_tiles.value() * call.column_tiles.value();
+            PublishedRnn::Sums sums;
+            const PublishedRnn::SumsAt sums_at = call.rnn.sums_of(pooled, image);
+            const Arrival arrival(call.gate.arrivals + image, own_tiles);
+            const int forced = forced_decision(call.gate.decision, image);
+            const PublishedRnn::State state = call.rnn.state_of(image);
+            PublishedRnn::Weights weights = call.rnn.weights(gate_shared);
+            if (arrival.is_last()) {
+                call.rnn.load(sums, sums_at);
+                decide(image, forced, state, sums, weights);
+            }
         }
-        return -1;
     };
-    // Neighbouring thread blocks share an image's pixels: they meet in the cache. After the tiles come the gates of
-    // images that skip the block: they have kept their sums.
-    for (int item = blockIdx.x; item < items + images; item += gridDim.x) {
-        int image = -1;
-        if (item < items)
-            image = compute(item);
-        else if (call.gate.executed && (count == 0 || !call.gate.executed[item - items]))
-            image = item - items;
-        if (kGates && image >= 0) gate_step(image);
-    }
     if constexpr (kGates) {
-        if (images == 0 && blockIdx.x == 0 && threadIdx.x == 0) *call.gate.list.count = 0;
-        cp_async_wait<0>();  // where there was no gate, too
+        if (static_cast<int>(blockIdx.x) < items) compute(blockIdx.x);  // there is a thread block for each
+        cp_async_wait<0>();                                             // where there was no gate, too
+    } else {
+        // Neighbouring thread blocks share an image's pixels: they meet in the cache.
+        for (int item = blockIdx.x; item < items; item += gridDim.x) compute(item);
     }
 }
 
@@ -591,11 +613,13 @@ void launch_tiles(Arguments call, const Rows& rows, int slices, const GatheredCo
         cuda::launch("gathered_conv", kernel, grid, stream, call);
     };
     const GateTail& gate = call.gate;
-    if constexpr (Tile::kHasTail)
-        if (asked.gate && most_blocks <= multiprocessors() &&
-            can_stage(gate.embedding, gate.lstm, shared_memory_limit() - Tile::kSharedBytes))
-            return launch(gathered_conv_kernel<Tile, true>,
-                          Tile::kSharedBytes + sizeof(float) * gate_weights(gate.embedding, gate.lstm));
+    if constexpr (Tile::kHasTail) {
+        if (asked.gate && most_blocks <= multiprocessors() && PublishedRnn::knows(gate.embedding, gate.lstm)) {
+            call.rnn = PublishedRnn(gate.embedding, gate.lstm, gate.hidden, gate.cell);
+            const int bytes = Tile::kSharedBytes + call.rnn.bytes();
+            if (bytes <= shared_memory_limit()) return launch(gathered_conv_kernel<Tile, true>, bytes);
+        }
+    }
     launch(gathered_conv_kernel<Tile, false>, Tile::kSharedBytes);
     if (asked.gate)
         gate_step(gate.embedding, gate.lstm, call.batch, gate.present,

@@ -99,6 +99,19 @@ void load_global(T& value, const T* address, bool loads = true) {
     if (loads) value = *address;
 }
 
+inline void load_past_l1(float4& value, const float4* address, bool loads) {
+    if (loads) value = __ldcg(address);
+}
+template <typename T>
+void store_global(T* address, T value, bool stores) {
+    if (stores) *address = value;
+}
+inline void store_past_l1(bool* address, bool value, bool stores) {
+    if (stores) __stcg(reinterpret_cast<unsigned char*>(address), static_cast<unsigned char>(value));
+}
+
+inline void keep_order() {}
+
 // ---- registers
 
 inline int in_register(int value) { return value; }
