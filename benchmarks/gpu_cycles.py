@@ -199,7 +199,7 @@ def gate_step(code: Code, units: Units, after: str) -> dict[str, int]:
 def arrival(code: Code, units: Units) -> int:
     """From an image's last tile to its gate, without the fence: weights come into registers, and the state is taken in,
     while the arrival is counted."""
-    met = _shortest(code, "BAR.SYNC", any_of(ATOMG=1, MEMBAR=1), any_of(LDS=20, SHFL=0), any_of(MEMBAR=1, ATOMG=0),
+    met = _shortest(code, "BAR.SYNC", any_of(ATOMG=1, MEMBAR=1), any_of(LDS=15, SHFL=0), any_of(MEMBAR=1, ATOMG=0),
                     lambda code: code.barrier)
     return round(replay(met, units, 1).cycles)
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "compaction.h"
+#include "ptx.cuh"
 
 namespace skipnet::cuda {
 
@@ -47,13 +48,14 @@ __device__ void compact_in_block(const bool* executed, int batch, const RowList&
             const int lower = __shfl_up_sync(~0u, through, lanes);
             if (lane >= lanes) through += lower;
         }
-        if (lane == 31) warp_counts[warp] = through;
+        if (lane == 31) store_shared(warp_counts + warp, through);
         __syncthreads();
         int place = before + through - mine;
 #pragma unroll
         for (int other = 0; other < kWarps; ++other) {
-            if (other < warp) place += warp_counts[other];
-            before += warp_counts[other];
+            const int count = load_shared(warp_counts + other);
+            if (other < warp) place += count;
+            before += count;
         }
 #pragma unroll
         for (int i = 0; i < kFlags; ++i)

@@ -75,7 +75,7 @@ __device__ void multiply(const float* weight, int rows, int channels, const Pool
         const float sum = spread_sums<16, 1>(totals, lane);
 #pragma unroll
         for (int row = 0; row < kRows; ++row)
-            if (lane == holder<16, 1, kRows>(row) && row < left) partial[warp * rows + first + row] = sum;
+            if (lane == holder<16, 1, kRows>(row) && row < left) store_shared(partial + warp * rows + first + row, sum);
     }
 }
 
@@ -83,7 +83,7 @@ __device__ void multiply(const float* weight, int rows, int channels, const Pool
 __device__ inline float product(const float* partial, int rows, int row) {
     float sum = 0.0f;
 #pragma unroll
-    for (int warp = 0; warp < kGateWarps; ++warp) sum += partial[warp * rows + row];
+    for (int warp = 0; warp < kGateWarps; ++warp) sum += load_shared(partial + warp * rows + row);
     return sum;
 }
 
@@ -109,23 +109,25 @@ public:
               *cell = cell_ + static_cast<std::int64_t>(image) * n;
         const float share = fast_reciprocal(static_cast<float>(pooled.pixels));
         multiply<10>(embedding_.weight, embed, embedding_.channels, pooled, image, partial);
-        for (int k = lane; k < n; k += 32) inputs[embed + k] = hidden[k];
+        for (int k = lane; k < n; k += 32) store_shared(inputs + embed + k, hidden[k]);
         __syncthreads();
-        for (int k = lane; k < embed; k += 32) inputs[k] = share * product(partial, embed, k) + embedding_.bias[k];
+        for (int k = lane; k < embed; k += 32)
+            store_shared(inputs + k, share * product(partial, embed, k) + embedding_.bias[k]);
         __syncwarp();
         const float scale = warp == 2 ? 2.0f : 1.0f;  // tanh(x) is 2 sigmoid(2 x) - 1
         for (int unit = lane; unit < n; unit += 32) {
             const int row = warp * n + unit;
             const float sum = lstm_.bias[row] + dot(lstm_.hidden_weight + row * n, inputs + embed, n) +
                               dot(lstm_.input_weight + row * embed, inputs, embed);
-            activated[row] = scale * fast_sigmoid(scale * sum) - (scale - 1.0f);
+            store_shared(activated + row, scale * fast_sigmoid(scale * sum) - (scale - 1.0f));
         }
         __syncthreads();
         if (warp != 0) return 0.0f;
         float sum = 0.0f;
         for (int unit = lane; unit < n; unit += 32) {
-            const float c = activated[n + unit] * cell[unit] + activated[unit] * activated[2 * n + unit];
-            const float h = activated[3 * n + unit] * fast_tanh(c);
+            const auto gate = [&](int number) { return load_shared(activated + number * n + unit); };
+            const float c = gate(1) * cell[unit] + gate(0) * gate(2);
+            const float h = gate(3) * fast_tanh(c);
             cell[unit] = c;
             hidden[unit] = h;
             sum += lstm_.projection_weight[unit] * h;
@@ -136,7 +138,7 @@ public:
 private:
     __device__ static float dot(const float* weights, const float* inputs, int count) {
         float sum = 0.0f;
-        for (int k = 0; k < count; ++k) sum += weights[k] * inputs[k];
+        for (int k = 0; k < count; ++k) sum += weights[k] * load_shared(inputs + k);
         return sum;
     }
 
@@ -242,13 +244,14 @@ public:
         weights.embedding_bias = 0.0f;  // in one warp
         if (threadIdx.x < 32) weights.embedding_bias = embedding_.bias[min(held<16, 1, kSize>(lane), kSize - 1)];
         weights.projection = lane < kSize ? lstm_.projection_weight[lane] : 0.0f;
-        weights.bias = shared[kBias + row];
+        weights.bias = load_shared(shared + kBias + row);
 #pragma unroll
-        for (int k = 0; k < kSize; ++k) weights.hidden[k] = shared[kHidden + row * kSize + k];
+        for (int k = 0; k < kSize; k += 2) load_two(weights.hidden + k, shared + kHidden + row * kSize + k);
 #pragma unroll
         for (int i = 0; i < 2; ++i)
 #pragma unroll
-            for (int k = 0; k < kSize; ++k) weights.input[i][k] = shared[kInput + row_of(lane, i) * kSize + k];
+            for (int k = 0; k < kSize; k += 2)
+                load_two(weights.input[i] + k, shared + kInput + row_of(lane, i) * kSize + k);
         keep_order();
         return weights;
     }
@@ -260,7 +263,7 @@ public:
         float recalled = weights.bias;
 #pragma unroll
         for (int k = 0; k < kSize; ++k) recalled = fmaf(weights.hidden[k], __shfl_sync(~0u, state.hidden, k), recalled);
-        shared[kGateWarps * kRows + row_of_state()] = recalled;
+        store_shared(shared + kGateWarps * kRows + row_of_state(), recalled);
         const float share = fast_reciprocal(static_cast<float>(pooled.pixels));
         const float part = fmaf(share, embed(pooled, image, shared, sums, weights), weights.embedding_bias);
         float rows[2] = {};
@@ -271,7 +274,7 @@ public:
             for (int i = 0; i < 2; ++i) rows[i] = fmaf(weights.input[i][k], feature, rows[i]);
         }
 #pragma unroll
-        for (int i = 0; i < 2; ++i) shared[warp * kRows + row_of(lane, i)] = rows[i];
+        for (int i = 0; i < 2; ++i) store_shared(shared + warp * kRows + row_of(lane, i), rows[i]);
         __syncthreads();
         if (warp > 0) return 0.0f;
         // The first lanes have a unit's forget and output gate, those from 16 on its input gate and candidate.
@@ -326,7 +329,12 @@ private:
     // The two rows of the LSTM that a lane has, of PyTorch's i, f, g, o. Lanes beyond the last unit have that one's.
     __device__ static int row_of(int lane, int i) { return (2 * i + (lane < 16)) * kSize + min(lane % 16, kSize - 1); }
     __device__ static float sum_of_row(const float* row) {
-        return (row[0] + row[kRows]) + (row[2 * kRows] + row[3 * kRows]) + row[4 * kRows];
+        const auto part = [&](int number) { return load_shared(row + number * kRows); };
+        return (part(0) + part(1)) + (part(2) + part(3)) + part(4);
+    }
+    __device__ static void load_two(float* two, const float* from) {
+        const float2 loaded = load_shared(reinterpret_cast<const float2*>(from));
+        two[0] = loaded.x, two[1] = loaded.y;
     }
 
     // For channels that there are not, some others'.
@@ -338,7 +346,7 @@ private:
             const float* from = shared + kEmbedding + min(channel + mine + i * further_, channels() - 4);
 #pragma unroll
             for (int row = 0; row < kSize; ++row)
-                weights[i][row] = *reinterpret_cast<const float4*>(from + row * channels());
+                weights[i][row] = load_shared(reinterpret_cast<const float4*>(from + row * channels()));
         }
     }
     __device__ int channels() const { return channels_.value(); }

@@ -48,9 +48,11 @@ struct Tile {
     static constexpr int kPerChunk = kChunk / static_cast<int>(sizeof(Element));
     static constexpr int kBlockK = kChunks * kPerChunk;
     static constexpr int kStageBytes = (blockM + blockN) * kChunks * kChunk;
-    // The product passes through shared memory on its way out: rows far enough apart for a warp's stores, and every 32
-    // columns four floats of nothing for its loads, so that no bank is met twice.
-    static constexpr int kStagingStride = blockN == 128 ? 152 : blockN + 8;
+    // The product passes through shared memory on its way out: rows far enough apart for a warp's stores, which have
+    // pairs of neighbours from tensor cores, and every 32 columns four floats of nothing for its loads, so that no bank
+    // is met twice.
+    static constexpr int kStagingStride =
+        kOnTensorCores ? (blockN == 128 ? 152 : blockN + 8) : (blockN == 128 ? 156 : blockN + 4);
     static constexpr int kStagingBytes = blockM * kStagingStride * static_cast<int>(sizeof(float));
     static constexpr int kSharedBytes = std::max(kStages * kStageBytes, kStagingBytes);
     // The epilogue's threads stand side by side over the columns and step over the rows.
@@ -296,9 +298,10 @@ public:
             for (int n = 0; n < kN; ++n)
 #pragma unroll
                 for (int half = 0; half < 2; ++half)
-                    *reinterpret_cast<float2*>(staging + (row_ + 16 * m + 8 * half + lane / 4) * Tile::kStagingStride +
-                                               Tile::staged(column_ + 8 * n) + lane % 4 * 2) =
-                        make_float2(sums.values[m * kN + n][2 * half], sums.values[m * kN + n][2 * half + 1]);
+                    store_shared(reinterpret_cast<float2*>(
+                                     staging + (row_ + 16 * m + 8 * half + lane / 4) * Tile::kStagingStride +
+                                     Tile::staged(column_ + 8 * n) + lane % 4 * 2),
+                                 make_float2(sums.values[m * kN + n][2 * half], sums.values[m * kN + n][2 * half + 1]));
     }
 
 private:
@@ -328,10 +331,11 @@ public:
             const unsigned char* from_b[2] = {b + stage_offset(column_, k), b + stage_offset(column_ + 4, k)};
             float4 left[kM];
 #pragma unroll
-            for (int m = 0; m < kM; ++m) left[m] = *reinterpret_cast<const float4*>(from_a + m * kEightRows);
+            for (int m = 0; m < kM; ++m)
+                left[m] = load_shared(reinterpret_cast<const float4*>(from_a + m * kEightRows));
 #pragma unroll
             for (int n = 0; n < kN; ++n) {
-                const float4 right = *reinterpret_cast<const float4*>(from_b[n % 2] + n / 2 * kEightRows);
+                const float4 right = load_shared(reinterpret_cast<const float4*>(from_b[n % 2] + n / 2 * kEightRows));
 #pragma unroll
                 for (int m = 0; m < kM; ++m) {
                     float& sum = sums.values[m * kN / 4 + n / 4][n % 4];
@@ -349,8 +353,8 @@ public:
         for (int m = 0; m < kM; ++m)
 #pragma unroll
             for (int n = 0; n < kN; ++n)
-                staging[(row_ + 8 * m) * Tile::kStagingStride + Tile::staged(column_ + 4 * n)] =
-                    sums.values[m * kN / 4 + n / 4][n % 4];
+                store_shared(staging + (row_ + 8 * m) * Tile::kStagingStride + Tile::staged(column_ + 4 * n),
+                             sums.values[m * kN / 4 + n / 4][n % 4]);
     }
 
 private:
@@ -404,7 +408,7 @@ __device__ void finish(const Arguments& call, float* staging, const Place& place
             if (first_pixel + i * Tile::kRowsAtOnce >= end) continue;
             const float* product = staging + (pool_row + first + i * Tile::kRowsAtOnce) * Tile::kStagingStride;
             float values[kChannels];
-            Channels<float>::at(product + Tile::staged(column)).floats(values);
+            Channels<float>::from_shared(product + Tile::staged(column)).floats(values);
 #pragma unroll
             for (int c = 0; c < kChannels; ++c) values[c] += bias[c];
             if (call.residual) {
@@ -423,7 +427,7 @@ __device__ void finish(const Arguments& call, float* staging, const Place& place
             }
         }
         if constexpr (kPools)  // into a place of the product that nobody but this thread reads
-            Channels<float>(sums).store(staging + (pool_row + first) * Tile::kStagingStride + Tile::staged(column));
+            Channels<float>(sums).to_shared(staging + (pool_row + first) * Tile::kStagingStride + Tile::staged(column));
     }
     if constexpr (kPools) {
         __syncthreads();
@@ -434,7 +438,7 @@ __device__ void finish(const Arguments& call, float* staging, const Place& place
             float sum = 0.0f;
 #pragma unroll
             for (int row = 0; row < Tile::kRowsAtOnce; ++row)
-                sum += staging[(pool_row + row) * Tile::kStagingStride + Tile::staged(mine)];
+                sum += load_shared(staging + (pool_row + row) * Tile::kStagingStride + Tile::staged(mine));
             const std::int64_t tile = static_cast<std::int64_t>(place.out_image) * call.pooled_tiles +
                                       (place.first_row + pool_row) / kPooledPixels;
             // Past L1, where the thread block looks for it that does the image's gate.
@@ -497,6 +501,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kGates ? 1 : Tile::kBlocksAtOn
             const PublishedRnn::State state = call.rnn.state_of(skipping);
             PublishedRnn::Sums sums;
             call.rnn.load(sums, ready.sums);
+            keep_order();
             if (skips) decide(skipping, forced, state, sums, ready.weights);
         }
     }

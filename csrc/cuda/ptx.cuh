@@ -215,6 +215,16 @@ __device__ inline unsigned char* shared_memory() {
     return bytes;
 }
 
+// A plain load or store. The simulated GPU counts how often a warp's lanes meet a bank.
+template <typename T>
+__device__ T load_shared(const T* from) {
+    return *from;
+}
+template <typename T>
+__device__ void store_shared(T* to, const T& value) {
+    *to = value;
+}
+
 __device__ inline unsigned shared_address(const void* in_shared) {
     return static_cast<unsigned>(__cvta_generic_to_shared(in_shared));
 }

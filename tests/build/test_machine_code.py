@@ -16,7 +16,7 @@ def test_a_gate_does_not_wait_for_one_load_after_the_other(gate, loads):
 
 
 def test_a_gates_weights_come_before_the_grid_before_has_ended():
-    """Asked for before it waits for that, and in registers; nothing else is loaded but the state and the pooled sums."""
+    """Asked for before it waits for that, and in registers; nothing else is loaded but state and pooled sums."""
     instructions = kernels("gate_step.cu")["gate_step_kernel<PublishedRnn>"]
     (wait,) = (at for at, instruction in enumerate(instructions) if instruction.startswith("ACQBULK"))
     assert count(instructions[:wait], "LDGSTS") == count(instructions, "LDGSTS") > 0

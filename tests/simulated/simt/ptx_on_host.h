@@ -119,6 +119,14 @@ inline int in_register(int value) { return value; }
 // ---- shared memory
 
 inline unsigned char* shared_memory() { return simt::shared_memory(); }
+template <typename T>
+T load_shared(const T* from, simt::Site site = simt::Site::here()) {
+    return simt::load_shared(from, site);
+}
+template <typename T>
+void store_shared(T* to, const T& value, simt::Site site = simt::Site::here()) {
+    simt::store_shared(to, value, site);
+}
 
 // ---- cp.async
 
