@@ -195,37 +195,50 @@ def gathered_conv(code: Code, units: Units, warps: int, at_once: int, pools: int
     }
 
 
-def gate_step(code: Code, units: Units, after: str) -> dict[str, object]:
-    """RNNGate from an instruction on (the last of its kind before the gate) to the kernel's end. For up to 256 channels
-    and for more: of an image alone, of one among several whose thread block lists them all; and what a further round
-    of loads adds, of an image's tiles and of its channels."""
-    # Where a thread takes four channels at a time and where it takes eight: the last round of loads, and all others.
-    first = code.having(LDG=8, LDS=10, FFMA=40)[::-1]
-    further = [[block for block in code.having(LDG=8, LDS=0, FADD=32) if block.start < loads.start][-1]
-               for loads in first]
+def gate_step(code: Code, units: Units, after: str) -> dict[str, int]:
+    """RNNGate of the published sizes from an instruction on (the last of its kind before the gate) to the kernel's end:
+    of an image alone, of one among a few whose thread block lists them all; and what is added by a further round of
+    loads, of pooled sums and of the embedding's weights. All places have images, and nothing is forced."""
+    sums, more_sums, more_products = any_of(LDG=8, FADD=0), any_of(LDG=8, FADD=16), any_of(FFMA=80, LDS=20)
+    rest = [any_of(FFMA=80, FADD=32), any_of(MUFU=4, LDS=10), any_of(MUFU=2, STG=5)]
 
-    def any_of(**kind: int) -> Callable[[int], bool]:
+    def cycles(*kinds: Callable[[Code], Callable[[int], bool]]) -> int:
+        gate = without_loads(_shortest(code, after, *kinds, lambda code: code.ends), r"LDG\.E(\.S8)? ")
+        return round(replay(gate, units, 1).cycles)
+
+    alone = cycles(sums, *rest)
+    return {
+        "alone": alone,
+        "listing": cycles(sums, *rest, any_of(ATOMG=1, MEMBAR=0), any_of(POPC=1, LDG=0)),
+        "sums": cycles(sums, more_sums, *rest) - alone,
+        "channels": cycles(sums, more_sums, more_products, *rest) - alone,
+    }
+
+
+def arrival(code: Code, units: Units) -> int:
+    """From an image's last tile to its gate, without the fence: weights come into registers, and the state is taken in,
+    while the arrival is counted."""
+    met = _shortest(code, "BAR.SYNC", any_of(ATOMG=1, MEMBAR=1), any_of(LDS=15, SHFL=0), any_of(MEMBAR=1, ATOMG=0),
+                    lambda code: code.barrier)
+    return round(replay(met, units, 1).cycles)
+
+
+def _shortest(code: Code, after: str, *kinds: Callable[[Code], Callable[[int], bool]]) -> list[Instruction]:
+    """From an instruction of a kind on, whichever is nearest."""
+    places, ways = [kind(code) for kind in kinds], []
+    for start in (at for at, instruction in enumerate(code.instructions) if instruction.startswith(after)):
+        with suppress(ValueError):
+            ways.append(code.way(start, *places)[0])
+    return min(ways, key=len)
+
+
+def any_of(**kind: int) -> Callable[[Code], Callable[[int], bool]]:
+    """In some code, the ends of the blocks of a kind."""
+    def ends(code: Code) -> Callable[[int], bool]:
         blocks = code.having(**kind)
         return lambda at: any(block(at) for block in blocks)
 
-    rest = [any_of(SHFL=12), any_of(MUFU=2, FFMA=20), any_of(MUFU=2, STG=2), any_of(SHFL=5, FADD=4)]
-    listing = [any_of(MEMBAR=1), any_of(SHFL=5, FADD=0)]
-
-    def cycles(*places: Callable[[int], bool]) -> int:
-        ways = []
-        for start in (at for at, instruction in enumerate(code.instructions) if instruction.startswith(after)):
-            with suppress(ValueError):
-                ways.append(code.way(start, *places, code.ends)[0])
-        return round(replay(min(ways, key=len), units, 1).cycles)
-
-    alone = [cycles(loads, *rest) for loads in first]
-    return {
-        "alone": alone,
-        "listing": [cycles(loads, *rest, *listing) for loads in first],
-        "tiles": [cycles(more, loads, *rest) - base
-                  for loads, more, base in zip(first, further, alone, strict=True)],
-        "channels": cycles(first[1], first[1], *rest) - alone[1],
-    }
+    return ends
 
 
 # By a tile's sides: warps per scheduler of a thread block, thread blocks at once, pooled tiles.
@@ -245,9 +258,9 @@ def pieces(units: Units) -> dict[str, object]:
             for name, tile in TILES.items()},
         # In a launch of its own; in the tail of a block's last convolution where the image executes the block, once its
         # last tile has arrived, and where it skips it. From griddepcontrol.wait on, or a barrier.
-        "gate_step": gate_step(Code(kernels("gate_step.cu")["gate_step_kernel<Rnn<true>>"]), units, "ACQBULK"),
-        "gate_tail": {state: gate_step(tail, units, after)
-                      for state, after in (("executed", "BAR.RED"), ("skipped", "ACQBULK"))},
+        "gate_step": gate_step(Code(kernels("gate_step.cu")["gate_step_kernel<PublishedRnn>"]), units, "ACQBULK"),
+        "gate_tail": {"arrival": arrival(tail, units)} | {
+            state: gate_step(tail, units, after) for state, after in (("executed", "BAR.RED"), ("skipped", "ACQBULK"))},
     }
 
 

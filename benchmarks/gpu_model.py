@@ -178,8 +178,8 @@ SMALL, SMALL_BYTES = "64, 64, 2, 2, true", 32 << 10  # the tile, and the shared 
 
 
 def _gate_bytes(channels: int) -> int:
-    """Of a gate's weights in shared memory."""
-    return 4 * (4 * 10 * 21 + 10 * channels)
+    """Of a gate in shared memory: its weights, and what its warps leave there."""
+    return 4 * (4 * 10 * 26 + 10 * channels)
 
 
 @dataclass(frozen=True)
@@ -262,17 +262,18 @@ def _gate(layer: Convolution, device: Device, batch: int, executing: int) -> flo
     """Seconds of RNNGate after a block's last convolution."""
     tail = layer.gates(batch, device)
     pieces = device.cycles["gate_tail"]["executed" if executing else "skipped"] if tail else device.cycles["gate_step"]
-    many = layer.outputs >= 1024
-    tiles, at_once = ceil(layer.pixels / 64), 4 if many else 16
-    cycles = pieces["alone" if batch == 1 else "listing"][many] + (ceil(tiles / at_once) - 1) * pieces["tiles"][many]
-    cycles += (ceil(layer.outputs / 1024) - 1) * pieces["channels"]
-    sums, weights = layer.outputs * tiles * 4 / 64, _gate_bytes(layer.outputs) / 64  # 64 bytes per cycle from L2
-    cycles = max(cycles, sums)
+    tiles, many = ceil(layer.pixels / 64), layer.outputs > 512
+    # A round takes four times two times 512 sums; of many channels, those of four tiles.
+    rounds = ceil(tiles / 4) if many else ceil(tiles / (512 // layer.outputs) / 8)
+    chunks = ceil(layer.outputs / 1024)
+    cycles = pieces["alone" if batch == 1 else "listing"] + (rounds - 1) * chunks * pieces["sums"]
+    cycles = max(cycles + (chunks - 1) * pieces["channels"], layer.outputs * tiles * 4 / 64)  # bytes per cycle from L2
     # The weights come while the grid before is at work, if grids overlap and multiprocessors have room.
     if not tail or (device.chained == device.launch and not executing):
-        cycles += weights
+        cycles += _gate_bytes(layer.outputs) / 64
     if tail:  # the last of the image's tiles finds out that it is; or there is nothing else in the launch
-        return device.seconds(cycles + (2 * TO_L2 if executing else -EMPTY))
+        found_out = max(2 * TO_L2, device.cycles["gate_tail"]["arrival"])
+        return device.seconds(cycles + (found_out if executing else -EMPTY))
     return device.seconds(cycles * ceil(batch / (2 * device.multiprocessors))) + device.chained
 
 

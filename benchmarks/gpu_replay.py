@@ -104,9 +104,10 @@ class Replay:
         return unit if shares[unit] > 0.8 * self.cycles else "latency"
 
 
-def without_loads(instructions: Sequence[Instruction]) -> list[Instruction]:
-    """The same way where a condition keeps loads from global memory from being executed: they still issue."""
-    return [instruction.replaced("NOP") if instruction.predicated and instruction.startswith("LDG") else instruction
+def without_loads(instructions: Sequence[Instruction], kind: str = "LDG") -> list[Instruction]:
+    """The same way where a condition keeps loads from global memory, or a kind of them, from being executed: they still
+    issue."""
+    return [instruction.replaced("NOP") if instruction.predicated and re.match(kind, instruction) else instruction
             for instruction in instructions]
 
 

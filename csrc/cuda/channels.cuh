@@ -51,6 +51,22 @@ struct Channels {
         for (int i = 0; i < kWords; i += 4)
             reinterpret_cast<uint4*>(to)[i / 4] = make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]);
     }
+    __device__ static Channels from_shared(const Element* from) {
+        Channels result;
+#pragma unroll
+        for (int i = 0; i < kWords; i += 4) {
+            const uint4 piece = load_shared(reinterpret_cast<const uint4*>(from) + i / 4);
+            result.words[i] = piece.x, result.words[i + 1] = piece.y;
+            result.words[i + 2] = piece.z, result.words[i + 3] = piece.w;
+        }
+        return result;
+    }
+    __device__ void to_shared(Element* to) const {
+#pragma unroll
+        for (int i = 0; i < kWords; i += 4)
+            store_shared(reinterpret_cast<uint4*>(to) + i / 4,
+                         make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]));
+    }
     __device__ void floats(float (&values)[kChannels]) const {
 #pragma unroll
         for (int i = 0; i < kWords; ++i) {

@@ -2,11 +2,30 @@
 #pragma once
 
 #include "compaction.h"
+#include "ptx.cuh"
 
 namespace skipnet::cuda {
 
 // How many of a batch's places hold an image: the first `present`, or all where that is null.
 __device__ inline int images_of(const int* present, int batch) { return present ? *present : batch; }
+
+// Of so many images at most, the decisions fit into a word beside the number of those that have decided.
+constexpr int kFlagsInWord = 27;
+
+// By one warp, for one image: adds its decision to the word. If it is the last one, it lists all, and the word is zero
+// again. A lane's image is either listed or leaves a place behind the list empty.
+__device__ inline void compact_in_warp(bool executed, int image, int images, const RowList& list, int* arrivals) {
+    const int lane = threadIdx.x % 32;
+    unsigned word = (1u << kFlagsInWord) + (static_cast<unsigned>(executed) << image);
+    if (lane == 0) word += atomicAdd(reinterpret_cast<unsigned*>(arrivals), word);
+    word = __shfl_sync(~0u, word, 0);
+    if (static_cast<int>(word >> kFlagsInWord) != images) return;
+    const unsigned flags = word & ((1u << kFlagsInWord) - 1);
+    const int count = __popc(flags), before = __popc(flags & ((1u << lane) - 1));
+    const bool listed = flags >> lane & 1;
+    if (lane < images) list.rows[listed ? before : count + lane - before] = listed ? lane : -1;
+    if (lane == 0) *list.count = count, *arrivals = 0;
+}
 
 // A prefix sum, no atomics: the order of the images is kept. All threads of the block take part.
 template <int kThreads>
@@ -29,13 +48,14 @@ __device__ void compact_in_block(const bool* executed, int batch, const RowList&
             const int lower = __shfl_up_sync(~0u, through, lanes);
             if (lane >= lanes) through += lower;
         }
-        if (lane == 31) warp_counts[warp] = through;
+        if (lane == 31) store_shared(warp_counts + warp, through);
         __syncthreads();
         int place = before + through - mine;
 #pragma unroll
         for (int other = 0; other < kWarps; ++other) {
-            if (other < warp) place += warp_counts[other];
-            before += warp_counts[other];
+            const int count = load_shared(warp_counts + other);
+            if (other < warp) place += count;
+            before += count;
         }
 #pragma unroll
         for (int i = 0; i < kFlags; ++i)

@@ -48,9 +48,11 @@ struct Tile {
     static constexpr int kPerChunk = kChunk / static_cast<int>(sizeof(Element));
     static constexpr int kBlockK = kChunks * kPerChunk;
     static constexpr int kStageBytes = (blockM + blockN) * kChunks * kChunk;
-    // The product passes through shared memory on its way out: rows far enough apart for a warp's stores, and every 32
-    // columns four floats of nothing for its loads, so that no bank is met twice.
-    static constexpr int kStagingStride = blockN == 128 ? 152 : blockN + 8;
+    // The product passes through shared memory on its way out: rows far enough apart for a warp's stores, which have
+    // pairs of neighbours from tensor cores, and every 32 columns four floats of nothing for its loads, so that no bank
+    // is met twice.
+    static constexpr int kStagingStride =
+        kOnTensorCores ? (blockN == 128 ? 152 : blockN + 8) : (blockN == 128 ? 156 : blockN + 4);
     static constexpr int kStagingBytes = blockM * kStagingStride * static_cast<int>(sizeof(float));
     static constexpr int kSharedBytes = std::max(kStages * kStageBytes, kStagingBytes);
     // The epilogue's threads stand side by side over the columns and step over the rows.
@@ -94,7 +96,8 @@ struct Arguments {
     int max_slices;  // that can be in memory at a time
     PartialSums partial;
     GateTail gate;
-    bool flat;  // tiles go on from one image to the next
+    PublishedRnn rnn;  // its evaluation
+    bool flat;         // tiles go on from one image to the next
     bool gathers, scatters;
     float least;  // of a result: 0 is the ReLU
 };
@@ -295,9 +298,10 @@ public:
             for (int n = 0; n < kN; ++n)
 #pragma unroll
                 for (int half = 0; half < 2; ++half)
-                    *reinterpret_cast<float2*>(staging + (row_ + 16 * m + 8 * half + lane / 4) * Tile::kStagingStride +
-                                               Tile::staged(column_ + 8 * n) + lane % 4 * 2) =
-                        make_float2(sums.values[m * kN + n][2 * half], sums.values[m * kN + n][2 * half + 1]);
+                    store_shared(reinterpret_cast<float2*>(
+                                     staging + (row_ + 16 * m + 8 * half + lane / 4) * Tile::kStagingStride +
+                                     Tile::staged(column_ + 8 * n) + lane % 4 * 2),
+                                 make_float2(sums.values[m * kN + n][2 * half], sums.values[m * kN + n][2 * half + 1]));
     }
 
 private:
@@ -327,10 +331,11 @@ public:
             const unsigned char* from_b[2] = {b + stage_offset(column_, k), b + stage_offset(column_ + 4, k)};
             float4 left[kM];
 #pragma unroll
-            for (int m = 0; m < kM; ++m) left[m] = *reinterpret_cast<const float4*>(from_a + m * kEightRows);
+            for (int m = 0; m < kM; ++m)
+                left[m] = load_shared(reinterpret_cast<const float4*>(from_a + m * kEightRows));
 #pragma unroll
             for (int n = 0; n < kN; ++n) {
-                const float4 right = *reinterpret_cast<const float4*>(from_b[n % 2] + n / 2 * kEightRows);
+                const float4 right = load_shared(reinterpret_cast<const float4*>(from_b[n % 2] + n / 2 * kEightRows));
 #pragma unroll
                 for (int m = 0; m < kM; ++m) {
                     float& sum = sums.values[m * kN / 4 + n / 4][n % 4];
@@ -348,8 +353,8 @@ public:
         for (int m = 0; m < kM; ++m)
 #pragma unroll
             for (int n = 0; n < kN; ++n)
-                staging[(row_ + 8 * m) * Tile::kStagingStride + Tile::staged(column_ + 4 * n)] =
-                    sums.values[m * kN / 4 + n / 4][n % 4];
+                store_shared(staging + (row_ + 8 * m) * Tile::kStagingStride + Tile::staged(column_ + 4 * n),
+                             sums.values[m * kN / 4 + n / 4][n % 4]);
     }
 
 private:
@@ -403,7 +408,7 @@ __device__ void finish(const Arguments& call, float* staging, const Place& place
             if (first_pixel + i * Tile::kRowsAtOnce >= end) continue;
             const float* product = staging + (pool_row + first + i * Tile::kRowsAtOnce) * Tile::kStagingStride;
             float values[kChannels];
-            Channels<float>::at(product + Tile::staged(column)).floats(values);
+            Channels<float>::from_shared(product + Tile::staged(column)).floats(values);
 #pragma unroll
             for (int c = 0; c < kChannels; ++c) values[c] += bias[c];
             if (call.residual) {
@@ -422,7 +427,7 @@ __device__ void finish(const Arguments& call, float* staging, const Place& place
             }
         }
         if constexpr (kPools)  // into a place of the product that nobody but this thread reads
-            Channels<float>(sums).store(staging + (pool_row + first) * Tile::kStagingStride + Tile::staged(column));
+            Channels<float>(sums).to_shared(staging + (pool_row + first) * Tile::kStagingStride + Tile::staged(column));
     }
     if constexpr (kPools) {
         __syncthreads();
@@ -433,7 +438,7 @@ __device__ void finish(const Arguments& call, float* staging, const Place& place
             float sum = 0.0f;
 #pragma unroll
             for (int row = 0; row < Tile::kRowsAtOnce; ++row)
-                sum += staging[(pool_row + row) * Tile::kStagingStride + Tile::staged(mine)];
+                sum += load_shared(staging + (pool_row + row) * Tile::kStagingStride + Tile::staged(mine));
             const std::int64_t tile = static_cast<std::int64_t>(place.out_image) * call.pooled_tiles +
                                       (place.first_row + pool_row) / kPooledPixels;
             // Past L1, where the thread block looks for it that does the image's gate.
@@ -458,29 +463,49 @@ template <typename Tile, bool kGates>
 __global__ void __launch_bounds__(Tile::kThreads, kGates ? 1 : Tile::kBlocksAtOnce)
     gathered_conv_kernel(Arguments call) {
     using Product = std::conditional_t<Tile::kOnTensorCores, TensorCores<Tile>, FusedMultiplyAdds<Tile>>;
-    unsigned char* shared = shared_memory();  // [kStages, kStageBytes], then the product; behind it a gate's weights
-    float* gate_weights = reinterpret_cast<float*>(shared + Tile::kSharedBytes);
-    const Rnn<true> gate(call.gate.embedding, call.gate.lstm, call.gate.hidden, call.gate.cell);
+    unsigned char* shared = shared_memory();  // [kStages, kStageBytes], then the product; behind it the gate's
+    float* gate_shared = reinterpret_cast<float*>(shared + Tile::kSharedBytes);
+    const PooledSums pooled{call.sums, call.pooled_tiles, call.out_pixels.value()};
     let_next_grid();
     prefetch_weights<Tile>(call);
-    if (kGates) gate.stage(gate_weights);
+    // An image that skips the block has kept its sums. Its thread block is one of those that have least to do: images
+    // that skip leave the last ones without a tile.
+    const int skipping = static_cast<int>(gridDim.x - 1 - blockIdx.x);
+    PublishedRnn::Ready ready;
+    if constexpr (kGates) {
+        call.rnn.stage(gate_shared);
+        if (skipping < call.batch && call.gate.executed) ready = call.rnn.ready(pooled, skipping, gate_shared);
+    }
     wait_for_previous_grid();
     const int count = call.count ? *call.count : call.batch, pixels = count * call.out_pixels.value();
     const int row_tiles = call.flat ? (pixels + Tile::kBlockM - 1) / Tile::kBlockM : count * call.row_tiles.value();
     const int tiles = row_tiles * call.column_tiles.value();
     const int steps = (call.depth + Tile::kBlockK - 1) / Tile::kBlockK;
-    const int warp = threadIdx.x / 32;
+    const int warp = kGates ? own_warp() : threadIdx.x / 32;
     // A thread block computes one slice of a tile if there are enough of them, otherwise all of its slices in turn.
     const bool splits = Tile::kSplitK && tiles * call.slices.value() <= call.max_slices;
     const int slices = Tile::kSplitK ? call.slices.value() : 1;
     const int items = splits ? tiles * slices : tiles;
     const int images = kGates ? images_of(call.gate.present, call.batch) : 0;
-    const auto gate_step = [&](int image) {
-        decide_and_compact(gate, {call.sums, call.pooled_tiles, call.out_pixels.value()}, call.gate.decision, image,
-                           images, call.gate.list, call.gate.arrivals + call.batch, reinterpret_cast<float*>(shared),
-                           gate_weights);
+    const auto decide = [&](int image, int forced, const PublishedRnn::State& state, PublishedRnn::Sums& sums,
+                            PublishedRnn::Weights& weights) {
+        const float logit = call.rnn.logit(warp, pooled, image, gate_shared, state, sums, weights);
+        decide_and_compact(warp, logit, forced, call.gate.decision, image, images, call.gate.list,
+                           call.gate.arrivals + call.batch, gate_shared);
     };
-    // Computes a tile, or a slice of one. Whose gate is to come next: the image's all of which is there, or -1.
+    if constexpr (kGates) {
+        if (images == 0 && blockIdx.x == 0 && threadIdx.x == 0) *call.gate.list.count = 0;
+        if (skipping < images && call.gate.executed) {  // whether it skips is known when its sums are there
+            const bool skips = !call.gate.executed[skipping];
+            const int forced = forced_decision(call.gate.decision, skipping);
+            const PublishedRnn::State state = call.rnn.state_of(skipping);
+            PublishedRnn::Sums sums;
+            call.rnn.load(sums, ready.sums);
+            keep_order();
+            if (skips) decide(skipping, forced, state, sums, ready.weights);
+        }
+    }
+    // Computes a tile, or a slice of one; if it is an image's last one, its gate.
     const auto compute = [&](int item) {
         int first_slice = splits ? item : 0;
         const int tile = splits ? call.slices.divide(first_slice) : item;
@@ -522,7 +547,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kGates ? 1 : Tile::kBlocksAtOn
             total.add(sums);
         }
         if constexpr (Tile::kSplitK)
-            if (splits && !reduce_split_k(call, tile, first_slice, total)) return -1;
+            if (splits && !reduce_split_k(call, tile, first_slice, total)) return;
         __syncthreads();  // the stages become the product's place; all of theirs has landed
         float* staging = reinterpret_cast<float*>(shared);
         product.store(total, staging);
@@ -531,26 +556,28 @@ __global__ void __launch_bounds__(Tile::kThreads, kGates ? 1 : Tile::kBlocksAtOn
             finish<Tile, true>(call, staging, place);
         else
             finish<Tile, false>(call, staging, place);
-        __syncthreads();  // the product's place becomes the next tile's stages
-        if constexpr (kGates) {
-            const int own_tiles = call.row_tiles.value() * call.column_tiles.value();
-            if (comes_last(call.gate.arrivals + place.out_image, own_tiles)) return place.out_image;
+        if constexpr (!kGates) {
+            __syncthreads();  // the product's place becomes the next tile's stages
+        } else {              // whose weights landed with the first stage
+            const int image = place.out_image, own_tiles = call.row_tiles.value() * call.column_tiles.value();
+            PublishedRnn::Sums sums;
+            const PublishedRnn::SumsAt sums_at = call.rnn.sums_of(pooled, image);
+            const Arrival arrival(call.gate.arrivals + image, own_tiles);
+            const int forced = forced_decision(call.gate.decision, image);
+            const PublishedRnn::State state = call.rnn.state_of(image);
+            PublishedRnn::Weights weights = call.rnn.weights(gate_shared);
+            if (arrival.is_last()) {
+                call.rnn.load(sums, sums_at);
+                decide(image, forced, state, sums, weights);
+            }
         }
-        return -1;
     };
-    // Neighbouring thread blocks share an image's pixels: they meet in the cache. After the tiles come the gates of
-    // images that skip the block: they have kept their sums.
-    for (int item = blockIdx.x; item < items + images; item += gridDim.x) {
-        int image = -1;
-        if (item < items)
-            image = compute(item);
-        else if (call.gate.executed && (count == 0 || !call.gate.executed[item - items]))
-            image = item - items;
-        if (kGates && image >= 0) gate_step(image);
-    }
     if constexpr (kGates) {
-        if (images == 0 && blockIdx.x == 0 && threadIdx.x == 0) *call.gate.list.count = 0;
-        cp_async_wait<0>();  // where there was no gate, too
+        if (static_cast<int>(blockIdx.x) < items) compute(blockIdx.x);  // there is a thread block for each
+        cp_async_wait<0>();                                             // where there was no gate, too
+    } else {
+        // Neighbouring thread blocks share an image's pixels: they meet in the cache.
+        for (int item = blockIdx.x; item < items; item += gridDim.x) compute(item);
     }
 }
 
@@ -591,11 +618,13 @@ void launch_tiles(Arguments call, const Rows& rows, int slices, const GatheredCo
         cuda::launch("gathered_conv", kernel, grid, stream, call);
     };
     const GateTail& gate = call.gate;
-    if constexpr (Tile::kHasTail)
-        if (asked.gate && most_blocks <= multiprocessors() &&
-            can_stage(gate.embedding, gate.lstm, shared_memory_limit() - Tile::kSharedBytes))
-            return launch(gathered_conv_kernel<Tile, true>,
-                          Tile::kSharedBytes + sizeof(float) * gate_weights(gate.embedding, gate.lstm));
+    if constexpr (Tile::kHasTail) {
+        if (asked.gate && most_blocks <= multiprocessors() && PublishedRnn::knows(gate.embedding, gate.lstm)) {
+            call.rnn = PublishedRnn(gate.embedding, gate.lstm, gate.hidden, gate.cell);
+            const int bytes = Tile::kSharedBytes + call.rnn.bytes();
+            if (bytes <= shared_memory_limit()) return launch(gathered_conv_kernel<Tile, true>, bytes);
+        }
+    }
     launch(gathered_conv_kernel<Tile, false>, Tile::kSharedBytes);
     if (asked.gate)
         gate_step(gate.embedding, gate.lstm, call.batch, gate.present,

@@ -167,6 +167,37 @@ __device__ inline void load_global(float2& value, const float2* address, bool lo
                  : "l"(address), "r"(static_cast<int>(loads)));
 }
 
+__device__ inline void load_global(float& value, const float* address) {
+    asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(address));
+}
+// The same past L1, for what thread blocks of the same grid have left.
+__device__ inline void load_past_l1(float4& value, const float4* address, bool loads) {
+    asm volatile("{.reg .pred loads; setp.ne.b32 loads, %5, 0; @loads ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];}"
+                 : "+f"(value.x), "+f"(value.y), "+f"(value.z), "+f"(value.w)
+                 : "l"(address), "r"(static_cast<int>(loads)));
+}
+
+// *address = value, if `stores`: by a predicate, too.
+__device__ inline void store_global(int* address, int value, bool stores) {
+    asm volatile("{.reg .pred stores; setp.ne.b32 stores, %2, 0; @stores st.global.u32 [%0], %1;}" ::"l"(address),
+                 "r"(value), "r"(static_cast<int>(stores))
+                 : "memory");
+}
+__device__ inline void store_global(float* address, float value, bool stores) {
+    asm volatile("{.reg .pred stores; setp.ne.b32 stores, %2, 0; @stores st.global.f32 [%0], %1;}" ::"l"(address),
+                 "f"(value), "r"(static_cast<int>(stores))
+                 : "memory");
+}
+// The same past L1, where the grid's other thread blocks look for it.
+__device__ inline void store_past_l1(bool* address, bool value, bool stores) {
+    asm volatile("{.reg .pred stores; setp.ne.b32 stores, %2, 0; @stores st.global.cg.u8 [%0], %1;}" ::"l"(address),
+                 "r"(static_cast<int>(value)), "r"(static_cast<int>(stores))
+                 : "memory");
+}
+
+// Loads stay on their side of it: otherwise ptxas moves them to where their results are used, however long they take.
+__device__ inline void keep_order() { __syncwarp(); }
+
 // ---- registers
 
 // The value, computed here and nowhere else: ptxas computes what it finds cheap again wherever it is used, to have a
@@ -182,6 +213,16 @@ __device__ inline int in_register(int value) {
 __device__ inline unsigned char* shared_memory() {
     extern __shared__ __align__(128) unsigned char bytes[];
     return bytes;
+}
+
+// A plain load or store. The simulated GPU counts how often a warp's lanes meet a bank.
+template <typename T>
+__device__ T load_shared(const T* from) {
+    return *from;
+}
+template <typename T>
+__device__ void store_shared(T* to, const T& value) {
+    *to = value;
 }
 
 __device__ inline unsigned shared_address(const void* in_shared) {

@@ -3,6 +3,9 @@
 
 namespace skipnet::cuda {
 
+// The thread's warp; the compiler knows that it is the same for all lanes.
+__device__ inline int own_warp() { return __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0); }
+
 // The sum over all lanes, for every lane, in an order that is always the same.
 __device__ inline float warp_sum(float value) {
 #pragma unroll
@@ -19,6 +22,17 @@ __device__ constexpr int holder(int number) {
         return upper * kFirst;
     else
         return upper * kFirst + holder<kFirst / 2, kLast, kKept>(number - upper * kKept);
+}
+
+// Which value `spread_sums` leaves a lane; kCount or more if none.
+template <int kFirst, int kLast, int kCount>
+__device__ constexpr int held(int lane) {
+    constexpr int kKept = (kCount + 1) / 2;
+    const int upper = kCount > 1 && lane & kFirst ? kKept : 0;
+    if constexpr (kFirst == kLast)
+        return upper;
+    else
+        return upper + held<kFirst / 2, kLast, kKept>(lane);
 }
 
 // The sums of kCount values, each over all lanes that differ in the bits from kFirst down to kLast, each in a lane of

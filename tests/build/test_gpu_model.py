@@ -66,6 +66,13 @@ def test_a_prediction_grows_with_work():
             assert predict(arch, h200, 2 * batch, 0.5).seconds >= half
 
 
+@pytest.mark.parametrize("batch", [1, 8])
+def test_gates_take_a_tenth_of_an_imagenet_network_at_most(batch):
+    h200, *_ = gpu_model.DEVICES
+    prediction = gpu_model.compacted(gpu_model.srt.arch("imagenet_rnn_gate_101"), h200, batch, 0.5)
+    assert prediction.share(phase="gate_step") <= 0.1
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(find_nvdisasm() is None, reason="no nvcc or no nvdisasm")
 def test_committed_cycles_are_the_machine_codes():

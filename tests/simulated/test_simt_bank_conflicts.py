@@ -1,6 +1,7 @@
-"""No bank of shared memory is met twice at once by a convolution's operands and product, which follows from addresses.
+"""No bank of shared memory is met twice at once by the compacted engine, which follows from addresses: by ldmatrix, by
+cp.async, and by plain loads and stores.
 
-test_simt_resident.py says the same of the resident kernel.
+test_simt_resident.py says so of the resident kernel's ldmatrix.
 """
 
 import shutil
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 import test_simt_gathered_conv
 import torch
-from simt import library
+from simt import SimtError, library
 from test_simt_barriers import build_changed
+from test_simt_gate_step import GateStep
 from test_simt_gathered_conv import Case
+from test_simt_harness import NONE, rotate
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
@@ -48,3 +51,47 @@ def test_without_the_swizzle_they_do(monkeypatch):
     monkeypatch.setattr(test_simt_gathered_conv, "library", lambda name: plain)
     _, loads_that_meet, *_ = conflicts(plain, "64x64", dtype=torch.float16)
     assert loads_that_meet > 0
+
+
+ELEMENTS = {"float16": dict(dtype=torch.float16), "tf32": dict(dtype=torch.float32, tf32=True),
+            "float32": dict(dtype=torch.float32)}
+
+
+@pytest.mark.parametrize("element", ELEMENTS)
+@pytest.mark.parametrize("tile", TILES)
+def test_plain_accesses_of_a_convolution_meet_no_bank_twice(tile, element):
+    """As addresses are in a run: a product's way out, pooled sums, float32's operands. Of 32 columns from tensor cores
+    either the stores or the loads have to meet a bank twice, and the loads do."""
+    channels, multiprocessors = TILES[tile]
+    with library("compacted").plain_accesses() as told:
+        Case(40, channels, size=(9, 15), batch=1, **ELEMENTS[element]).run(1, multiprocessors)
+    assert {bytes for _, bytes, *_ in told} == {4, 8, 16} - ({8} if element == "float32" else set())
+    meeting = {source for source, _, _, turns in told if turns}
+    assert meeting == ({"channels.cuh"} if tile == "128x32" and element != "float32" else set())
+    assert all(turns <= moved for _, _, moved, turns in told), "twice, not more often"
+
+
+@pytest.mark.parametrize(("images", "options"), [
+    (2, dict(channels=64, tiles=3)), (1, dict(channels=256, tiles=49)), (30, dict(channels=1024, tiles=4)),
+    (1, dict(channels=2048, tiles=1)), (30, dict(channels=24, tiles=2, embed=40, hidden=33)),
+    (30, dict(channels=64, tiles=2, rnn=False))])
+def test_plain_accesses_of_a_gate_meet_no_bank_twice(images, options):
+    """The list of more than 27 images is made in shared memory, too."""
+    with library("compacted").plain_accesses() as told:
+        GateStep(1, images, **options).run(1)
+    assert sum(moved for _, _, moved, _ in told) >= 16
+    assert not any(turns for *_, turns in told), told
+
+
+def test_nothing_else_reaches_shared_memory():
+    """What the tests above count is all that there is: other accesses than those of ptx.cuh's functions fault."""
+    with library("compacted").plain_accesses(closed=True):
+        for element in ("float16", "float32"):
+            Case(8, 40, size=(3, 5), batch=1, kernel=1, **ELEMENTS[element]).check(1, 60)
+        for options in (dict(channels=64), dict(channels=24, hidden=9), dict(channels=24, rnn=False)):
+            GateStep(1, 2, tiles=1, **options).run(1)
+
+
+def test_an_access_that_is_not_counted_faults():
+    with library("faults").plain_accesses(closed=True), pytest.raises(SimtError, match="shared memory of block"):
+        rotate(seed=0, fault=NONE)

@@ -30,6 +30,7 @@ def gate_checks():
     """What test_simt_gate_step.py checks, in short."""
     for seed in range(6):
         yield lambda seed=seed: assert_equals_oracle(GateStep(seed, 130, 32, 4), seed)
+        yield lambda seed=seed: assert_equals_oracle(GateStep(seed, 5, 24, 3, embed=40, hidden=33), seed)
         yield lambda seed=seed: assert_equals_oracle(GateStep(seed, 1100, 16, 1, rnn=False), seed)
         yield lambda seed=seed: compact(9001, seed)
         yield lambda seed=seed: GateStep(seed, 2, 16, 1).run(seed, empty=3)
@@ -101,7 +102,7 @@ def test_without_one_the_convolution_fails(source, line):
 @pytest.mark.slow
 def test_without_zeroed_counters_the_convolution_fails(monkeypatch):
     """No call that the harness could leave out: it takes a library of its own."""
-    broken = build_changed("compacted", r"if .*\*arrivals = 0;", "", source="arrival.cuh")
+    broken = build_changed("compacted", r"if .*\*arrivals_ = 0;", "", source="arrival.cuh")
     monkeypatch.setattr(test_simt_gathered_conv, "library", lambda name: broken)
     assert any(map(fails, convolution_checks()))
 

@@ -95,7 +95,8 @@ def assert_equals_oracle(step, seed, times=1):
 
 
 @pytest.mark.parametrize(("batch", "channels", "tiles"), [
-    (1, 16, 8), (3, 64, 1), (5, 17, 2), (130, 32, 4), (1, 2048, 1), (6, 256, 25), (2, 300, 9), (2, 1100, 5)])
+    (1, 16, 8), (3, 64, 1), (5, 17, 2), (130, 32, 4), (1, 2048, 1), (6, 256, 25), (2, 300, 9), (2, 1100, 5),
+    (27, 16, 1), (28, 16, 1)])
 @pytest.mark.parametrize("rnn", [True, False])
 def test_gate_step(batch, channels, tiles, rnn):
     for seed in range(6):

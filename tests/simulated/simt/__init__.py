@@ -60,6 +60,20 @@ class Library:
         finally:
             self._library.simt_remove(b"", 0)
 
+    @contextmanager
+    def plain_accesses(self, closed: bool = False) -> Iterator[list[tuple[str, int, int, int]]]:
+        """Counts loads and stores of shared memory: for each line of a source its name, an access's bytes, how often
+        128 bytes were moved, and turns that lanes took beyond those. If ``closed``, others fault."""
+        tell, told = self._library.simt_plain_accesses, []
+        tell.restype = ctypes.c_char_p
+        tell(True, closed)
+        try:
+            yield told
+        finally:
+            for line in tell(False, False).decode().splitlines():
+                place, size, moved, turns = line.split()
+                told.append((place.partition(":")[0], int(size), int(moved), int(turns)))
+
     def __call__(self, entry: str, *arguments: object) -> None:
         """Calls an entry with arrays (as pointers; None is null), ints, bools and floats; raises SimtError."""
         function = getattr(self._library, entry)

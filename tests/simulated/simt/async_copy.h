@@ -44,6 +44,7 @@ inline void cp_async(void* to, const void* from, int bytes, bool filled, Site si
     if (filled && reinterpret_cast<std::uintptr_t>(from) % bytes)
         machine.fail(text("cp.async: the source is not aligned to ", bytes), site);
     if (counts_copies) copy_phases.add(*machine.current, to);
+    const SharedMemoryOpen open;
     std::memset(to, kPoison, bytes);
     machine.current->open_copies.push_back(
         {static_cast<unsigned char*>(to), filled ? static_cast<const unsigned char*>(from) : nullptr, bytes});
@@ -57,6 +58,7 @@ inline void cp_async_commit() {
 
 // Lands all of the thread's groups but the `pending` newest.
 inline void cp_async_wait(int pending) {
+    const SharedMemoryOpen open;
     auto& groups = machine.current->copy_groups;
     while (static_cast<int>(groups.size()) > pending) {
         for (const Copy& copy : groups.front())

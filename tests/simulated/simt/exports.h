@@ -4,7 +4,7 @@
 #include <exception>
 #include <string>
 
-#include "scheduler.h"
+#include "bank_conflicts.h"
 
 namespace simt {
 
@@ -37,6 +37,16 @@ __attribute__((used)) inline int simt_launches() {
     const int launches = static_cast<int>(simt::machine.launched.size());
     simt::machine.launched.clear();
     return launches;
+}
+// What plain accesses did since the last call, if they were counted (bank_conflicts.h), and whether they are from now
+// on. While shared memory is `closed`, nothing else reaches it but ldmatrix and cp.async.
+__attribute__((used)) inline const char* simt_plain_accesses(bool counted, bool closed) {
+    static std::string told;
+    told = simt::plain_accesses.told();
+    simt::plain_accesses.clear();
+    simt::plain_accesses.counts = counted;
+    simt::shared_memory_closed = closed;
+    return told.c_str();
 }
 __attribute__((used)) inline void* simt_allocate(std::size_t size) {
     return simt::global_memory.allocate(size, simt::machine.seed % 2 == 0)->data();

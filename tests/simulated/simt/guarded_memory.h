@@ -38,6 +38,7 @@ public:
     std::size_t size() const { return size_; }
     void poison() { std::memset(data_, kPoison, size_); }
     void forbid() { mprotect(base_ + kPage, inner_, PROT_NONE); }
+    void permit() { mprotect(base_ + kPage, inner_, PROT_READ | PROT_WRITE); }
     bool covers(const void* address) const { return address >= base_ && address < base_ + inner_ + 2 * kPage; }
     bool holds(const void* address, std::size_t bytes) const {
         return address >= data_ && static_cast<const unsigned char*>(address) + bytes <= data_ + size_;

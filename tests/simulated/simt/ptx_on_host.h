@@ -99,6 +99,19 @@ void load_global(T& value, const T* address, bool loads = true) {
     if (loads) value = *address;
 }
 
+inline void load_past_l1(float4& value, const float4* address, bool loads) {
+    if (loads) value = __ldcg(address);
+}
+template <typename T>
+void store_global(T* address, T value, bool stores) {
+    if (stores) *address = value;
+}
+inline void store_past_l1(bool* address, bool value, bool stores) {
+    if (stores) __stcg(reinterpret_cast<unsigned char*>(address), static_cast<unsigned char>(value));
+}
+
+inline void keep_order() {}
+
 // ---- registers
 
 inline int in_register(int value) { return value; }
@@ -106,6 +119,14 @@ inline int in_register(int value) { return value; }
 // ---- shared memory
 
 inline unsigned char* shared_memory() { return simt::shared_memory(); }
+template <typename T>
+T load_shared(const T* from, simt::Site site = simt::Site::here()) {
+    return simt::load_shared(from, site);
+}
+template <typename T>
+void store_shared(T* to, const T& value, simt::Site site = simt::Site::here()) {
+    simt::store_shared(to, value, site);
+}
 
 // ---- cp.async
 

@@ -212,6 +212,7 @@ inline void Machine::end_thread(Fiber* fiber) {
         for (const auto& [place, counter] : block.counters)
             if (!counter.coming.empty())
                 error_ = "st.async: a block ends before what is stored to it has come" + whose();
+        block.shared->permit();
         if (!block.shared->intact()) error_ = "shared memory: written outside the block's" + whose();
         block.shared->forbid();  // no other block of the cluster may look at it any more
         Launch& launch = *block.launch;

@@ -5,7 +5,27 @@
 
 namespace simt {
 
-inline unsigned char* shared_memory() { return machine.current->block->shared->data(); }
+// Whether shared memory is closed to all but the functions of ptx.cuh that know of it: others fault.
+inline bool shared_memory_closed = false;
+
+class SharedMemoryOpen {
+public:
+    SharedMemoryOpen() {
+        if (shared_memory_closed) shared().permit();
+    }
+    SharedMemoryOpen(const SharedMemoryOpen&) = delete;
+    ~SharedMemoryOpen() {
+        if (shared_memory_closed) shared().forbid();
+    }
+
+private:
+    static Guarded& shared() { return *machine.current->block->shared; }
+};
+
+inline unsigned char* shared_memory() {
+    if (shared_memory_closed) machine.current->block->shared->forbid();
+    return machine.current->block->shared->data();
+}
 
 inline void check_shared(const void* address, std::size_t bytes, const char* what, Site site) {
     const Guarded& shared = *machine.current->block->shared;

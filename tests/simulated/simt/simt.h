@@ -17,12 +17,13 @@
 //   grid.h            threads, thread blocks, clusters, and who waits
 //   weak_memory.h     which stores a thread may count on
 //   scheduler.h       fibers and their order
-//   barriers.h  shared_memory.h  async_copy.h  cluster_stores.h  warp.h  tensor_cores.h  atomics.h
+//   barriers.h  shared_memory.h  async_copy.h  bank_conflicts.h  cluster_stores.h  warp.h  tensor_cores.h  atomics.h
 //   cuda_functions.h  __syncthreads and the like
 //   exports.h         what Python calls
 #pragma once
 
 #include "async_copy.h"
+#include "bank_conflicts.h"
 #include "cluster_stores.h"
 #include "cuda_functions.h"
 #include "exports.h"

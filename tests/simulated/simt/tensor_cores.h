@@ -30,6 +30,7 @@ inline void ldmatrix_x4(const void* row, unsigned* result, Site site) {
     } slot{row, result};
     check_shared(row, 16, "ldmatrix", site);
     collective(~0u, "ldmatrix", &slot, site, [](void* const* slots) {
+        const SharedMemoryOpen open;
         for (int matrix = 0; matrix < 4; ++matrix) {
             void* rows[8];
             for (int row = 0; row < 8; ++row)
