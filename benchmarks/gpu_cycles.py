@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "csrc"))
 from gpu_model import CYCLES  # noqa: E402
-from gpu_replay import UNITS, Units, is_turn, replay, without_loads  # noqa: E402
+from gpu_replay import UNITS, Units, replay, without_loads  # noqa: E402
 from machine_code import Instruction, count, kernels, way  # noqa: E402
 
 IMAGES = (1, 2, 3)  # that a resident thread block takes; three fit the largest shared memory
@@ -51,7 +51,7 @@ class Code:
         """All of them, in the order in which they lie in memory."""
         targets = {instruction.target for instruction in self.instructions}
         ends = [at + 1 for at, instruction in enumerate(self.instructions)
-                if (instruction.startswith(_ENDS) and not is_turn(instruction)) or at + 1 in targets]
+                if instruction.startswith(_ENDS) or at + 1 in targets]
         return [Block(start, end) for start, end in zip([0, *ends], ends, strict=False) if end > start]
 
     def count(self, block: Block, name: str) -> int:
@@ -67,7 +67,7 @@ class Code:
 
     def barrier(self, at: int) -> bool:
         """Whether a thread block meets here."""
-        return self.instructions[at].startswith(("BAR.SYNC", "BAR.RED")) and not is_turn(self.instructions[at])
+        return self.instructions[at].startswith(("BAR.SYNC", "BAR.RED"))
 
     def ends(self, at: int) -> bool:
         """Whether the kernel does."""

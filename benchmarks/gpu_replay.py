@@ -111,11 +111,6 @@ def without_loads(instructions: Sequence[Instruction], kind: str = "LDG") -> lis
             for instruction in instructions]
 
 
-def is_turn(instruction: str) -> bool:
-    """Whether two warps take turns here: a barrier of a part of the thread block has its number of threads."""
-    return re.match(r"BAR\.(SYNC|ARV)\b.*,", instruction) is not None
-
-
 class _Warp:
     """On its way; until a barrier opens it is ready at no time."""
 
@@ -125,7 +120,6 @@ class _Warp:
         self.at = 0
         self.ready = 0.0
         self.free = [0.0] * 8  # when each scoreboard is; the last one is nobody's
-        self.turns = 0  # that it has been given
 
     @property
     def next(self) -> Instruction | None:
@@ -133,7 +127,7 @@ class _Warp:
 
     def earliest(self, slot: float, taken: dict[str, float], units: Units) -> float:
         """When its next instruction can issue."""
-        if self.next is None or (is_turn(self.next) and self.next.startswith("BAR.SYNC") and not self.turns):
+        if self.next is None:
             return inf
         unit, _ = units.occupied(self.next)
         awaited = [self.free[i] for i in range(6) if self.next.awaits >> i & 1]
@@ -145,7 +139,6 @@ def replay(instructions: Sequence[Instruction], units: Units, warps: int, blocks
     gather a thread block's."""
     team = [_Warp(instructions, number * blocks // warps) for number in range(warps)]
     taken: dict[str, float] = defaultdict(float)  # until when each unit is
-    team[0].turns = 1
     slot = 0.0  # the next one to issue in
     last = 0  # the warp that has issued
     while any(warp.next for warp in team):
@@ -162,14 +155,6 @@ def replay(instructions: Sequence[Instruction], units: Units, warps: int, blocks
         warp.ready = time + max(1, instruction.stall)
         warp.free[instruction.result] = begun + units.latency(instruction)
         warp.free[instruction.operands] = max(warp.free[instruction.operands], begun + units.operands)
-        if is_turn(instruction):
-            if instruction.startswith("BAR.SYNC"):
-                warp.turns -= 1
-            else:
-                other = team[1 - last]
-                other.turns += 1
-                other.ready = max(other.ready, time + units.barrier)
-            continue
         stores = instruction.startswith("SYNCS.PHASECHK")  # of a cluster's other thread blocks, as far as this one is
         if stores or instruction.startswith("BAR"):
             warp.ready = inf
