@@ -1,6 +1,7 @@
 """The resident engine asks for the next convolution's kernels while it multiplies: no result shows it."""
 
 import platform
+import re
 import shutil
 import subprocess
 
@@ -28,6 +29,7 @@ def test_products_of_float32_read_ahead(variant):
     listed = subprocess.run(["objdump", "--disassemble", "--demangle", "--no-show-raw-insn",
                              compiled(command, sources)], capture_output=True, text=True, check=True).stdout
     functions = [code.split("\n", 1) for code in listed.split("\n\n") if ">:\n" in code]
-    products = [code for name, code in functions if "Float32>::multiply(" in name and "{lambda" not in name]
-    assert products
+    products = [code for name, code in functions
+                if re.search(r"Float32>::\w*multiply\w*\(", name) and "{lambda" not in name]
+    assert len(products) == (3 if variant[0] == "avx512" else 1)  # one column, few tiles: wide vectors only
     assert all("prefetcht0" in code for code in products)
