@@ -605,18 +605,23 @@ public:
     // outputs = convolution(inputs) + bias, with ReLU or without. The group shares the rows of all images.
     void run(const Plane& in, const float* const* inputs /* [images] */, float* const* outputs /* [images] */,
              bool with_relu, int images, const ThreadGroup& group, Scratch<Operand>& scratch) const {
-        const Plane to = out(in);
-        group.share(images * to.height, [&](int begin, int end) {
-            for (int row = begin; row < end; ++row) {
-                const int image = row / to.height, y = row % to.height;
-                const float* rows = inputs[image] + in.at(y * stride_ - kernel_ / 2, -1);
-                const Element* corner = elements(rows, in, scratch.rows) + (1 - kernel_ / 2) * in_;
-                for (int x = 0; x < to.width; x += kPixels) {
-                    const int count = to.width - x < kPixels ? to.width - x : kPixels;
-                    pixels(in, corner + x * stride_ * in_, outputs[image] + to.at(y, x), count, with_relu);
-                }
-            }
+        const int height = out(in).height;
+        group.share(images * height, [&](int begin, int end) {
+            for (int row = begin; row < end; ++row)
+                run_row(in, inputs[row / height], outputs[row / height], with_relu, row % height, scratch);
         });
+    }
+
+    // Row y of one image's output.
+    void run_row(const Plane& in, const float* input, float* output, bool with_relu, int y,
+                 Scratch<Operand>& scratch) const {
+        const Plane to = out(in);
+        const Element* corner =
+            elements(input + in.at(y * stride_ - kernel_ / 2, -1), in, scratch.rows) + (1 - kernel_ / 2) * in_;
+        for (int x = 0; x < to.width; x += kPixels) {
+            const int count = to.width - x < kPixels ? to.width - x : kPixels;
+            pixels(in, corner + x * stride_ * in_, output + to.at(y, x), count, with_relu);
+        }
     }
 
 private:
