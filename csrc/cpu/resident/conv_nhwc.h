@@ -294,12 +294,13 @@ private:
 
     // One dimension of G g but for its denominators: three values to six.
     static inline void transform_three(Vector g0, Vector g1, Vector g2, Vector (&to)[kPatch]) {
-        const Vector p = g0 + kA2 * g2, r = g0 + kB2 * g2;
+        const Vector a = broadcast(kA), b = broadcast(kB);
+        const Vector p = fused(broadcast(kA2), g2, g0), r = fused(broadcast(kB2), g2, g0);
         to[0] = g0;
-        to[1] = p + kA * g1;
-        to[2] = p - kA * g1;
-        to[3] = r + kB * g1;
-        to[4] = r - kB * g1;
+        to[1] = fused(a, g1, p);
+        to[2] = fused(-a, g1, p);
+        to[3] = fused(b, g1, r);
+        to[4] = fused(-b, g1, r);
         to[5] = g2;
     }
 
@@ -467,8 +468,8 @@ private:
         }
     }
 
-    // The same for kFewTiles, with kernels as they are: what a row of points needs of them is transformed in registers.
-    // Written to memory and read again, they would take as long as the products.
+    // The same for kFewTiles, with kernels as they are: what a row of points needs of them is transformed in registers,
+    // rounded as transform_kernels() does. Written to memory and read again, they would take as long as the products.
     __attribute__((noinline)) void transform_and_multiply(const Columns& columns, const Element* inputs,
                                                           float* products, ReadAhead& ahead) const {
         if constexpr (transforms_in_registers<Operand>(kFewTiles)) {
@@ -488,7 +489,7 @@ private:
                                      at = broadcast((row < 3 ? kA : kB) * (row % 2 == 1 ? 1 : -1));
                         multiply_row(
                             [=](const float* g) {
-                                return load(g) + square * load(g + 6 * kWidth) + at * load(g + 3 * kWidth);
+                                return fused(at, load(g + 3 * kWidth), fused(square, load(g + 6 * kWidth), load(g)));
                             },
                             kernel, x, to);
                     }
@@ -516,7 +517,8 @@ private:
                 for (int point = 0; point < kPatch; ++point) {
 #pragma GCC unroll 4
                     for (int place = 0; place < kFewTiles; ++place)
-                        sums[point][place] += broadcast(x_of[point][place * kWidth]) * weights[point];
+                        sums[point][place] = Operand::multiply_add(broadcast(x_of[point][place * kWidth]),
+                                                                   weights[point], sums[point][place]);
                     ++x_of[point];
                 }
             }
