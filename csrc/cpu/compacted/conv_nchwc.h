@@ -23,7 +23,8 @@ constexpr std::size_t kPassBytes = 512 * 1024;  // of panels that pass over the 
 
 // A map of an image in memory: [channels / kWidth, rows, pixels, kWidth]. Where convolutions of 3x3 read it, a border
 // of zeros that nobody writes is around it: one pixel, and as much more below and to the right as makes the inside
-// whole tiles.
+// whole tiles. Without a border, where a row is whole strips: [rows, channels / kWidth, pixels, kWidth]. Then what a
+// strip's outputs are made of lies together, and the processor foresees what is read next.
 struct Plane {
     int height, width, channels;  // channels as they lie in memory
     int border;                   // 0 or 1
@@ -33,9 +34,12 @@ struct Plane {
     int tiles_across() const { return (width + tile - 1) / tile; }
     int blocks() const { return channels / kWidth; }
     int pixels() const { return height * width; }
-    int row() const { return (tiles_across() * tile + 2 * border) * kWidth; }  // elements from a row to the next
-    int block() const { return (tiles_down() * tile + 2 * border) * row(); }   // from a block of channels to the next
-    std::size_t size() const { return static_cast<std::size_t>(blocks()) * block(); }
+    bool by_rows() const { return border == 0 && tile == 1 && width % kStrip == 0; }
+    int all_rows() const { return tiles_down() * tile + 2 * border; }
+    int run() const { return (tiles_across() * tile + 2 * border) * kWidth; }  // elements of a block's row
+    int row() const { return by_rows() ? blocks() * run() : run(); }           // from a row to the next
+    int block() const { return by_rows() ? run() : all_rows() * run(); }       // from a block to the next
+    std::size_t size() const { return static_cast<std::size_t>(blocks()) * all_rows() * run(); }
     int at(int y, int x) const { return (y + border) * row() + (x + border) * kWidth; }  // -1 is the border
 
     bool operator==(const Plane& other) const {
@@ -51,11 +55,64 @@ struct Run {
 
 constexpr int kLine = 64;  // bytes of a line of the cache
 
+// Where a convolution's weights lie.
+struct Bytes {
+    const char* begin;
+    std::size_t size;
+};
+
+// What a thread will read of the weights of a network's convolutions, in their order. While one convolution multiplies,
+// those of the next are asked for: memory would be idle meanwhile, and the products would wait for it afterwards.
+class Ahead {
+public:
+    void start(const std::vector<Bytes>& layers, const ThreadGroup& group) {
+        layers_ = layers.data();
+        parts_ = 2 * static_cast<int>(layers.size());
+        rank_ = group.rank(), size_ = group.size();
+        part_ = limit_ = 0;
+        next_ = end_ = nullptr;
+    }
+
+    // Convolution `layer` begins.
+    void begin(int layer) {
+        if (layers_ == nullptr) return;
+        if (part_ <= 2 * layer) part_ = 2 * (layer + 1), next_ = end_ = nullptr;
+        limit_ = 2 * (layer + 1 + kLayers) < parts_ ? 2 * (layer + 1 + kLayers) : parts_;
+    }
+
+    // Makes sure that there is something to ask for, if there is anything.
+    void refill() {
+        if (next_ < end_ || part_ >= limit_) return;
+        // Threads begin at their end of the units (thread_team.h).
+        const Bytes& layer = layers_[part_ / 2];
+        const int part = 2 * rank_ + (part_ + rank_) % 2;
+        next_ = layer.begin + layer.size * part / (2 * size_);
+        end_ = layer.begin + layer.size * (part + 1) / (2 * size_);
+        ++part_;
+    }
+
+    template <int Lines>
+    inline __attribute__((always_inline)) void ask() {
+        if (next_ >= end_) return;
+#pragma GCC unroll 16
+        for (int i = 0; i < Lines; ++i) __builtin_prefetch(next_ + i * kLine, 0, 2);
+        next_ += Lines * kLine;
+    }
+
+private:
+    static constexpr int kLayers = 2;
+
+    const Bytes* layers_ = nullptr;
+    int parts_ = 0, rank_ = 0, size_ = 1;
+    int part_ = 0, limit_ = 0;
+    const char *next_ = nullptr, *end_ = nullptr;
+};
+
 // sums[t][k] += sum over runs r and i < Depth of x[runs[r].from + t * Step + i] * weight[r, i, k], in this order.
 template <typename Operand, int Step, int Depth, int T, int K>
 inline __attribute__((always_inline)) void multiply(
     Vector (&sums)[T][K], const typename Operand::Element* x, const Run* runs, int count,
-    const typename Operand::Element* weight /* [count, Depth / kPack, K * kWidth, kPack] */) {
+    const typename Operand::Element* weight /* [count, Depth / kPack, K * kWidth, kPack] */, Ahead& ahead) {
     constexpr int kPack = Operand::kPack;
     static_assert(Depth % kPack == 0, "a run is whole packs");
     for (int r = 0; r < count; ++r) {
@@ -65,6 +122,7 @@ inline __attribute__((always_inline)) void multiply(
             const typename Operand::Element* later = x + runs[r + 2 < count ? r + 2 : r].from;
 #pragma GCC unroll 16
             for (int t = 0; t < T; t += kApart) __builtin_prefetch(later + t * Step);
+            ahead.ask<T>();
         }
 #pragma GCC unroll 1
         for (int i = 0; i < Depth; i += kPack, weight += K * kWidth * kPack) {
@@ -126,6 +184,7 @@ struct Memory {
     typename In::Element* shared;  // [largest shared()] of all layers
     float* own;                    // [largest own()] of all layers, this thread's
     Run* runs;                     // [largest number of channel blocks], this thread's
+    Ahead* ahead;                  // this thread's
 };
 
 // A convolution between two planes.
@@ -139,6 +198,7 @@ public:
     virtual int parts() const = 0;  // that sums are taken over
     virtual std::size_t shared() const { return 0; }
     virtual std::size_t own() const { return 0; }
+    virtual Bytes weights() const = 0;
 };
 
 // Strips of output pixels, one after another through an image.
@@ -163,11 +223,13 @@ public:
         for (int y = 0; y < out.height; ++y)
             for (int x = 0; x < out.width; ++x) places_.push_back({out.at(y, x)});
         const std::size_t bytes = panels_.begin(1, depth()) * sizeof(Element);
-        panels_per_pass_ = bytes < kPassBytes ? static_cast<int>(kPassBytes / bytes) : 1;
+        const int most = bytes < kPassBytes ? static_cast<int>(kPassBytes / bytes) : 1;
+        const int passes = (panels_.count() + most - 1) / most;
+        panels_per_pass_ = (panels_.count() + passes - 1) / passes;  // about as much work in each
     }
 
     void run(const LayerImages<In, Out>& images, Finish finish, const ThreadGroup& group,
-             const Memory<In>&) const override {
+             const Memory<In>& memory) const override {
         const int spots = images.count * strips_.count(),
                   passes = (panels_.count() + panels_per_pass_ - 1) / panels_per_pass_;
         group.share(passes * spots, [&](int begin, int end) {
@@ -176,35 +238,41 @@ public:
                 const int last =
                     first + panels_per_pass_ < panels_.count() ? first + panels_per_pass_ : panels_.count();
                 for (int panel = first; panel < last; ++panel)
-                    strip(images, spot / strips_.count(), spot % strips_.count(), panel, finish);
+                    strip(images, spot / strips_.count(), spot % strips_.count(), panel, finish, *memory.ahead);
             }
         });
     }
 
     // `count` rows of an output, from its row `to` on, of the input's outputs from row `from` on: by this thread alone.
-    void rows(const Element* input, int from, typename Out::Element* output, int to, int count, Finish finish) const {
+    void rows(const Element* input, int from, typename Out::Element* output, int to, int count, Finish finish,
+              Ahead& ahead) const {
         const int across = strips_.across();
         for (int i = 0; i < count * across; ++i)
             for (int panel = 0; panel < panels_.count(); ++panel)
-                strip(input, from * across + i, output, to * across + i, nullptr, panel, finish);
+                strip(input, from * across + i, output, to * across + i, nullptr, panel, finish, ahead);
     }
 
     int parts() const override { return strips_.count(); }
+    Bytes weights() const override {
+        return {reinterpret_cast<const char*>(weight_.get()), depth() * out_.channels * sizeof(Element)};
+    }
 
 private:
     std::size_t depth() const { return runs_.size() * Depth; }
 
-    void strip(const LayerImages<In, Out>& images, int image, int number, int panel, Finish finish) const {
+    void strip(const LayerImages<In, Out>& images, int image, int number, int panel, Finish finish,
+               Ahead& ahead) const {
         strip(images.inputs[image], number, images.outputs[image], number,
-              images.sums ? images.sums[image] + number * out_.channels : nullptr, panel, finish);
+              images.sums ? images.sums[image] + number * out_.channels : nullptr, panel, finish, ahead);
     }
 
     // From strip number `from` of an input to number `number` of an output.
     void strip(const Element* input, int from, typename Out::Element* y, int number, float* sum, int panel,
-               Finish finish) const {
+               Finish finish, Ahead& ahead) const {
         const int across = strips_.across(), begin = strips_.begin(number % across);
         const int pixels = strips_.begin(number % across + 1) - begin;
         const Element* x = input + static_cast<std::ptrdiff_t>(from / across) * first_row_ + begin * Step;
+        ahead.refill();
         const Run* places = places_.data() + number / across * strips_.width + begin;
         with_block(pixels, panels_.width(panel), [&](auto t, auto k) {
             constexpr int T = decltype(t)::value, K = decltype(k)::value;
@@ -219,7 +287,7 @@ private:
                 for (int i = 0; i < T; ++i) sums[i][j] = bias;
             }
             multiply<In, Step, Depth, T, K>(sums, x, runs_.data(), static_cast<int>(runs_.size()),
-                                            weight_.get() + panels_.begin(panel, depth()));
+                                            weight_.get() + panels_.begin(panel, depth()), ahead);
             for (int j = 0; j < K; ++j) {
                 const int column = panel * kPanel + j;
                 typename Out::Element* to = y + static_cast<std::ptrdiff_t>(column) * out_.block();
@@ -274,7 +342,7 @@ std::unique_ptr<Layer<In, Out>> make_direct(const ConvolutionWeights& layer, con
         return std::make_unique<Direct<In, Out, 2 * kWidth, kWidth>>(
             Strips{out.height, out.width}, 2 * in.row(), std::move(runs), out, std::move(weight), packed_bias(layer));
     // Where no row has an end that a strip would have to stop at, the plane is one long row.
-    const bool flat = kernel == 1 && in.border == 0 && in.tile == 1;
+    const bool flat = kernel == 1 && in.border == 0 && in.tile == 1 && !in.by_rows();
     return std::make_unique<Direct<In, Out, kWidth, kWidth>>(
         flat ? Strips{1, out.pixels()} : Strips{out.height, out.width}, in.row(), std::move(runs), out,
         std::move(weight), packed_bias(layer));

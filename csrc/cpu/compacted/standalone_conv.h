@@ -51,6 +51,7 @@ public:
     void run() override {
         // One after another would not share the weights: all together, as in the engine, up to its number.
         const ThreadGroup alone;
+        Ahead ahead;
         for (std::size_t first = 0; first < x_.size(); first += kMaxImages) {
             const float* images[kMaxImages];
             const Element* inputs[kMaxImages];
@@ -62,10 +63,11 @@ public:
                 outputs[count] = y_[i].get();
             }
             if (stem_)
-                first_->run({images, outputs, nullptr, count}, Finish::relu, alone, {});
+                first_->run({images, outputs, nullptr, count}, Finish::relu, alone,
+                            {nullptr, nullptr, nullptr, &ahead});
             else
                 layer_->run({inputs, outputs, nullptr, count}, Finish::relu, alone,
-                            {shared_.get(), own_.get(), runs_.data()});
+                            {shared_.get(), own_.get(), runs_.data(), &ahead});
         }
     }
 
