@@ -61,34 +61,36 @@ struct Bytes {
     std::size_t size;
 };
 
-// What a thread will read of the weights of a network's convolutions, in their order. While one convolution multiplies,
-// those of the next are asked for: memory would be idle meanwhile, and the products would wait for it afterwards.
+// The weights that a thread will read, in a network's order. It asks for those of the next convolutions while it
+// multiplies: the processor does not know of them, and at batch 1 they take longer to come than the products to
+// compute.
 class Ahead {
 public:
+    // layers: all convolutions' weights.
     void start(const std::vector<Bytes>& layers, const ThreadGroup& group) {
         layers_ = layers.data();
-        parts_ = 2 * static_cast<int>(layers.size());
+        pieces_ = kUnits * static_cast<int>(layers.size());
         rank_ = group.rank(), size_ = group.size();
-        part_ = limit_ = 0;
+        piece_ = limit_ = 0;
         next_ = end_ = nullptr;
     }
 
     // Convolution `layer` begins.
     void begin(int layer) {
-        if (layers_ == nullptr) return;
-        if (part_ <= 2 * layer) part_ = 2 * (layer + 1), next_ = end_ = nullptr;
-        limit_ = 2 * (layer + 1 + kLayers) < parts_ ? 2 * (layer + 1 + kLayers) : parts_;
+        if (piece_ <= kUnits * layer) piece_ = kUnits * (layer + 1), next_ = end_;  // too late for this one
+        limit_ = kUnits * (layer + 1 + kLayers) < pieces_ ? kUnits * (layer + 1 + kLayers) : pieces_;
     }
 
-    // Makes sure that there is something to ask for, if there is anything.
+    // Sees to it that there is something to ask for.
     void refill() {
-        if (next_ < end_ || part_ >= limit_) return;
-        // Threads begin at their end of the units (thread_team.h).
-        const Bytes& layer = layers_[part_ / 2];
-        const int part = 2 * rank_ + (part_ + rank_) % 2;
-        next_ = layer.begin + layer.size * part / (2 * size_);
-        end_ = layer.begin + layer.size * (part + 1) / (2 * size_);
-        ++part_;
+        if (next_ < end_ || piece_ >= limit_) return;
+        const Bytes& layer = layers_[piece_ / kUnits];
+        const int number = piece_ % kUnits, all = kUnits * size_;
+        // In a thread's order of units (thread_team.h): odd ranks go down from where their share ends.
+        const int unit = kUnits * rank_ + (rank_ % 2 == 0 ? number : kUnits - 1 - number);
+        next_ = layer.begin + layer.size * unit / all;
+        end_ = layer.begin + layer.size * (unit + 1) / all;
+        ++piece_;
     }
 
     template <int Lines>
@@ -100,12 +102,13 @@ public:
     }
 
 private:
-    static constexpr int kLayers = 2;
+    static constexpr int kLayers = 2;  // ahead
+    static constexpr int kUnits = 2;   // of each thread, as it shares work
 
     const Bytes* layers_ = nullptr;
-    int parts_ = 0, rank_ = 0, size_ = 1;
-    int part_ = 0, limit_ = 0;
-    const char *next_ = nullptr, *end_ = nullptr;
+    int pieces_ = 0, rank_ = 0, size_ = 1;         // kUnits of each layer for each thread
+    int piece_ = 0, limit_ = 0;                    // the next one, and the first that is too early
+    const char *next_ = nullptr, *end_ = nullptr;  // of the one that is being asked for
 };
 
 // sums[t][k] += sum over runs r and i < Depth of x[runs[r].from + t * Step + i] * weight[r, i, k], in this order.

@@ -89,7 +89,7 @@ class Winograd final : public Layer<Operand, Operand> {
 
     static constexpr int kIn = kOut + 2;
     static constexpr int kPoints = kIn * kIn;                           // products of a tile, for each pair of channels
-    static constexpr int kChunk = kOut == 2 ? 8 * kStrip : 4 * kStrip;  // tiles whose products wait in L2 together
+    static constexpr int kChunk = kOut == 2 ? 8 * kStrip : 6 * kStrip;  // tiles whose products wait in L2 together
     static constexpr int kProducts = kChunk * kPanel * kWidth + kWidth;  // floats from a point's to the next
     static constexpr std::size_t kShared = 2 << 20;  // elements of transformed inputs that the threads share, about
 
