@@ -59,7 +59,7 @@ struct Workspace {
     std::vector<ImageState> states;    // as many as there have been, up to kMaxImages
     std::vector<Decisions> decisions;  // [gates]
     BufferOf<Element> shared;          // of the layers
-    Buffer image;                      // of one image at a time, in phases
+    BufferOf<Element> image;           // of one image at a time, as the stem reads it
 };
 
 // Images go through a block together, and share a pass over its weights, as long as their activations take no more than
@@ -141,7 +141,7 @@ private:
     const Plane& plane(int map) const { return maps_[map].plane; }
 
     int classes_;
-    PhasePlane image_;
+    FirstPlane<VariantOperand> image_;
     std::unique_ptr<First<VariantOperand>> stem_;  // the one that the network has
     std::unique_ptr<PooledStem<VariantOperand>> pooled_stem_;
     std::vector<Map> maps_;
@@ -285,7 +285,8 @@ auto Network::make_state() const -> ImageState {
 
 auto Network::acquire_workspace(const Call& call, int images) -> std::unique_ptr<Workspace> {
     std::unique_ptr<Workspace> workspace = workspaces_.acquire();
-    if (!workspace) workspace.reset(new Workspace{{}, {}, BufferOf<Element>(max_shared_), Buffer(image_.size())});
+    if (!workspace)
+        workspace.reset(new Workspace{{}, {}, BufferOf<Element>(max_shared_), BufferOf<Element>(image_.size())});
     while (static_cast<int>(workspace->states.size()) < images) workspace->states.push_back(make_state());
     workspace->decisions.resize(call.num_gates);
     return workspace;
@@ -355,16 +356,14 @@ void Network::stem(const Worker& worker) const {
         const std::size_t from = static_cast<std::size_t>(worker.slice.first + i) * channels * height * width;
         group.share(channels * height, [&](int begin, int end) {
             for (int row = begin; row < end; ++row)
-                for (int phase = 0; phase < image_.stride; ++phase) {
-                    float* to = workspace.image.get() + image_.at(row / height, row % height, phase);
-                    for (int x = phase; x < width; x += image_.stride)
-                        *to++ = worker.slice.call.images[from + static_cast<std::size_t>(row) * width + x];
-                }
+                image_.set_row(workspace.image.get(), row / height, row % height, [&](int x) {
+                    return worker.slice.call.images[from + static_cast<std::size_t>(row) * width + x];
+                });
             if (begin > 0) return;
             state.pooled_after = -1;
             gates_.reset(state.gate);
         });
-        const float* input = workspace.image.get();
+        const Element* input = workspace.image.get();
         Element* x = state.maps[stages_[0].x].get();
         if (pooled_stem_)
             pooled_stem_->run(input, x, worker.stem_band, group, worker.ahead);

@@ -351,41 +351,65 @@ std::unique_ptr<Layer<In, Out>> make_direct(const ConvolutionWeights& layer, con
         std::move(weight), packed_bias(layer));
 }
 
-// What the first convolution reads: an image of few channels, [channels, rows, stride, columns], with its border.
-// Every stride-th pixel of a row lies next to the other, so that a strip's inputs are one apart.
-struct PhasePlane {
+// What the first convolution reads: an image of few channels, with its border, as packs of Operand::kPack neighbouring
+// pixels, [channels, rows, phases, columns, kPack]. A strip's packs of one tap are one apart.
+template <typename Operand>
+struct FirstPlane {
+    using Element = typename Operand::Element;
+    static constexpr int kPack = Operand::kPack;
+
     int height, width, channels;  // of the image
     int kernel, stride;           // of the convolution
 
     int rows() const { return height + 2 * (kernel / 2); }
-    int columns() const { return (width + 2 * (kernel / 2) + stride - 1) / stride; }
-    int at(int channel, int y, int x) const {  // the border begins at -(kernel / 2)
-        const int column = x + kernel / 2;
-        return ((channel * rows() + y + kernel / 2) * stride + column % stride) * columns() + column / stride;
+    int taps() const { return (kernel + kPack - 1) / kPack; }  // packs of a row of the kernel
+    int phases() const { return stride > kPack ? stride / kPack : 1; }
+    int columns() const { return (width + stride - 1) / stride + (taps() - 1) * kPack / stride; }
+    int row() const { return phases() * columns() * kPack; }  // elements
+    std::size_t size() const { return static_cast<std::size_t>(channels) * rows() * row(); }
+
+    // What tap number `tap` of the kernel's row y multiplies for the first output pixel.
+    int at(int channel, int y, int tap) const {
+        const int x = tap * kPack;
+        return (channel * rows() + y) * row() + (x % stride / kPack * columns() + x / stride) * kPack;
     }
-    std::size_t size() const { return static_cast<std::size_t>(channels) * rows() * stride * columns(); }
+
+    // Writes row y of the image, pixel(x); the border is zeros that nobody writes.
+    template <typename Pixel>
+    void set_row(Element* image, int channel, int y, const Pixel& pixel) const {
+        for (int phase = 0; phase < phases(); ++phase)
+            for (int k = 0; k < kPack; ++k) {
+                const int first = phase * kPack + k - kernel / 2;  // column 0's pixel
+                const int begin = first < 0 ? (stride - 1 - first) / stride : 0;
+                Element* to = image + (channel * rows() + y + kernel / 2) * row() + phase * columns() * kPack + k;
+                for (int i = begin, x = begin * stride + first; i < columns() && x < width; ++i, x += stride)
+                    to[i * kPack] = Operand::rounded(pixel(x));
+            }
+    }
 };
 
-// Three channels do not pair: the products are float32's.
-template <typename Out>
-using First = Direct<Float32, Out, 1, 1>;
+template <typename Operand>
+using First = Direct<Operand, Operand, Operand::kPack, Operand::kPack>;
 
-template <typename Out>
-std::unique_ptr<First<Out>> make_first(const ConvolutionWeights& layer, const PhasePlane& in, const Plane& out) {
-    const int kernel = layer.kernel, taps = kernel * kernel;
+template <typename Operand>
+std::unique_ptr<First<Operand>> make_first(const ConvolutionWeights& layer, const FirstPlane<Operand>& in,
+                                           const Plane& out) {
+    constexpr int kPack = Operand::kPack;
+    const int kernel = layer.kernel;
     const Panels panels{out.blocks()};
-    const std::size_t depth = static_cast<std::size_t>(layer.in) * taps;
-    Buffer weight(depth * out.channels);
+    const std::size_t depth = static_cast<std::size_t>(layer.in) * kernel * in.taps() * kPack;
+    BufferOf<typename Operand::Element> weight(depth * out.channels);
     std::vector<Run> runs;
     for (int c = 0; c < layer.in; ++c)
-        for (int tap = 0; tap < taps; ++tap) {
-            for (int o = 0; o < layer.out; ++o)
-                weight.get()[panels.at(o, runs.size(), depth, 1)] =
-                    layer.weight[(static_cast<std::size_t>(o) * layer.in + c) * taps + tap];
-            runs.push_back({in.at(c, tap / kernel - kernel / 2, tap % kernel - kernel / 2)});
-        }
-    return std::make_unique<First<Out>>(Strips{out.height, out.width}, in.stride * in.stride * in.columns(),
-                                        std::move(runs), out, std::move(weight), packed_bias(layer));
+        for (int y = 0; y < kernel; ++y)
+            for (int x = 0; x < in.taps() * kPack; ++x) {
+                if (x % kPack == 0) runs.push_back({in.at(c, y, x / kPack)});
+                for (int o = 0; x < kernel && o < layer.out; ++o)
+                    weight.get()[panels.at(o, (runs.size() - 1) * kPack + x % kPack, depth, kPack)] = Operand::rounded(
+                        layer.weight[((static_cast<std::size_t>(o) * layer.in + c) * kernel + y) * kernel + x]);
+            }
+    return std::make_unique<First<Operand>>(Strips{out.height, out.width}, in.stride * in.row(), std::move(runs), out,
+                                            std::move(weight), packed_bias(layer));
 }
 
 }  // namespace
