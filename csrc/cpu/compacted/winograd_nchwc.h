@@ -165,7 +165,8 @@ private:
 
     void transform_input(const Element* from, Element* to, std::size_t step) const {
 #pragma GCC unroll 36
-        for (int p = 0; p < kPoints; ++p) __builtin_prefetch(to + p * step + 2 * kWidth, 1);
+        for (int p = 0; p < kPoints; ++p)  // for the tile after next: no prefetcher follows so many rows
+            __builtin_prefetch(to + p * step + 2 * kWidth, 1);
         Vector columns[kPoints];
         for (int j = 0; j < kIn; ++j) {
             Vector patch[kPoints];
