@@ -8,7 +8,7 @@ It has two strategies, whose five phases are in the native source:
   each convolution over the executing images.
 
 Sums are float32 whatever the network's dtype; products of a bfloat16 network are formed from bfloat16 where the
-processor can (AVX512-BF16, AMX), gates and stem excepted.
+processor can (AVX512-BF16, AMX), gates and the resident strategy's stem excepted.
 """
 
 from __future__ import annotations
