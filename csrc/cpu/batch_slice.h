@@ -16,10 +16,13 @@ namespace {
 // docs/cpu.md has the figures.
 constexpr int kMaxImages = 8;
 
+// Of a slice, at most, whatever the strategy: the resident one has more of them share a pass.
+constexpr int kSliceImages = 16;
+
 // Some of a slice's images, in order. ImageState: what a strategy keeps of an image; it has a GateState `gate`.
 template <typename ImageState>
 struct ImageList {
-    ImageState* of[kMaxImages];
+    ImageState* of[kSliceImages];
     int count = 0;
 
     void add(ImageState& state) { of[count++] = &state; }
@@ -27,15 +30,21 @@ struct ImageList {
 
 // What the gates decided on a slice's images. A thread that comes late goes by it, so it is kept to the end.
 struct Decisions {
-    bool executes[kMaxImages];
+    bool executes[kSliceImages];
 };
 
 template <typename ImageState>
 struct BatchSlice {
     const Call& call;
-    ImageState* states;    // [kMaxImages]
+    ImageState* states;    // [count]
     Decisions* decisions;  // [num_gates of the call]
     int first, count;      // images first .. first + count - 1 of the call
+    int place = 0;         // of the first one in `decisions`
+
+    // Images begin .. end - 1 of these.
+    BatchSlice part(int begin, int end) const {
+        return {call, states + begin, decisions, first + begin, end - begin, place + begin};
+    }
 
     ImageList<ImageState> all_images() const {
         ImageList<ImageState> images;
@@ -45,7 +54,7 @@ struct BatchSlice {
 
     // Whether an image executes block `index`: all execute the first one, and every one of a dense network.
     bool executes(int index, int image) const {
-        return index == 0 || call.num_gates == 0 || decisions[index - 1].executes[image];
+        return index == 0 || call.num_gates == 0 || decisions[index - 1].executes[place + image];
     }
 };
 
@@ -67,19 +76,26 @@ void decide(const BatchSlice<ImageState>& slice, const ThreadGroup& group, int i
     group.share(slice.count, [&](int begin, int end) {
         for (int i = begin; i < end; ++i) {
             const std::size_t to = static_cast<std::size_t>(index) * call.batch + slice.first + i;
-            slice.decisions[index].executes[i] = decide(call, to, call.forced && has_forced, gate_logit(i));
+            slice.decisions[index].executes[slice.place + i] =
+                decide(call, to, call.forced && has_forced, gate_logit(i));
         }
     });
+}
+
+// Blocks begin .. end - 1, each with the gate step after it.
+template <typename Network, typename Worker>
+void run_blocks(const Network& network, const Worker& worker, int begin, int end) {
+    for (int index = begin; index < end; ++index) {
+        network.run_block(worker, index, compact(worker.slice, index));
+        if (index < worker.slice.call.num_gates) network.gate_step(worker, index);
+    }
 }
 
 // The phases of every engine: stem, gate_step, compact, run_block, head.
 template <typename Network, typename Worker>
 void forward(const Network& network, const Worker& worker) {
     network.stem(worker);
-    for (int index = 0; index < network.num_blocks(); ++index) {
-        network.run_block(worker, index, compact(worker.slice, index));
-        if (index < worker.slice.call.num_gates) network.gate_step(worker, index);
-    }
+    run_blocks(network, worker, 0, network.num_blocks());
     network.head(worker);
 }
 

@@ -9,7 +9,7 @@
 #include <cstring>
 #include <new>
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -32,6 +32,16 @@ inline Vector load(const float* from) {
 inline void store(float* to, Vector value) { std::memcpy(to, &value, sizeof value); }
 
 inline Vector broadcast(float value) { return value - Vector{}; }
+
+// x * y + z, for what is computed in two places and must come out alike: whether a compiler fuses x * y + z depends on
+// what else it needs x * y for.
+inline Vector fused(Vector x, Vector y, Vector z) {
+#ifdef __AVX512F__
+    return Vector(_mm512_fmadd_ps(__m512(x), __m512(y), __m512(z)));
+#else
+    return x * y + z;
+#endif
+}
 
 // Keeps NaN, as PyTorch's does: the comparison is false for it.
 inline Vector relu(Vector x) { return x < Vector{} ? Vector{} : x; }

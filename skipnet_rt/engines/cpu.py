@@ -8,7 +8,7 @@ It has two strategies, whose five phases are in the native source:
   each convolution over the executing images.
 
 Sums are float32 whatever the network's dtype; products of a bfloat16 network are formed from bfloat16 where the
-processor can (AVX512-BF16, AMX), gates and stem excepted.
+processor can (AVX512-BF16, AMX), gates and the resident strategy's stem excepted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from skipnet_rt import _C
-from skipnet_rt.engines.base import Engine, EnginePass, empty_decisions
+from skipnet_rt.engines.base import Decisions, Engine, EnginePass
 from skipnet_rt.model.arch import SkipNetArch
 from skipnet_rt.model.packing import (
     PackedConvolution,
@@ -110,12 +110,18 @@ class CpuEngine(Engine):
         )
 
     def run(self, images: Tensor, forced: Tensor | None, num_gates: int) -> EnginePass:
-        decisions = empty_decisions(self.network, len(images), num_gates, forced)
-        logits = torch.empty(len(images), self.network.arch.num_classes)
-        threads = min(torch.get_num_threads(), _C.allowed_processors(), self._quota or sys.maxsize)
+        batch, architecture = len(images), self.network.arch
+        # Made by NumPy, whose arrays the native call takes: as tensors first, each would cost twice as much.
+        logits = np.empty((batch, architecture.num_classes), np.float32)
+        gate_logits, probabilities = (np.empty((num_gates, batch), np.float32) for _ in range(2))
+        executed = np.empty((num_gates, batch), np.bool_)
+        hidden, cell = (np.empty((batch, architecture.state_dim), np.float32) for _ in range(2))
+        forced = None if forced is None else forced.contiguous()
         pixels = images.view(torch.uint16) if images.dtype == torch.bfloat16 else images
-        self._native.run(
-            pixels.numpy(), logits.numpy(), decisions.gate_logits.numpy(), decisions.probabilities.numpy(),
-            decisions.executed.numpy(), None if decisions.forced is None else decisions.forced.numpy(),
-            decisions.hidden.numpy(), decisions.cell.numpy(), threads)
-        return EnginePass(logits.to(self.network.dtype), decisions)
+        threads = min(torch.get_num_threads(), _C.allowed_processors(), self._quota or sys.maxsize)
+        self._native.run(pixels.numpy(), logits, gate_logits, probabilities, executed,
+                         None if forced is None else forced.numpy(), hidden, cell, threads)
+        tensor = torch.from_numpy
+        return EnginePass(tensor(logits).to(self.network.dtype),
+                          Decisions(tensor(gate_logits), tensor(probabilities), tensor(executed), tensor(hidden),
+                                    tensor(cell), forced))

@@ -107,16 +107,14 @@ def published_probabilities(architecture: SkipNetArch, logits: Tensor) -> list[T
     RNNGate: CIFAR supervised ``[N, 1]`` (p), CIFAR reinforced ``[N, 2]`` (1 - p, p), ImageNet ``[N]`` (p).
     FFGate: supervised ``[N, 2]`` (log-softmax), reinforced ``[N, 2]`` (softmax).
     """
-    result = []
-    for z in logits.unbind(1):
-        if architecture.gate != "rnn" and architecture.stage == "supervised":
-            result.append(torch.stack((F.logsigmoid(-z), F.logsigmoid(z)), dim=1))
-            continue
+    z = logits.t().contiguous()  # all gates at once: one after another would take longer than a small network
+    if architecture.gate != "rnn" and architecture.stage == "supervised":
+        published = torch.stack((F.logsigmoid(-z), F.logsigmoid(z)), dim=2)
+    elif architecture.stem == "imagenet" and architecture.gate == "rnn":
+        published = torch.sigmoid(z)
+    elif architecture.stage == "supervised":
+        published = torch.sigmoid(z).unsqueeze(2)
+    else:
         p = torch.sigmoid(z)
-        if architecture.stem == "imagenet" and architecture.gate == "rnn":
-            result.append(p)
-        elif architecture.stage == "supervised":
-            result.append(p.unsqueeze(1))
-        else:
-            result.append(torch.stack((1 - p, p), dim=1))
-    return result
+        published = torch.stack((1 - p, p), dim=2)
+    return list(published.unbind(0))

@@ -1,5 +1,6 @@
 """What only the CPU's resident strategy is asked: how instruction sets differ, and where they must not."""
 
+import numpy as np
 import pytest
 import torch
 from networks import GoldenCase, small_images, small_model
@@ -7,6 +8,10 @@ from networks import GoldenCase, small_images, small_model
 from skipnet_rt import _C
 from skipnet_rt.engines.cpu import CpuEngine
 from skipnet_rt.model.packing import pack
+
+
+def seeded(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
 def engine_for(model, instruction_set, dtype=torch.float32):
@@ -29,6 +34,25 @@ def test_fused_multiply_adds_of_any_width_give_the_same_bits():
     narrow, wide = (engine_for(case.model, name).run(case.images, None, 17) for name in ("avx2", "avx512"))
     assert torch.equal(narrow.logits, wide.logits)
     assert torch.equal(narrow.decisions.gate_logits, wide.decisions.gate_logits)
+
+
+@pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("channels", "size"), [(16, 32), (32, 16), (64, 8)])
+@pytest.mark.parametrize("instruction_set", _C.instruction_sets())
+def test_a_convolution_of_one_image_has_the_bits_of_one_among_others(instruction_set, channels, size, bfloat16):
+    """Few tiles are multiplied in another way than many, one column of channels in another than several."""
+    weight, bias = seeded(1, channels, channels, 3, 3), seeded(2, channels)
+    images = seeded(3, 5, size, size, channels)
+
+    def convolved(x):
+        layer = _C.Convolution("resident", (weight, bias, 1), bfloat16, len(x), (size, size), instruction_set)
+        layer.load(x)
+        layer.run()
+        return layer.read()
+
+    together = convolved(images)
+    for image in range(5):
+        assert np.array_equal(convolved(images[image:image + 1])[0], together[image])
 
 
 def test_portable_code_is_always_there():

@@ -21,6 +21,7 @@ using ConvLayer = Layer<VariantOperand, VariantOperand>;
 
 struct Block {
     int stage;                                       // of its output, from 0
+    int number;                                      // of its first convolution among all
     std::unique_ptr<ConvLayer> projection;           // where it opens a stage
     std::vector<std::unique_ptr<ConvLayer>> layers;  // two, or three in a bottleneck
     int maps[2];                                     // what each layer but the last writes
@@ -58,7 +59,7 @@ struct Workspace {
     std::vector<ImageState> states;    // as many as there have been, up to kMaxImages
     std::vector<Decisions> decisions;  // [gates]
     BufferOf<Element> shared;          // of the layers
-    Buffer image;                      // of one image at a time, in phases
+    BufferOf<Element> image;           // of one image at a time, as the stem reads it
 };
 
 // Images go through a block together, and share a pass over its weights, as long as their activations take no more than
@@ -75,6 +76,7 @@ struct Worker {
     ThreadGroup group;
     Memory<VariantOperand> memory;
     Element* stem_band;
+    Ahead& ahead;
 };
 
 // Maximum of 2x2 with stride 2, NaN if any is. The group shares the rows.
@@ -139,7 +141,7 @@ private:
     const Plane& plane(int map) const { return maps_[map].plane; }
 
     int classes_;
-    PhasePlane image_;
+    FirstPlane<VariantOperand> image_;
     std::unique_ptr<First<VariantOperand>> stem_;  // the one that the network has
     std::unique_ptr<PooledStem<VariantOperand>> pooled_stem_;
     std::vector<Map> maps_;
@@ -148,6 +150,7 @@ private:
     std::vector<FeedforwardGate> feedforward_gates_;  // one per block, or none
     Gates gates_;
     std::unique_ptr<Layer<Float32, Float32>> head_;
+    std::vector<Bytes> weights_;  // of blocks' convolutions and the head, in order
     int max_channels_ = 0;
     std::size_t max_shared_ = 0, max_own_ = 0, max_sums_ = 0;
 
@@ -197,6 +200,7 @@ Network::Network(const NetworkWeights& weights)
     const int features = weights.blocks.back().last.out;
     head_ = make_direct<Float32, Float32>({features, classes_, 1, 1, weights.head_weight, weights.head_bias},
                                           unbordered(1, 1, features), unbordered(1, 1, classes_));
+    weights_.push_back(head_->weights());
     for (const Map& map : maps_)
         if (map.plane.channels > max_channels_) max_channels_ = map.plane.channels;
 }
@@ -204,6 +208,7 @@ Network::Network(const NetworkWeights& weights)
 auto Network::pack(const BlockWeights& block, const Plane& x) -> Block {
     Block packed{};
     packed.stage = static_cast<int>(stages_.size()) - 1;
+    packed.number = static_cast<int>(weights_.size());
     const Plane result = plane(stages_.back().x);  // a copy: maps move as there are more
     if (block.projects)
         packed.projection = register_layer(make_layer<VariantOperand>(block.projection, x, result), result);
@@ -223,6 +228,8 @@ auto Network::pack(const BlockWeights& block, const Plane& x) -> Block {
         add_layer(block.first, x, last, Use::first);
     }
     packed.layers.push_back(register_layer(make_layer<VariantOperand>(block.last, last, result), result));
+    if (packed.projection) weights_.push_back(packed.projection->weights());
+    for (const auto& layer : packed.layers) weights_.push_back(layer->weights());
     return packed;
 }
 
@@ -278,7 +285,8 @@ auto Network::make_state() const -> ImageState {
 
 auto Network::acquire_workspace(const Call& call, int images) -> std::unique_ptr<Workspace> {
     std::unique_ptr<Workspace> workspace = workspaces_.acquire();
-    if (!workspace) workspace.reset(new Workspace{{}, {}, BufferOf<Element>(max_shared_), Buffer(image_.size())});
+    if (!workspace)
+        workspace.reset(new Workspace{{}, {}, BufferOf<Element>(max_shared_), BufferOf<Element>(image_.size())});
     while (static_cast<int>(workspace->states.size()) < images) workspace->states.push_back(make_state());
     workspace->decisions.resize(call.num_gates);
     return workspace;
@@ -307,13 +315,17 @@ void Network::run(const Call& call) {
             Scratch& scratch = context.team.scratch[rank];
             context.slices.work([&](auto& slice) {
                 Workspace& workspace = *slice.workspace;
+                Ahead ahead;
                 const ThreadGroup group =
                     context.threads > 1 ? ThreadGroup(rank, context.threads, slice.work) : ThreadGroup();
-                forward(context.network, Worker{slice.images,
-                                                workspace,
-                                                group,
-                                                {workspace.shared.get(), scratch.own.get(), scratch.runs.data()},
-                                                scratch.band.get()});
+                ahead.start(context.network.weights_, group);
+                forward(context.network,
+                        Worker{slice.images,
+                               workspace,
+                               group,
+                               {workspace.shared.get(), scratch.own.get(), scratch.runs.data(), &ahead},
+                               scratch.band.get(),
+                               ahead});
             });
         },
         &context);
@@ -344,21 +356,19 @@ void Network::stem(const Worker& worker) const {
         const std::size_t from = static_cast<std::size_t>(worker.slice.first + i) * channels * height * width;
         group.share(channels * height, [&](int begin, int end) {
             for (int row = begin; row < end; ++row)
-                for (int phase = 0; phase < image_.stride; ++phase) {
-                    float* to = workspace.image.get() + image_.at(row / height, row % height, phase);
-                    for (int x = phase; x < width; x += image_.stride)
-                        *to++ = worker.slice.call.images[from + static_cast<std::size_t>(row) * width + x];
-                }
+                image_.set_row(workspace.image.get(), row / height, row % height, [&](int x) {
+                    return worker.slice.call.images[from + static_cast<std::size_t>(row) * width + x];
+                });
             if (begin > 0) return;
             state.pooled_after = -1;
             gates_.reset(state.gate);
         });
-        const float* input = workspace.image.get();
+        const Element* input = workspace.image.get();
         Element* x = state.maps[stages_[0].x].get();
         if (pooled_stem_)
-            pooled_stem_->run(input, x, worker.stem_band, group);
+            pooled_stem_->run(input, x, worker.stem_band, group, worker.ahead);
         else
-            stem_->run({&input, &x, nullptr, 1}, Finish::relu, group, {});
+            stem_->run({&input, &x, nullptr, 1}, Finish::relu, group, {nullptr, nullptr, nullptr, &worker.ahead});
     }
 }
 
@@ -411,6 +421,7 @@ void Network::run_block(const Worker& worker, int index, const States& executing
     };
     if (block.projection)
         few_at_a_time(worker.slice.all_images(), [&](const States& some) {
+            worker.ahead.begin(block.number);
             run_layer(*block.projection, some, stages_[block.stage - 1].x, result, &ImageState::sums, Finish::none,
                       worker);
         });
@@ -422,10 +433,13 @@ void Network::run_together(const Worker& worker, int index, const States& execut
     const Block& block = blocks_[index];
     const int result = stages_[block.stage].x;
     int from = block.projection ? stages_[block.stage - 1].x : result;
+    const int number = block.number + (block.projection ? 1 : 0);
     for (std::size_t i = 0; i + 1 < block.layers.size(); ++i) {
+        worker.ahead.begin(number + static_cast<int>(i));
         run_layer(*block.layers[i], executing, from, block.maps[i], nullptr, Finish::relu, worker);
         from = block.maps[i];
     }
+    worker.ahead.begin(number + static_cast<int>(block.layers.size()) - 1);
     run_layer(*block.layers.back(), executing, from, result, &ImageState::sums, Finish::add_relu, worker);
 }
 
@@ -441,7 +455,8 @@ void Network::head(const Worker& worker) const {
         inputs[i] = slice.states[i].pooled.get();
         outputs[i] = slice.states[i].logits.get();
     }
-    head_->run({inputs, outputs, nullptr, slice.count}, Finish::none, worker.group, {});
+    head_->run({inputs, outputs, nullptr, slice.count}, Finish::none, worker.group,
+               {nullptr, nullptr, nullptr, &worker.ahead});
     worker.group.share(slice.count, [&](int begin, int end) {
         for (int i = begin; i < end; ++i) {
             const ImageState& state = slice.states[i];

@@ -23,7 +23,8 @@ constexpr std::size_t kPassBytes = 512 * 1024;  // of panels that pass over the 
 
 // A map of an image in memory: [channels / kWidth, rows, pixels, kWidth]. Where convolutions of 3x3 read it, a border
 // of zeros that nobody writes is around it: one pixel, and as much more below and to the right as makes the inside
-// whole tiles.
+// whole tiles. Without a border, where a row is whole strips: [rows, channels / kWidth, pixels, kWidth]. Then what a
+// strip's outputs are made of lies together, and the processor foresees what is read next.
 struct Plane {
     int height, width, channels;  // channels as they lie in memory
     int border;                   // 0 or 1
@@ -33,9 +34,12 @@ struct Plane {
     int tiles_across() const { return (width + tile - 1) / tile; }
     int blocks() const { return channels / kWidth; }
     int pixels() const { return height * width; }
-    int row() const { return (tiles_across() * tile + 2 * border) * kWidth; }  // elements from a row to the next
-    int block() const { return (tiles_down() * tile + 2 * border) * row(); }   // from a block of channels to the next
-    std::size_t size() const { return static_cast<std::size_t>(blocks()) * block(); }
+    bool by_rows() const { return border == 0 && tile == 1 && width % kStrip == 0; }
+    int all_rows() const { return tiles_down() * tile + 2 * border; }
+    int run() const { return (tiles_across() * tile + 2 * border) * kWidth; }  // elements of a block's row
+    int row() const { return by_rows() ? blocks() * run() : run(); }           // from a row to the next
+    int block() const { return by_rows() ? run() : all_rows() * run(); }       // from a block to the next
+    std::size_t size() const { return static_cast<std::size_t>(blocks()) * all_rows() * run(); }
     int at(int y, int x) const { return (y + border) * row() + (x + border) * kWidth; }  // -1 is the border
 
     bool operator==(const Plane& other) const {
@@ -51,11 +55,67 @@ struct Run {
 
 constexpr int kLine = 64;  // bytes of a line of the cache
 
+// Where a convolution's weights lie.
+struct Bytes {
+    const char* begin;
+    std::size_t size;
+};
+
+// The weights that a thread will read, in a network's order. It asks for those of the next convolutions while it
+// multiplies: the processor does not know of them, and at batch 1 they take longer to come than the products to
+// compute.
+class Ahead {
+public:
+    // layers: all convolutions' weights.
+    void start(const std::vector<Bytes>& layers, const ThreadGroup& group) {
+        layers_ = layers.data();
+        pieces_ = kUnits * static_cast<int>(layers.size());
+        rank_ = group.rank(), size_ = group.size();
+        piece_ = limit_ = 0;
+        next_ = end_ = nullptr;
+    }
+
+    // Convolution `layer` begins.
+    void begin(int layer) {
+        if (piece_ <= kUnits * layer) piece_ = kUnits * (layer + 1), next_ = end_;  // too late for this one
+        limit_ = kUnits * (layer + 1 + kLayers) < pieces_ ? kUnits * (layer + 1 + kLayers) : pieces_;
+    }
+
+    // Sees to it that there is something to ask for.
+    void refill() {
+        if (next_ < end_ || piece_ >= limit_) return;
+        const Bytes& layer = layers_[piece_ / kUnits];
+        const int number = piece_ % kUnits, all = kUnits * size_;
+        // In a thread's order of units (thread_team.h): odd ranks go down from where their share ends.
+        const int unit = kUnits * rank_ + (rank_ % 2 == 0 ? number : kUnits - 1 - number);
+        next_ = layer.begin + layer.size * unit / all;
+        end_ = layer.begin + layer.size * (unit + 1) / all;
+        ++piece_;
+    }
+
+    template <int Lines>
+    inline __attribute__((always_inline)) void ask() {
+        if (next_ >= end_) return;
+#pragma GCC unroll 16
+        for (int i = 0; i < Lines; ++i) __builtin_prefetch(next_ + i * kLine, 0, 2);
+        next_ += Lines * kLine;
+    }
+
+private:
+    static constexpr int kLayers = 2;  // ahead
+    static constexpr int kUnits = 2;   // of each thread, as it shares work
+
+    const Bytes* layers_ = nullptr;
+    int pieces_ = 0, rank_ = 0, size_ = 1;         // kUnits of each layer for each thread
+    int piece_ = 0, limit_ = 0;                    // the next one, and the first that is too early
+    const char *next_ = nullptr, *end_ = nullptr;  // of the one that is being asked for
+};
+
 // sums[t][k] += sum over runs r and i < Depth of x[runs[r].from + t * Step + i] * weight[r, i, k], in this order.
 template <typename Operand, int Step, int Depth, int T, int K>
 inline __attribute__((always_inline)) void multiply(
     Vector (&sums)[T][K], const typename Operand::Element* x, const Run* runs, int count,
-    const typename Operand::Element* weight /* [count, Depth / kPack, K * kWidth, kPack] */) {
+    const typename Operand::Element* weight /* [count, Depth / kPack, K * kWidth, kPack] */, Ahead& ahead) {
     constexpr int kPack = Operand::kPack;
     static_assert(Depth % kPack == 0, "a run is whole packs");
     for (int r = 0; r < count; ++r) {
@@ -65,6 +125,7 @@ inline __attribute__((always_inline)) void multiply(
             const typename Operand::Element* later = x + runs[r + 2 < count ? r + 2 : r].from;
 #pragma GCC unroll 16
             for (int t = 0; t < T; t += kApart) __builtin_prefetch(later + t * Step);
+            ahead.ask<T>();
         }
 #pragma GCC unroll 1
         for (int i = 0; i < Depth; i += kPack, weight += K * kWidth * kPack) {
@@ -126,6 +187,7 @@ struct Memory {
     typename In::Element* shared;  // [largest shared()] of all layers
     float* own;                    // [largest own()] of all layers, this thread's
     Run* runs;                     // [largest number of channel blocks], this thread's
+    Ahead* ahead;                  // this thread's
 };
 
 // A convolution between two planes.
@@ -139,6 +201,7 @@ public:
     virtual int parts() const = 0;  // that sums are taken over
     virtual std::size_t shared() const { return 0; }
     virtual std::size_t own() const { return 0; }
+    virtual Bytes weights() const = 0;
 };
 
 // Strips of output pixels, one after another through an image.
@@ -163,11 +226,13 @@ public:
         for (int y = 0; y < out.height; ++y)
             for (int x = 0; x < out.width; ++x) places_.push_back({out.at(y, x)});
         const std::size_t bytes = panels_.begin(1, depth()) * sizeof(Element);
-        panels_per_pass_ = bytes < kPassBytes ? static_cast<int>(kPassBytes / bytes) : 1;
+        const int most = bytes < kPassBytes ? static_cast<int>(kPassBytes / bytes) : 1;
+        const int passes = (panels_.count() + most - 1) / most;
+        panels_per_pass_ = (panels_.count() + passes - 1) / passes;  // about as much work in each
     }
 
     void run(const LayerImages<In, Out>& images, Finish finish, const ThreadGroup& group,
-             const Memory<In>&) const override {
+             const Memory<In>& memory) const override {
         const int spots = images.count * strips_.count(),
                   passes = (panels_.count() + panels_per_pass_ - 1) / panels_per_pass_;
         group.share(passes * spots, [&](int begin, int end) {
@@ -176,35 +241,41 @@ public:
                 const int last =
                     first + panels_per_pass_ < panels_.count() ? first + panels_per_pass_ : panels_.count();
                 for (int panel = first; panel < last; ++panel)
-                    strip(images, spot / strips_.count(), spot % strips_.count(), panel, finish);
+                    strip(images, spot / strips_.count(), spot % strips_.count(), panel, finish, *memory.ahead);
             }
         });
     }
 
     // `count` rows of an output, from its row `to` on, of the input's outputs from row `from` on: by this thread alone.
-    void rows(const Element* input, int from, typename Out::Element* output, int to, int count, Finish finish) const {
+    void rows(const Element* input, int from, typename Out::Element* output, int to, int count, Finish finish,
+              Ahead& ahead) const {
         const int across = strips_.across();
         for (int i = 0; i < count * across; ++i)
             for (int panel = 0; panel < panels_.count(); ++panel)
-                strip(input, from * across + i, output, to * across + i, nullptr, panel, finish);
+                strip(input, from * across + i, output, to * across + i, nullptr, panel, finish, ahead);
     }
 
     int parts() const override { return strips_.count(); }
+    Bytes weights() const override {
+        return {reinterpret_cast<const char*>(weight_.get()), depth() * out_.channels * sizeof(Element)};
+    }
 
 private:
     std::size_t depth() const { return runs_.size() * Depth; }
 
-    void strip(const LayerImages<In, Out>& images, int image, int number, int panel, Finish finish) const {
+    void strip(const LayerImages<In, Out>& images, int image, int number, int panel, Finish finish,
+               Ahead& ahead) const {
         strip(images.inputs[image], number, images.outputs[image], number,
-              images.sums ? images.sums[image] + number * out_.channels : nullptr, panel, finish);
+              images.sums ? images.sums[image] + number * out_.channels : nullptr, panel, finish, ahead);
     }
 
     // From strip number `from` of an input to number `number` of an output.
     void strip(const Element* input, int from, typename Out::Element* y, int number, float* sum, int panel,
-               Finish finish) const {
+               Finish finish, Ahead& ahead) const {
         const int across = strips_.across(), begin = strips_.begin(number % across);
         const int pixels = strips_.begin(number % across + 1) - begin;
         const Element* x = input + static_cast<std::ptrdiff_t>(from / across) * first_row_ + begin * Step;
+        ahead.refill();
         const Run* places = places_.data() + number / across * strips_.width + begin;
         with_block(pixels, panels_.width(panel), [&](auto t, auto k) {
             constexpr int T = decltype(t)::value, K = decltype(k)::value;
@@ -219,7 +290,7 @@ private:
                 for (int i = 0; i < T; ++i) sums[i][j] = bias;
             }
             multiply<In, Step, Depth, T, K>(sums, x, runs_.data(), static_cast<int>(runs_.size()),
-                                            weight_.get() + panels_.begin(panel, depth()));
+                                            weight_.get() + panels_.begin(panel, depth()), ahead);
             for (int j = 0; j < K; ++j) {
                 const int column = panel * kPanel + j;
                 typename Out::Element* to = y + static_cast<std::ptrdiff_t>(column) * out_.block();
@@ -274,47 +345,71 @@ std::unique_ptr<Layer<In, Out>> make_direct(const ConvolutionWeights& layer, con
         return std::make_unique<Direct<In, Out, 2 * kWidth, kWidth>>(
             Strips{out.height, out.width}, 2 * in.row(), std::move(runs), out, std::move(weight), packed_bias(layer));
     // Where no row has an end that a strip would have to stop at, the plane is one long row.
-    const bool flat = kernel == 1 && in.border == 0 && in.tile == 1;
+    const bool flat = kernel == 1 && in.border == 0 && in.tile == 1 && !in.by_rows();
     return std::make_unique<Direct<In, Out, kWidth, kWidth>>(
         flat ? Strips{1, out.pixels()} : Strips{out.height, out.width}, in.row(), std::move(runs), out,
         std::move(weight), packed_bias(layer));
 }
 
-// What the first convolution reads: an image of few channels, [channels, rows, stride, columns], with its border.
-// Every stride-th pixel of a row lies next to the other, so that a strip's inputs are one apart.
-struct PhasePlane {
+// What the first convolution reads: an image of few channels, with its border, as packs of Operand::kPack neighbouring
+// pixels, [channels, rows, phases, columns, kPack]. A strip's packs of one tap are one apart.
+template <typename Operand>
+struct FirstPlane {
+    using Element = typename Operand::Element;
+    static constexpr int kPack = Operand::kPack;
+
     int height, width, channels;  // of the image
     int kernel, stride;           // of the convolution
 
     int rows() const { return height + 2 * (kernel / 2); }
-    int columns() const { return (width + 2 * (kernel / 2) + stride - 1) / stride; }
-    int at(int channel, int y, int x) const {  // the border begins at -(kernel / 2)
-        const int column = x + kernel / 2;
-        return ((channel * rows() + y + kernel / 2) * stride + column % stride) * columns() + column / stride;
+    int taps() const { return (kernel + kPack - 1) / kPack; }  // packs of a row of the kernel
+    int phases() const { return stride > kPack ? stride / kPack : 1; }
+    int columns() const { return (width + stride - 1) / stride + (taps() - 1) * kPack / stride; }
+    int row() const { return phases() * columns() * kPack; }  // elements
+    std::size_t size() const { return static_cast<std::size_t>(channels) * rows() * row(); }
+
+    // What tap number `tap` of the kernel's row y multiplies for the first output pixel.
+    int at(int channel, int y, int tap) const {
+        const int x = tap * kPack;
+        return (channel * rows() + y) * row() + (x % stride / kPack * columns() + x / stride) * kPack;
     }
-    std::size_t size() const { return static_cast<std::size_t>(channels) * rows() * stride * columns(); }
+
+    // Writes row y of the image, pixel(x); the border is zeros that nobody writes.
+    template <typename Pixel>
+    void set_row(Element* image, int channel, int y, const Pixel& pixel) const {
+        for (int phase = 0; phase < phases(); ++phase)
+            for (int k = 0; k < kPack; ++k) {
+                const int first = phase * kPack + k - kernel / 2;  // column 0's pixel
+                const int begin = first < 0 ? (stride - 1 - first) / stride : 0;
+                Element* to = image + (channel * rows() + y + kernel / 2) * row() + phase * columns() * kPack + k;
+                for (int i = begin, x = begin * stride + first; i < columns() && x < width; ++i, x += stride)
+                    to[i * kPack] = Operand::rounded(pixel(x));
+            }
+    }
 };
 
-// Three channels do not pair: the products are float32's.
-template <typename Out>
-using First = Direct<Float32, Out, 1, 1>;
+template <typename Operand>
+using First = Direct<Operand, Operand, Operand::kPack, Operand::kPack>;
 
-template <typename Out>
-std::unique_ptr<First<Out>> make_first(const ConvolutionWeights& layer, const PhasePlane& in, const Plane& out) {
-    const int kernel = layer.kernel, taps = kernel * kernel;
+template <typename Operand>
+std::unique_ptr<First<Operand>> make_first(const ConvolutionWeights& layer, const FirstPlane<Operand>& in,
+                                           const Plane& out) {
+    constexpr int kPack = Operand::kPack;
+    const int kernel = layer.kernel;
     const Panels panels{out.blocks()};
-    const std::size_t depth = static_cast<std::size_t>(layer.in) * taps;
-    Buffer weight(depth * out.channels);
+    const std::size_t depth = static_cast<std::size_t>(layer.in) * kernel * in.taps() * kPack;
+    BufferOf<typename Operand::Element> weight(depth * out.channels);
     std::vector<Run> runs;
     for (int c = 0; c < layer.in; ++c)
-        for (int tap = 0; tap < taps; ++tap) {
-            for (int o = 0; o < layer.out; ++o)
-                weight.get()[panels.at(o, runs.size(), depth, 1)] =
-                    layer.weight[(static_cast<std::size_t>(o) * layer.in + c) * taps + tap];
-            runs.push_back({in.at(c, tap / kernel - kernel / 2, tap % kernel - kernel / 2)});
-        }
-    return std::make_unique<First<Out>>(Strips{out.height, out.width}, in.stride * in.stride * in.columns(),
-                                        std::move(runs), out, std::move(weight), packed_bias(layer));
+        for (int y = 0; y < kernel; ++y)
+            for (int x = 0; x < in.taps() * kPack; ++x) {
+                if (x % kPack == 0) runs.push_back({in.at(c, y, x / kPack)});
+                for (int o = 0; x < kernel && o < layer.out; ++o)
+                    weight.get()[panels.at(o, (runs.size() - 1) * kPack + x % kPack, depth, kPack)] = Operand::rounded(
+                        layer.weight[((static_cast<std::size_t>(o) * layer.in + c) * kernel + y) * kernel + x]);
+            }
+    return std::make_unique<First<Operand>>(Strips{out.height, out.width}, in.stride * in.row(), std::move(runs), out,
+                                            std::move(weight), packed_bias(layer));
 }
 
 }  // namespace

@@ -18,7 +18,7 @@ class PooledStem {
     static constexpr int kRows = 2;  // of the result at a time
 
 public:
-    PooledStem(const ConvolutionWeights& layer, const PhasePlane& in, const Plane& out)
+    PooledStem(const ConvolutionWeights& layer, const FirstPlane<Operand>& in, const Plane& out)
         : height_((in.height + in.stride - 1) / in.stride), out_(out),
           band_{2 * kRows + 1, (in.width + in.stride - 1) / in.stride, out.channels, 1, 1},
           conv_(make_first<Operand>(layer, in, band_)) {}
@@ -26,7 +26,7 @@ public:
     std::size_t band() const { return band_.size(); }
 
     // band: this thread's, [band()], zeros at first, nothing else's.
-    void run(const float* input, Element* output, Element* band, const ThreadGroup& group) const {
+    void run(const Element* input, Element* output, Element* band, const ThreadGroup& group, Ahead& ahead) const {
         group.share(out_.height, [&](int begin, int end) {
             for (int y = begin; y < end; y += kRows) {
                 int ready = 0;
@@ -35,7 +35,7 @@ public:
                     ready = 1;
                 }
                 const int rows = end - y < kRows ? end - y : kRows;
-                convolve(input, band, 2 * y - 1, ready, 2 * rows + 1);
+                convolve(input, band, 2 * y - 1, ready, 2 * rows + 1, ahead);
                 for (int row = 0; row < rows; ++row) pool(band, row, output, y + row);
             }
         });
@@ -44,10 +44,10 @@ public:
 private:
     // The band's rows begin .. end - 1; `first`: its first one among all. Inputs of the pool are not negative: zeros
     // stand for what is outside.
-    void convolve(const float* input, Element* band, int first, int begin, int end) const {
+    void convolve(const Element* input, Element* band, int first, int begin, int end, Ahead& ahead) const {
         for (; begin < end && first + begin < 0; ++begin) clear_row(band, begin);
         const int inside = first + end < height_ ? end : height_ - first;
-        if (begin < inside) conv_->rows(input, first + begin, band, begin, inside - begin, Finish::relu);
+        if (begin < inside) conv_->rows(input, first + begin, band, begin, inside - begin, Finish::relu, ahead);
         for (int row = inside; row < end; ++row) clear_row(band, row);
     }
 

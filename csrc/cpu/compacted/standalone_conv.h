@@ -18,54 +18,50 @@ class ConvNchwc final : public StandaloneConv {
 public:
     ConvNchwc(const ConvolutionWeights& weights, int batch, int height, int width)
         : channels_(weights.in), out_channels_(weights.out), stem_(weights.kernel == 7),
-          phases_{height, width, weights.in, weights.kernel, weights.stride},
+          first_plane_{height, width, weights.in, weights.kernel, weights.stride},
           in_(weights.kernel == 1 ? unbordered(height, width, weights.in)
                                   : bordered(height, width, weights.in, weights.stride)),
           out_(unbordered((height - 1) / weights.stride + 1, (width - 1) / weights.stride + 1, weights.out)),
           runs_(in_.blocks()) {
         if (stem_)
-            first_ = make_first<Operand>(weights, phases_, out_);
+            layer_ = make_first<Operand>(weights, first_plane_, out_);
         else
             layer_ = make_layer<Operand>(weights, in_, out_);
-        shared_ = BufferOf<Element>(stem_ ? 0 : layer_->shared());
-        own_ = Buffer(stem_ ? 0 : layer_->own());
+        shared_ = BufferOf<Element>(layer_->shared());
+        own_ = Buffer(layer_->own());
         for (int image = 0; image < batch; ++image) {
-            images_.emplace_back(stem_ ? phases_.size() : 0);
-            x_.emplace_back(stem_ ? 0 : in_.size());
+            x_.emplace_back(stem_ ? first_plane_.size() : in_.size());
             y_.emplace_back(out_.size());
         }
     }
 
     void load(const float* x) override {
-        for (std::size_t image = 0; image < x_.size(); ++image)
-            for (int y = 0; y < in_.height; ++y)
-                for (int column = 0; column < in_.width; ++column)
-                    for (int c = 0; c < channels_; ++c, ++x) {
-                        if (stem_)
-                            images_[image].get()[phases_.at(c, y, column)] = *x;
-                        else
-                            x_[image].get()[place(in_, y, column, c)] = Operand::rounded(*x);
-                    }
+        for (BufferOf<Element>& image : x_)
+            for (int y = 0; y < in_.height; ++y, x += in_.width * channels_)
+                for (int c = 0; c < channels_; ++c) {
+                    const auto pixel = [&](int column) { return x[column * channels_ + c]; };
+                    if (stem_)
+                        first_plane_.set_row(image.get(), c, y, pixel);
+                    else
+                        for (int column = 0; column < in_.width; ++column)
+                            image.get()[place(in_, y, column, c)] = Operand::rounded(pixel(column));
+                }
     }
 
     void run() override {
         // One after another would not share the weights: all together, as in the engine, up to its number.
         const ThreadGroup alone;
+        Ahead ahead;
         for (std::size_t first = 0; first < x_.size(); first += kMaxImages) {
-            const float* images[kMaxImages];
             const Element* inputs[kMaxImages];
             Element* outputs[kMaxImages];
             int count = 0;
             for (std::size_t i = first; i < x_.size() && i < first + kMaxImages; ++i, ++count) {
-                images[count] = images_[i].get();
                 inputs[count] = x_[i].get();
                 outputs[count] = y_[i].get();
             }
-            if (stem_)
-                first_->run({images, outputs, nullptr, count}, Finish::relu, alone, {});
-            else
-                layer_->run({inputs, outputs, nullptr, count}, Finish::relu, alone,
-                            {shared_.get(), own_.get(), runs_.data()});
+            layer_->run({inputs, outputs, nullptr, count}, Finish::relu, alone,
+                        {shared_.get(), own_.get(), runs_.data(), &ahead});
         }
     }
 
@@ -90,14 +86,12 @@ private:
 
     int channels_, out_channels_;
     bool stem_;
-    PhasePlane phases_;
+    FirstPlane<Operand> first_plane_;
     Plane in_, out_;
-    std::unique_ptr<Layer<Float32, Operand>> first_;  // the one that is asked for
     std::unique_ptr<Layer<Operand, Operand>> layer_;
     BufferOf<Element> shared_;
     Buffer own_;
     std::vector<Run> runs_;
-    std::vector<Buffer> images_;
     std::vector<BufferOf<Element>> x_, y_;
 };
 

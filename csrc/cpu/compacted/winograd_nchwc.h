@@ -67,12 +67,13 @@ struct Transform<4> {
 template <typename Operand>
 __attribute__((noinline)) void multiply_panel(const Strips& strips, int width, const typename Operand::Element* x,
                                               const Run* runs, int count, const typename Operand::Element* weight,
-                                              float* products) {
+                                              float* products, Ahead& ahead) {
+    ahead.refill();
     for (int i = 0; i < strips.count(); ++i)
         with_block(strips.begin(i + 1) - strips.begin(i), width, [&](auto t, auto k) {
             constexpr int T = decltype(t)::value, K = decltype(k)::value;
             Vector sums[T][K] = {};
-            multiply<Operand, kWidth, kWidth, T, K>(sums, x + strips.begin(i) * kWidth, runs, count, weight);
+            multiply<Operand, kWidth, kWidth, T, K>(sums, x + strips.begin(i) * kWidth, runs, count, weight, ahead);
             float* to = products + strips.begin(i) * K * kWidth;
 #pragma GCC unroll 16
             for (int row = 0; row < T; ++row)
@@ -88,7 +89,7 @@ class Winograd final : public Layer<Operand, Operand> {
 
     static constexpr int kIn = kOut + 2;
     static constexpr int kPoints = kIn * kIn;                           // products of a tile, for each pair of channels
-    static constexpr int kChunk = kOut == 2 ? 8 * kStrip : 4 * kStrip;  // tiles whose products wait in L2 together
+    static constexpr int kChunk = kOut == 2 ? 8 * kStrip : 6 * kStrip;  // tiles whose products wait in L2 together
     static constexpr int kProducts = kChunk * kPanel * kWidth + kWidth;  // floats from a point's to the next
     static constexpr std::size_t kShared = 2 << 20;  // elements of transformed inputs that the threads share, about
 
@@ -129,6 +130,10 @@ public:
     }
 
     int parts() const override { return tiles(); }
+    Bytes weights() const override {
+        return {reinterpret_cast<const char*>(weight_.get()),
+                static_cast<std::size_t>(kPoints) * in_.channels * out_.channels * sizeof(Element)};
+    }
     std::size_t shared() const override { return transformed(images_per_pass_ * tiles()); }
     std::size_t own() const override { return static_cast<std::size_t>(kPoints) * kProducts; }
 
@@ -159,6 +164,9 @@ private:
     }
 
     void transform_input(const Element* from, Element* to, std::size_t step) const {
+#pragma GCC unroll 36
+        for (int p = 0; p < kPoints; ++p)  // for the tile after next: no prefetcher follows so many rows
+            __builtin_prefetch(to + p * step + 2 * kWidth, 1);
         Vector columns[kPoints];
         for (int j = 0; j < kIn; ++j) {
             Vector patch[kPoints];
@@ -192,7 +200,7 @@ private:
         for (int p = 0; p < kPoints; ++p, weight += static_cast<std::size_t>(in_.channels) * width * kWidth) {
             const Element* x = memory.shared + p * point(all) + static_cast<std::size_t>(begin) * kWidth;
             float* products = memory.own + p * kProducts;
-            multiply_panel<Operand>(strips, width, x, memory.runs, in_.blocks(), weight, products);
+            multiply_panel<Operand>(strips, width, x, memory.runs, in_.blocks(), weight, products, *memory.ahead);
         }
         for (int tile = begin; tile < end; ++tile) {
             const int image = tile / tiles(), place = tile % tiles();
@@ -205,6 +213,9 @@ private:
     void transform_output(const float* products, int column, int place, Element* output, float* sums,
                           Finish finish) const {
         const int y = place / tiles_across() * kOut, x = place % tiles_across() * kOut;
+        Element* corner = output + static_cast<std::ptrdiff_t>(column) * out_.block() + out_.at(y, x);
+        for (int i = 0; i < kOut; ++i)
+            for (int j = 0; j < kOut; ++j) __builtin_prefetch(corner + i * out_.row() + j * kWidth, 1);
         Vector half[kOut * kIn], result[kOut * kOut];
         for (int j = 0; j < kIn; ++j) {
             Vector m[kPoints];
@@ -213,7 +224,6 @@ private:
         }
         for (int i = 0; i < kOut; ++i) Transform<kOut>::template output<1, 1>(half + i * kIn, result + i * kOut);
         const Vector bias = load(bias_.get() + column * kWidth);
-        Element* corner = output + static_cast<std::ptrdiff_t>(column) * out_.block() + out_.at(y, x);
         Vector total = {};
         const auto write = [&](int rows, int pixels) __attribute__((always_inline)) {
             for (int i = 0; i < rows; ++i)

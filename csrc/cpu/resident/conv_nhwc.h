@@ -23,6 +23,7 @@ namespace {
 constexpr int kTile = 4;                  // outputs of a Winograd tile, each way
 constexpr int kPatch = kTile + 2;         // inputs of a tile, each way
 constexpr int kPoints = kPatch * kPatch;  // products of a tile, for each pair of channels
+constexpr int kFewTiles = 4;              // whose products and kernels' transform fit the registers
 constexpr int kPixels = 8;                // outputs of a direct convolution that are computed together
 
 // Winograd tiles that are transformed together.
@@ -104,6 +105,12 @@ constexpr int max_columns(int in) {
     return 2 * bytes < kBytes ? kBytes / bytes : 2;
 }
 
+// Whether so few tiles that transforming their kernels would take longer than multiplying by them.
+template <typename Operand>
+constexpr bool transforms_in_registers(int tiles) {
+    return std::is_same_v<Operand, Float32> && kWidth == 16 && tiles <= kFewTiles;
+}
+
 // Elements from a point's `size` to the next point's: a line of the cache more. All points of a tile, or of a pair of
 // channels, are written together, and a power of two apart they would meet in a few sets of the cache.
 template <typename Element>
@@ -117,10 +124,16 @@ constexpr std::ptrdiff_t weights_stride(int in) {
     return kPoints * padded_stride<typename Operand::Element>(in * kWidth);
 }
 
+// Elements from a point's transformed inputs to the next point's: as far as from its products to the next point's.
+template <typename Operand>
+constexpr std::ptrdiff_t inputs_step(int in) {
+    return padded_stride<float>(kTileBlock<Operand> * in) * sizeof(float) / sizeof(typename Operand::Element);
+}
+
 // Elements from a block's transformed inputs to the next block's.
 template <typename Operand>
 constexpr std::ptrdiff_t inputs_stride(int in) {
-    return kPoints * padded_stride<typename Operand::Element>(kTileBlock<Operand> * in);
+    return kPoints * inputs_step<Operand>(in);
 }
 
 // Kernels that a thread will read in its next convolution, asked for while it multiplies in this one: between calls
@@ -191,6 +204,7 @@ template <typename Operand>
 class Winograd {
     using Element = typename Operand::Element;
     static constexpr int kBlock = kTileBlock<Operand>;
+    static constexpr bool kPairsPoints = 2 * kBlock <= kAccumulators;  // there are registers for two points of a block
 
 public:
     Winograd(const ConvolutionWeights& layer, int in_channels)
@@ -214,12 +228,16 @@ public:
         if (images == 0) return;
         const Plane out{in.height, in.width, out_};
         const int per_image = in.tiles(), tiles = images * per_image, blocks = (tiles + kBlock - 1) / kBlock;
-        const int columns = out_ / kWidth, most = max_columns<Operand>(in_);
+        const bool in_registers = transforms_in_registers<Operand>(tiles);
+        const int columns = out_ / kWidth, most = in_registers ? 1 : max_columns<Operand>(in_);
         // Columns of a pass, whose kernels are transformed together: fewer where there are more threads than blocks.
         const int threads = group.size() < SharedWork::kMaxUnits ? group.size() : SharedWork::kMaxUnits;
         const int each = (columns * blocks + threads - 1) / threads;
         const int width = blocks < threads && each < most ? each : most;
         const int passes = (columns + width - 1) / width;
+        // A point's products take the place of its inputs where one register block has read them all: that leaves more
+        // of the first cache.
+        const bool in_place = passes == 1 && in_ == out_ && columns * kBlock <= kAccumulators;
         int pass = -1;  // whose kernels this thread has transformed
         std::memset(scratch.ready.get(), 0, blocks);
         group.share(passes * blocks, [&](int begin, int end) {
@@ -227,7 +245,7 @@ public:
                 const int block = unit % blocks, first = unit / blocks * width, first_tile = block * kBlock;
                 const Columns some{first, first + width < columns ? first + width : columns};
                 const int count = tiles - first_tile < kBlock ? tiles - first_tile : kBlock;
-                if (pass != unit / blocks) transform_kernels(some, scratch);
+                if (pass != unit / blocks && !in_registers) transform_kernels(some, scratch);
                 pass = unit / blocks;
                 Element* transformed = scratch.inputs.get();
                 if (passes > 1) transformed += block * inputs_stride<Operand>(in_);
@@ -237,12 +255,18 @@ public:
                         transform_input(in, inputs[image], tile, t, transformed);
                     }
                 scratch.ready.get()[block] = true;
-                multiply(count, some, transformed, scratch);
+                float* products = in_place ? reinterpret_cast<float*>(transformed) : scratch.products.get();
+                if (in_registers)
+                    transform_and_multiply(some, transformed, products, scratch.ahead);
+                else if (kPairsPoints && some.end - some.begin == 1)
+                    multiply_column(count, first, transformed, products, scratch);
+                else
+                    multiply(count, some, transformed, products, scratch);
                 for (int t = 0; t < count; ++t) {
                     const int image = (first_tile + t) / per_image, tile = (first_tile + t) % per_image;
                     for (int column = some.begin; column < some.end; ++column)
                         transform_output(out, outputs[image], tile, t, column, add_outputs,
-                                         tile_sums ? tile_sums[image] : nullptr, scratch.products.get());
+                                         tile_sums ? tile_sums[image] : nullptr, products);
                 }
             }
         });
@@ -270,12 +294,13 @@ private:
 
     // One dimension of G g but for its denominators: three values to six.
     static inline void transform_three(Vector g0, Vector g1, Vector g2, Vector (&to)[kPatch]) {
-        const Vector p = g0 + kA2 * g2, r = g0 + kB2 * g2;
+        const Vector a = broadcast(kA), b = broadcast(kB);
+        const Vector p = fused(broadcast(kA2), g2, g0), r = fused(broadcast(kB2), g2, g0);
         to[0] = g0;
-        to[1] = p + kA * g1;
-        to[2] = p - kA * g1;
-        to[3] = r + kB * g1;
-        to[4] = r - kB * g1;
+        to[1] = fused(a, g1, p);
+        to[2] = fused(-a, g1, p);
+        to[3] = fused(b, g1, r);
+        to[4] = fused(-b, g1, r);
         to[5] = g2;
     }
 
@@ -338,7 +363,7 @@ private:
     __attribute__((noinline)) void transform_input(const Plane& plane, const float* image, int tile, int place,
                                                    Element* to) const {
         const int y = tile / plane.tiles_across() * kTile, x = tile % plane.tiles_across() * kTile;
-        const std::ptrdiff_t in = in_, row_step = plane.row(), step = padded_stride<Element>(kBlock * in_);
+        const std::ptrdiff_t in = in_, row_step = plane.row(), step = inputs_step<Operand>(in_);
         const float* corner = image + plane.at(y - 1, x - 1);
         const int run = run_of<Operand>(in_), next = run == in ? kWidth : kBlock * kWidth;
         to += place * run;
@@ -365,15 +390,15 @@ private:
         }
     }
 
-    __attribute__((noinline)) void multiply(int count, const Columns& columns, const Element* inputs,
+    __attribute__((noinline)) void multiply(int count, const Columns& columns, const Element* inputs, float* products,
                                             Scratch<Operand>& scratch) const {
         constexpr int kPacked = kWidth * Operand::kPack;
         const int in = in_;
         const std::ptrdiff_t out = out_, next = weights_stride<Operand>(in),
                              weight_step = padded_stride<Element>(in * kWidth);
-        const std::ptrdiff_t x_step = padded_stride<Element>(kBlock * in), step = padded_stride<float>(kBlock * out_);
+        const std::ptrdiff_t x_step = inputs_step<Operand>(in), step = padded_stride<float>(kBlock * out_);
         const Element* weights = scratch.weights.get();
-        float* products = scratch.products.get() + columns.begin * kWidth;
+        products += columns.begin * kWidth;
 #ifdef __AMX_BF16__
         if constexpr (std::is_same_v<Operand, AmxBFloat16>) {
             const Tiles tiles(in);
@@ -400,6 +425,110 @@ private:
                     for (int j = 0; j < K; ++j) store(to + (row + i) * out + (column + j) * kWidth, sums[i][j]);
             });
         }
+    }
+
+    // The same for one column, two points at a time: the sums of one alone would wait for each other.
+    __attribute__((noinline)) void multiply_column(int count, int column, const Element* inputs, float* products,
+                                                   Scratch<Operand>& scratch) const {
+        constexpr int kPack = Operand::kPack;
+        const std::ptrdiff_t in = in_, out = out_, weight_step = padded_stride<Element>(in_ * kWidth),
+                             x_step = inputs_step<Operand>(in_), step = padded_stride<float>(kBlock * out_);
+        for (int point = 0; point < kPoints; point += 2) {
+            scratch.ahead.next_part();
+            scratch.ahead.next_part();
+            const Element* const x = inputs + point * x_step;
+            const Element* const weight = scratch.weights.get() + point * weight_step;
+            float* const to = products + column * kWidth + point * step;
+            with_rows<2, kPixels>(count, [=](auto t, auto) {
+                constexpr int T = decltype(t)::value;
+                Vector sums[2][T] = {};
+                const Element *x0 = x, *x1 = x + x_step, *weight0 = weight, *weight1 = weight + weight_step;
+                for (std::ptrdiff_t c = 0; c < in; c += kWidth) {
+#pragma GCC unroll 1
+                    for (int i = 0; i < kWidth; i += kPack) {
+                        const typename Operand::Pack w0 = Operand::load_pack(weight0), w1 = Operand::load_pack(weight1);
+#pragma GCC unroll 8
+                        for (int place = 0; place < T; ++place) {
+                            const auto add = [=](const Element* value, typename Operand::Pack w, Vector& sum) {
+                                sum = Operand::multiply_add(Operand::broadcast_pack(value + place * kWidth), w, sum);
+                            };
+                            add(x0, w0, sums[0][place]);
+                            add(x1, w1, sums[1][place]);
+                        }
+                        x0 += kPack, x1 += kPack, weight0 += kPack * kWidth, weight1 += kPack * kWidth;
+                    }
+                    x0 += (kBlock - 1) * kWidth, x1 += (kBlock - 1) * kWidth;  // the other tiles' channels
+                }
+#pragma GCC unroll 8
+                for (int place = 0; place < T; ++place) {
+                    store(to + place * out, sums[0][place]);
+                    store(to + step + place * out, sums[1][place]);
+                }
+            });
+        }
+    }
+
+    // The same for kFewTiles, with kernels as they are: what a row of points needs of them is transformed in registers,
+    // rounded as transform_kernels() does. Written to memory and read again, they would take as long as the products.
+    __attribute__((noinline)) void transform_and_multiply(const Columns& columns, const Element* inputs,
+                                                          float* products, ReadAhead& ahead) const {
+        if constexpr (transforms_in_registers<Operand>(kFewTiles)) {
+            const std::ptrdiff_t x_step = padded_stride<float>(kBlock * in_),
+                                 step = padded_stride<float>(kBlock * out_);
+            for (int column = columns.begin; column < columns.end; ++column) {
+                const float* kernel = kernels_.get() + static_cast<std::size_t>(column) * in_ * kTaps * kWidth;
+                float* to = products + column * kWidth;
+                for (int row = 0; row < kPatch; ++row, to += kPatch * step) {
+                    for (int part = 0; part < kPatch / 2; ++part) ahead.next_part();
+                    const float* x = inputs + row * kPatch * x_step;
+                    if (row == 0 || row == kPatch - 1) {
+                        const float* from = row == 0 ? kernel : kernel + 6 * kWidth;
+                        multiply_row([](const float* g) { return load(g); }, from, x, to);
+                    } else {
+                        const Vector square = broadcast(row < 3 ? kA2 : kB2),
+                                     at = broadcast((row < 3 ? kA : kB) * (row % 2 == 1 ? 1 : -1));
+                        multiply_row(
+                            [=](const float* g) {
+                                return fused(at, load(g + 3 * kWidth), fused(square, load(g + 6 * kWidth), load(g)));
+                            },
+                            kernel, x, to);
+                    }
+                }
+            }
+        }
+    }
+
+    // A row of points for kFewTiles, from of_row(values of a kernel's column): that column of the row's
+    // half-transformed kernel.
+    template <typename OfRow>
+    inline __attribute__((always_inline)) void multiply_row(const OfRow& of_row, const float* kernel, const float* x,
+                                                            float* to) const {
+        const std::ptrdiff_t in = in_, out = out_, x_step = padded_stride<float>(kBlock * in_),
+                             step = padded_stride<float>(kBlock * out_);
+        Vector sums[kPatch][kFewTiles] = {};
+        const float* x_of[kPatch];  // one pointer for all of them would need more registers than there are
+        for (int point = 0; point < kPatch; ++point) x_of[point] = x + point * x_step;
+        for (std::ptrdiff_t c = 0; c < in; c += kWidth) {
+#pragma GCC unroll 1
+            for (int i = 0; i < kWidth; ++i, kernel += kTaps * kWidth) {
+                Vector weights[kPatch];
+                transform_three(of_row(kernel), of_row(kernel + kWidth), of_row(kernel + 2 * kWidth), weights);
+#pragma GCC unroll 6
+                for (int point = 0; point < kPatch; ++point) {
+#pragma GCC unroll 4
+                    for (int place = 0; place < kFewTiles; ++place)
+                        sums[point][place] = Operand::multiply_add(broadcast(x_of[point][place * kWidth]),
+                                                                   weights[point], sums[point][place]);
+                    ++x_of[point];
+                }
+            }
+#pragma GCC unroll 6
+            for (int point = 0; point < kPatch; ++point) x_of[point] += (kBlock - 1) * kWidth;  // other tiles' channels
+        }
+#pragma GCC unroll 6
+        for (int point = 0; point < kPatch; ++point)
+#pragma GCC unroll 4
+            for (int place = 0; place < kFewTiles; ++place) store(to + point * step + place * out, sums[point][place]);
     }
 
     // One dimension of A^T m but for kFactors: six values to four.
@@ -478,18 +607,23 @@ public:
     // outputs = convolution(inputs) + bias, with ReLU or without. The group shares the rows of all images.
     void run(const Plane& in, const float* const* inputs /* [images] */, float* const* outputs /* [images] */,
              bool with_relu, int images, const ThreadGroup& group, Scratch<Operand>& scratch) const {
-        const Plane to = out(in);
-        group.share(images * to.height, [&](int begin, int end) {
-            for (int row = begin; row < end; ++row) {
-                const int image = row / to.height, y = row % to.height;
-                const float* rows = inputs[image] + in.at(y * stride_ - kernel_ / 2, -1);
-                const Element* corner = elements(rows, in, scratch.rows) + (1 - kernel_ / 2) * in_;
-                for (int x = 0; x < to.width; x += kPixels) {
-                    const int count = to.width - x < kPixels ? to.width - x : kPixels;
-                    pixels(in, corner + x * stride_ * in_, outputs[image] + to.at(y, x), count, with_relu);
-                }
-            }
+        const int height = out(in).height;
+        group.share(images * height, [&](int begin, int end) {
+            for (int row = begin; row < end; ++row)
+                run_row(in, inputs[row / height], outputs[row / height], with_relu, row % height, scratch);
         });
+    }
+
+    // Row y of one image's output.
+    void run_row(const Plane& in, const float* input, float* output, bool with_relu, int y,
+                 Scratch<Operand>& scratch) const {
+        const Plane to = out(in);
+        const Element* corner =
+            elements(input + in.at(y * stride_ - kernel_ / 2, -1), in, scratch.rows) + (1 - kernel_ / 2) * in_;
+        for (int x = 0; x < to.width; x += kPixels) {
+            const int count = to.width - x < kPixels ? to.width - x : kPixels;
+            pixels(in, corner + x * stride_ * in_, output + to.at(y, x), count, with_relu);
+        }
     }
 
 private:

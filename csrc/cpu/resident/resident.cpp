@@ -46,7 +46,7 @@ struct ImageState {
 
 // What a slice needs. Made once, reused from call to call.
 struct Workspace {
-    std::vector<ImageState> states;    // as many as there have been, up to kMaxImages
+    std::vector<ImageState> states;    // as many as there have been, up to kSliceImages
     std::vector<Decisions> decisions;  // [gates]
 };
 
@@ -56,12 +56,15 @@ struct ThreadScratch {
     Scratch<Float32> gates;  // float32 always
 };
 
+// Images that go through the first stage together, at most: measured, docs/cpu.md.
+constexpr int kFirstStageImages = 8;
+
 using Slice = BatchSlice<ImageState>;
 using States = ImageList<ImageState>;
 
 // A buffer of each of some images.
 struct Buffers {
-    float* of[kMaxImages];
+    float* of[kSliceImages];
 
     template <typename Select>
     Buffers(const States& states, const Select& select) {
@@ -72,7 +75,7 @@ struct Buffers {
 // One thread's part in a slice.
 struct Worker {
     const Slice& slice;
-    ThreadGroup group;
+    const ThreadGroup& group;
     Scratch<VariantOperand>& scratch;
     Scratch<Float32>& gate_scratch;
 };
@@ -108,6 +111,7 @@ class Network final : public Engine {
 public:
     explicit Network(const NetworkWeights& weights);
     void run(const Call& call) override;
+    void forward(const Worker& worker) const;
 
     int num_blocks() const { return static_cast<int>(blocks_.size()); }
     void stem(const Worker& worker) const;
@@ -144,9 +148,9 @@ private:
         return static_cast<int>(layers.size()) - 1;
     }
 
-    int classes_, max_channels_ = 0;
-    Plane image_;                // the input, channels last
-    std::vector<Plane> planes_;  // one per stage
+    int classes_, max_channels_ = 0, first_stage_ = 0;  // blocks of the first stage
+    Plane image_;                                       // the input, channels last
+    std::vector<Plane> planes_;                         // one per stage
     std::vector<Block> blocks_;
     Direct<Float32> stem_;  // three channels do not pair
     std::vector<Direct<VariantOperand>> direct_;
@@ -186,6 +190,7 @@ Network::Network(const NetworkWeights& weights)
         packed.stage = static_cast<int>(planes_.size()) - 1;
         packed.last = add(winograd_, block.last, planes_.back().channels);
         blocks_.push_back(packed);
+        if (packed.stage == 0) ++first_stage_;
 
         if (!weights.gates.empty()) {
             const GateConvolutions& gate = weights.gates[index];
@@ -228,8 +233,8 @@ auto Network::acquire_workspace(const Call& call, int images) -> std::unique_ptr
 }
 
 auto Network::make_scratch() const -> ThreadScratch {
-    return {Scratch<VariantOperand>(planes_, kMaxImages),
-            Scratch<Float32>(gate_winograd_.empty() ? std::vector<Plane>() : planes_, kMaxImages)};
+    return {Scratch<VariantOperand>(planes_, kSliceImages),
+            Scratch<Float32>(gate_winograd_.empty() ? std::vector<Plane>() : planes_, kSliceImages)};
 }
 
 // As many slices as threads, or a multiple of it; fewer where there are fewer images.
@@ -242,7 +247,7 @@ void Network::run(const Call& call) {
     };
     ThreadTeam threads(call.threads);
     const int at_once = call.batch < threads.size() ? call.batch : threads.size();
-    const int rounds = (call.batch + at_once * kMaxImages - 1) / (at_once * kMaxImages);
+    const int rounds = (call.batch + at_once * kSliceImages - 1) / (at_once * kSliceImages);
     const int slice_size = (call.batch + at_once * rounds - 1) / (at_once * rounds);
     std::unique_ptr<Team> team = teams_.acquire();
     if (!team) team = std::make_unique<Team>();
@@ -255,11 +260,25 @@ void Network::run(const Call& call) {
             context.slices.work([&](auto& slice) {
                 const ThreadGroup group =
                     context.threads > 1 ? ThreadGroup(rank, context.threads, slice.work) : ThreadGroup();
-                forward(context.network, Worker{slice.images, group, scratch.convolutions, scratch.gates});
+                context.network.forward(Worker{slice.images, group, scratch.convolutions, scratch.gates});
             });
         },
         &context);
     teams_.release(std::move(team));
+}
+
+// A few images at a time through the first stage: its planes are the largest, and its kernels the smallest.
+void Network::forward(const Worker& worker) const {
+    const int count = worker.slice.count;
+    for (int begin = 0; begin < count; begin += kFirstStageImages) {
+        const int end = begin + kFirstStageImages < count ? begin + kFirstStageImages : count;
+        const Slice part = worker.slice.part(begin, end);
+        const Worker of_part{part, worker.group, worker.scratch, worker.gate_scratch};
+        stem(of_part);
+        run_blocks(*this, of_part, 0, first_stage_);
+    }
+    run_blocks(*this, worker, first_stage_, num_blocks());
+    head(worker);
 }
 
 void Network::stem(const Worker& worker) const {
@@ -330,13 +349,18 @@ void Network::run_block(const Worker& worker, int index, const States& executing
     const Buffers x(executing, [&](ImageState& state) -> Buffer& { return state.stages[stage].x; });
     const Buffers sums(executing, [&](ImageState& state) -> Buffer& { return state.stages[stage].tile_sums; });
     if (block.opens_stage) {
-        const States states = worker.slice.all_images();
-        const Buffers all_before(states, [&](ImageState& state) -> Buffer& { return state.stages[stage - 1].x; });
-        const Buffers all_x(states, [&](ImageState& state) -> Buffer& { return state.stages[stage].x; });
-        const Buffers before(executing, [&](ImageState& state) -> Buffer& { return state.stages[stage - 1].x; });
-        direct_[block.projection].run(planes_[stage - 1], all_before.of, all_x.of, false, states.count, group,
-                                      worker.scratch);
-        direct_[block.first].run(planes_[stage - 1], before.of, inner.of, true, executing.count, group, worker.scratch);
+        // An image's rows for both convolutions while they are in cache.
+        group.share(worker.slice.count * plane.height, [&](int begin, int end) {
+            for (int row = begin; row < end; ++row) {
+                const int image = row / plane.height, y = row % plane.height;
+                ImageState& state = worker.slice.states[image];
+                const float* before = state.stages[stage - 1].x.get();
+                StageBuffers& to = state.stages[stage];
+                direct_[block.projection].run_row(planes_[stage - 1], before, to.x.get(), false, y, worker.scratch);
+                if (worker.slice.executes(index, image))
+                    direct_[block.first].run_row(planes_[stage - 1], before, to.inner.get(), true, y, worker.scratch);
+            }
+        });
     } else {
         winograd_[block.last].announce(plane, executing.count, group, worker.scratch);
         winograd_[block.first].run(plane, x.of, inner.of, false, nullptr, executing.count, group, worker.scratch);
