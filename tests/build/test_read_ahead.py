@@ -18,7 +18,8 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(("source", "function", "prefetch"), [
-    (variants.RESIDENT, r"Float32>::\w*multiply\w*\(", "prefetcht0"), (variants.COMPACTED, "multiply_panel<", "prefetcht1")],
+    (variants.RESIDENT, r"Float32>::\w*multiply\w*\(", "prefetcht0"),
+    (variants.COMPACTED, "multiply_panel<", "prefetcht1")],
     ids=["resident", "compacted"])
 @pytest.mark.parametrize("variant", [known for known in variants.VARIANTS if known[0] in ("avx2", "avx512")],
                          ids=lambda variant: variant[0])
