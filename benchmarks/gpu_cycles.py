@@ -98,7 +98,8 @@ def resident(code: Code, units: Units, cluster: bool = False) -> dict[str, objec
     images_at_once = IMAGES[:1] if cluster else IMAGES
     stem, inner, entry = finishes[0], finishes[1::2], finishes[2::2]
     closing, projection = pooling[::2], pooling[1::2]
-    # Of a gate's warps some decide and others look ahead; of each the code that embeds features. They wait for each other.
+    # Of a gate's warps some decide and others look ahead; of each the code that embeds features. They wait for each
+    # other.
     embeds = code.having(SHFL=7, FFMA=16, MUFU=0)
     decisions = code.having(SHFL=13, MUFU=8)
 
@@ -153,8 +154,7 @@ def resident(code: Code, units: Units, cluster: bool = False) -> dict[str, objec
         stages.append(pieces | {
             "inner": [through(decided, first, regions * images) for images in images_at_once],
             "loading": through(decided, [weights, *first], 1) - through(decided, first, 1),
-            "closing": [through(middle, last, regions * images, lambda at, to=closed[embed]: at == to)
-                        for images in images_at_once],
+            "closing": [through(middle, last, regions * images, closed[embed].__eq__) for images in images_at_once],
             "gate": max(cycles(code.way(closed[embed], embed, decision, code.barrier)[0], 1),
                         cycles(code.way(closed[ahead], pool(ahead), ahead, code.barrier)[0], 1)),
             "recall": max(cycles(without_barrier(code.way(decided, each, code.barrier)[0]), 1)

@@ -1,9 +1,10 @@
 """Cycles of a way through a kernel's machine code, by replaying its instructions on a multiprocessor's scheduler.
 
 The compiler writes into every instruction how long its warp waits before the next one and for which results it waits
-first. A replay issues one instruction per cycle from the scheduler's warps, the last one's as long as it can and then the
-youngest's, and keeps to these, to the latency of what has a result of unknown time, and to how long a unit is taken by
-each instruction. Latencies, units and the order are published microbenchmarks' (docs/gpu-model.md); none was measured here.
+first. A replay issues one instruction per cycle from the scheduler's warps, the last one's as long as it can and then
+the youngest's, and keeps to these, to the latency of what has a result of unknown time, and to how long a unit is taken
+by each instruction. Latencies, units and order are published microbenchmarks' (docs/gpu-model.md); none was measured
+here.
 """
 
 from __future__ import annotations

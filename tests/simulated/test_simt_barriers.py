@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -109,15 +110,15 @@ def test_without_zeroed_counters_the_convolution_fails(monkeypatch):
 
 
 def resident_results():
-    """Of thread blocks that take one image after another, and of clusters that share one; all of a network the same bits.
-    In one network every block begins a stage; in the other one some are skipped after one another, by free decisions, and
+    """Of thread blocks that take one image after another, and of clusters that share one; all of a network the same
+    bits. In one network every block begins a stage; in the other one some are skipped in a row, by free decisions, and
     the last one has no gate."""
-    for name, batch, route in (("8", 3, "mixed"), ("14", 2, "free")):
+    spreads = dict(at_a_time=2, multiprocessors=1), dict(cluster=2), dict(cluster=4)
+    for name, batch, route, seeds in (("8", 3, "mixed", 6), ("14", 2, "free", 2)):
         images, routing = images_of(name, batch), routings(name, batch)[route]
-        for seed in range(6 if name == "8" else 2):
-            for spread in (dict(at_a_time=2, multiprocessors=1), dict(cluster=2), dict(cluster=4)):
-                yield name, lambda name=name, images=images, routing=routing, seed=seed, spread=spread: simulate(
-                    model(name), images, torch.float16, routing=routing, last_gate=routing is not None, seed=seed, **spread)
+        for seed, spread in product(range(seeds), spreads):
+            yield name, partial(simulate, model(name), images, torch.float16, routing=routing,
+                                last_gate=routing is not None, seed=seed, **spread)
 
 
 @cache

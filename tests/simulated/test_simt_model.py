@@ -34,3 +34,11 @@ def test_tiles_slices_and_gates_are_those_of_the_launches(name, batch):
             blocks = min(prod((layer.tiles(batch, *sides), slices)), 2 * H200.multiprocessors)  # the harness' occupancy
             assert plan.tolist() == [blocks, 128 if sides[0] * sides[1] <= 4096 else 256, shared,
                                      1 + (gates and not in_tail), layer.slices], layer
+
+
+@pytest.mark.parametrize(("batch", "images", "blocks"),
+                         [(1, 1, 1), (128, 1, 128), (1024, 3, 132), (4096, 3, 132), (7, 2, 2)])
+def test_turns_are_those_of_the_resident_launch(batch, images, blocks):
+    sizes = np.zeros(batch + 1, np.int32)
+    library("resident")("turns_of_plan", batch, images, blocks, sizes)
+    assert gpu_model.turns(batch, images, blocks) == [size for size in sizes.tolist() if size]

@@ -69,6 +69,17 @@ extern "C" const char* plan_of(const int* numbers, const int* device /* [2] */, 
     });
 }
 
+// How many images the first worker takes, turn after turn, if it takes every workers-th one; 0 ends them.
+extern "C" const char* turns_of_plan(int batch, int images, int blocks, int* sizes /* [batch + 1] */) {
+    return simt::report([=] {
+        const Turns turns = turns_of(batch, {images, blocks, true, 1});
+        for (int round = 0, taken = 0; taken < batch; ++round) {
+            sizes[round] = turns.least + (round < turns.larger);
+            taken += sizes[round] * turns.workers;
+        }
+    });
+}
+
 // Runs a network; `images_at_a_time` 0 leaves the plan to the launcher, `cluster` thread blocks share an image. `sizes`
 // is what the weights have to take.
 extern "C" const char* run(const int* numbers, const void* fragments, const float* floats, const int* sizes /* [2] */,
