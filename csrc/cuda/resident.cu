@@ -255,7 +255,7 @@ struct ForwardPass {
     const Bands& bands;
     unsigned char* shared;
     int warp, lane;
-    int count = 0;                     // of images, from control().first on
+    int count = 0;                     // of images, from first_image() on
     unsigned executing = 0;            // a bit for each of them: it runs the next block
     int index = 0;                     // of the gate that is next
     float hidden = 0.0f, cell = 0.0f;  // warp i has image i's LSTM state, a unit a lane
@@ -263,6 +263,7 @@ struct ForwardPass {
     int exchanged = 0, pooled_by_all = 0;  // a cluster's exchanges so far: of rows alone, of rows and sums
 
     __device__ int rank() const { return kClustered ? cluster_rank() : 0; }  // among thread blocks that share an image
+    __device__ int first_image() const { return load_shared(&control().first); }
     __device__ unsigned all_images() const { return (1u << count) - 1; }
     __device__ Control& control() const { return *reinterpret_cast<Control*>(shared + kZeros); }
     __device__ unsigned char* image(int i) const { return shared + layout.images + i * layout.image; }
@@ -437,7 +438,7 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve_plane
             }
         };
         const auto add_before = [&] {
-            const uint4 identity = control().identity[lane];
+            const uint4 identity = load_shared(control().identity + lane);
             const unsigned halves[2][2] = {{identity.x, identity.y}, {identity.z, identity.w}};
 #pragma unroll
             for (int p = 0; p < kPairs; ++p)
@@ -495,7 +496,7 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::finish_region(
         return kWhole || (row0 + row < stage.height && column < stage.width);
     };
     unsigned char* plane = image(i) + planes.to;
-    const uint4 identity = kPools ? control().identity[lane] : uint4();
+    const uint4 identity = kPools ? load_shared(control().identity + lane) : uint4();
     const int column = column0 + lane / 4;
     unsigned rounded[kRows][2] = {};  // of 8 channels each
 #pragma unroll
@@ -506,7 +507,7 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::finish_region(
             if (!inside(row, column)) continue;
             const float* both = sum[row % kPairs][n] + row / kPairs * 2;
             rounded[row][n] = kProjects ? pack<Element>(both[0], both[1]) : pack_relu<Element>(both[0], both[1]);
-            *reinterpret_cast<unsigned*>(place + row * line) = rounded[row][n];
+            store_shared(reinterpret_cast<unsigned*>(place + row * line), rounded[row][n]);
         }
     }
     if (kClustered) {  // the neighbours' convolutions read a row more than they have
@@ -545,7 +546,8 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::finish_region(
         const int at = (band * stage.strips + column0 / kStrip) * kOut + (eighth + held % kEighths) * 8 + lane / 4;
         float* place = next_sums(i) + at;
         // In a cluster each of the four lanes that have a sum stores it to one thread block.
-        if (kClustered ? lane % kMaxCluster == rank() : lane % (4 / (kBands * kEighths)) == 0) *place = total;
+        if (kClustered ? lane % kMaxCluster == rank() : lane % (4 / (kBands * kEighths)) == 0)
+            store_shared(place, total);
         if (kClustered)
             store_async(place, __float_as_uint(total), exchange(true), lane % kMaxCluster,
                         lane % kMaxCluster != rank() && lane % kMaxCluster < bands.sharers);
@@ -582,7 +584,7 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::stem() {
     for (int at = threadIdx.x; at < count * taken; at += kThreads) {
         const int i = at / taken, pixel = above * width + at % taken;
         const auto* from = static_cast<const Element*>(call.images) +
-                           static_cast<std::size_t>(control().first + i) * network.in * pixels + pixel;
+                           static_cast<std::size_t>(first_image() + i) * network.in * pixels + pixel;
         unsigned char* to = image(i) + layout.inner[0];
 #pragma unroll
         for (int eighth = 0; eighth < 2; ++eighth) {
@@ -591,8 +593,8 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::stem() {
             for (int c = 0; c < 8; ++c)
                 if (eighth * 8 + c < network.in)
                     pairs[c / 2] |= static_cast<unsigned>(from[(eighth * 8 + c) * pixels].bits) << c % 2 * 16;
-            *reinterpret_cast<uint4*>(to + byte_of<16>(pixel / width, pixel % width, pitch, eighth)) =
-                make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+            store_shared(reinterpret_cast<uint4*>(to + byte_of<16>(pixel / width, pixel % width, pitch, eighth)),
+                         make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
         }
     }
     __syncthreads();
@@ -700,7 +702,7 @@ __device__ __forceinline__ float ForwardPass<Element, kClustered>::pooled(int st
     const float* sum = sums(i) + begin * channels + channel;
     float parts[kTogether];
 #pragma unroll
-    for (int k = 0; k < kTogether; ++k) parts[k] = sum[k * step * channels];
+    for (int k = 0; k < kTogether; ++k) parts[k] = load_shared(sum + k * step * channels);
     meanwhile();
 #pragma unroll
     for (int half = kTogether / 2; half > 0; half /= 2)
@@ -708,7 +710,8 @@ __device__ __forceinline__ float ForwardPass<Element, kClustered>::pooled(int st
         for (int k = 0; k < half; ++k) parts[k] += parts[k + half];
     float total = parts[0];
 #pragma unroll 1
-    for (int more = kTogether * step; begin + more < at.pieces; more += step) total += sum[more * channels];
+    for (int more = kTogether * step; begin + more < at.pieces; more += step)
+        total += load_shared(sum + more * channels);
     return total * at.share;
 }
 
@@ -716,6 +719,12 @@ __device__ __forceinline__ float ForwardPass<Element, kClustered>::pooled(int st
 // number of either where they are equal and known, so that no loop is left; 0 takes any, a lane for each.
 template <int kSize>
 constexpr int kSharers = kSize > 0 ? 32 / kSize : 1;
+
+// A lane's place among them; the last lanes, if there are too many, do as the one before them.
+template <int kSize>
+__device__ inline int sharer(int lane, int units) {
+    return min(lane, (kSize ? kSharers<kSize> * kSize : units) - 1);
+}
 
 // What a lane's share of some inputs, an input a lane, adds to its unit's four sums. `weights` is that of the unit and
 // the first input.
@@ -726,7 +735,7 @@ __device__ inline void add_inputs(float4& sums, const float4* weights, float inp
     for (int k = 0; k < inputs; k += kShare) {
         const bool last = kShare > 1 && k + kShare > inputs && k + share >= inputs;  // not every lane has one more
         const int own = last ? 0 : k + share;
-        const float4 weight = weights[own * units];
+        const float4 weight = load_shared(weights + own * units);
         const float x = __shfl_sync(kAllLanes, input, own);
         sums.x += last ? 0.0f : weight.x * x;
         sums.y += last ? 0.0f : weight.y * x;
@@ -771,7 +780,7 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::pool_features(
             if (part == 0) meanwhile();
         });
         if (kLanes < 32) sum += __shfl_xor_sync(kAllLanes, sum, kLanes);
-        if (lane < kLanes) features()[channel] = sum;
+        if (lane < kLanes) store_shared(features() + channel, sum);
     }
     __syncwarp();
 }
@@ -783,7 +792,8 @@ __device__ __forceinline__ float ForwardPass<Element, kClustered>::embedded(int 
     constexpr int kChannels = stage_channels(kStage), kPieces = kChannels / 4;
     constexpr int kShare = kSharers<kSize>;
     const int embed = kSize ? kSize : network.embed;
-    const int output = kSize ? lane % kSize : min(lane, embed - 1), share = kSize ? lane / kSize % kShare : 0;
+    const int one = sharer<kSize>(lane, embed);
+    const int output = kSize ? one % kSize : one, share = kSize ? one / kSize : 0;
     const float* weights = embedding_place(gate);
     const auto* weight = reinterpret_cast<const float4*>(weights + output * embedding_row(kChannels));
     const auto* feature = reinterpret_cast<const float4*>(features());
@@ -791,14 +801,15 @@ __device__ __forceinline__ float ForwardPass<Element, kClustered>::embedded(int 
 #pragma unroll
     for (int k = 0; k < kPieces; k += kShare) {
         const bool last = k + kShare > kPieces && k + share >= kPieces;  // not every lane has one more
-        const float4 w = weight[last ? 0 : k + share], x = feature[last ? 0 : k + share];
+        const int own = last ? 0 : k + share;
+        const float4 w = load_shared(weight + own), x = load_shared(feature + own);
         sums.x += last ? 0.0f : w.x * x.x;
         sums.y += last ? 0.0f : w.y * x.y;
         sums.z += last ? 0.0f : w.z * x.z;
         sums.w += last ? 0.0f : w.w * x.w;
     }
     const float sum = (sums.x + sums.y) + (sums.z + sums.w);
-    float all = weights[embed * embedding_row(kChannels) + output];
+    float all = load_shared(weights + embed * embedding_row(kChannels) + output);
 #pragma unroll
     for (int other = 0; other < kShare; ++other)
         all += kShare > 1 ? __shfl_sync(kAllLanes, sum, output + other * kSize) : sum;
@@ -812,7 +823,8 @@ template <typename Element, bool kClustered>
 template <int kStage, int kSize>
 __device__ __forceinline__ void ForwardPass<Element, kClustered>::rnn_gate(int block) {
     const int embed = kSize ? kSize : network.embed, units = kSize ? kSize : network.hidden;
-    const int unit = kSize ? lane % kSize : min(lane, units - 1), share = kSize ? lane / kSize % kSharers<kSize> : 0;
+    const int one = sharer<kSize>(lane, units);
+    const int unit = kSize ? one % kSize : one, share = kSize ? one / kSize : 0;
     const bool looks_ahead = warp >= kMaxImages;
     const int i = (warp + looks_ahead) % kMaxImages;
     const bool changed = (kStage > 0 && block == 0) || (executing >> i & 1);
@@ -831,7 +843,7 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::rnn_gate(int b
         await_block();
         if (i < count) {
             if (changed) pool_features<kStage>(i, [] {});
-            ahead(i, index + 1)[lane] = embed_features(index + 1);
+            store_shared(ahead(i, index + 1) + lane, embed_features(index + 1));
         }
         fetch_embedding<kStage>(index + kEmbeddings - 1, block + kEmbeddings - 1);
         cp_async_wait<1>();  // for those of the next gate
@@ -839,7 +851,7 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::rnn_gate(int b
         const auto* projection = reinterpret_cast<const float*>(lstm - unit + (embed + units + 1) * units);
         float4 sums{0.0f, 0.0f, 0.0f, 0.0f}, input;
         const auto recall = [&] {
-            if (share == 0) sums = lstm[(embed + units) * units];  // the bias
+            if (share == 0) sums = load_shared(lstm + (embed + units) * units);  // the bias
             add_inputs<kSize>(sums, lstm + embed * units, hidden, units, units, share);
         };
         if (changed) {
@@ -849,17 +861,17 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::rnn_gate(int b
         } else {
             await_block();
             recall();
-            input = ahead(i, index)[lane];
+            input = load_shared(ahead(i, index) + lane);
         }
         const auto all = [&](float input, float sum) { return over_sharers<kSize>(input + sum, lane); };
         cell = fast_sigmoid(all(input.y, sums.y)) * cell +
                fast_sigmoid(all(input.x, sums.x)) * fast_tanh(all(input.z, sums.z));
         hidden = fast_sigmoid(all(input.w, sums.w)) * fast_tanh(cell);
-        const float logit =
-            over_units<kSize>(lane < units ? projection[unit] * hidden : 0.0f, lane) + projection[units];
+        const float logit = over_units<kSize>(lane < units ? load_shared(projection + unit) * hidden : 0.0f, lane) +
+                            load_shared(projection + units);
         const bool writes = lane == 0, decides = writes && !is_forced(index);
-        if (writes) logits(index)[i] = logit;
-        if (decides) decisions(index)[i] = executes_logit(logit);
+        if (writes) store_shared(logits(index) + i, logit);
+        if (decides) store_shared(decisions(index) + i, executes_logit(logit));
     } else {
         await_block();
     }
@@ -887,7 +899,7 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::gate_step(int 
 template <typename Element, bool kClustered>
 __device__ __forceinline__ unsigned ForwardPass<Element, kClustered>::compact() const {
     static_assert(kMaxImages == sizeof(unsigned));
-    const unsigned decided = *reinterpret_cast<const unsigned*>(decisions(index)) & 0x01010101;
+    const unsigned decided = load_shared(reinterpret_cast<const unsigned*>(decisions(index))) & 0x01010101;
     return decided * 0x01020408 >> 24 & all_images();
 }
 
@@ -895,7 +907,7 @@ __device__ __forceinline__ unsigned ForwardPass<Element, kClustered>::compact() 
 template <typename Element, bool kClustered>
 __device__ __forceinline__ void ForwardPass<Element, kClustered>::clear_sums() {
     for (int at = layout.sums + 16 * threadIdx.x; at < layout.pooled; at += 16 * kThreads)
-        *reinterpret_cast<uint4*>(shared + at) = make_uint4(0, 0, 0, 0);
+        store_shared(reinterpret_cast<uint4*>(shared + at), make_uint4(0, 0, 0, 0));
 }
 
 // Where decisions are forced, a gate finds them made.
@@ -903,8 +915,9 @@ template <typename Element, bool kClustered>
 __device__ __forceinline__ void ForwardPass<Element, kClustered>::stage_forced_decisions() {
     for (int at = threadIdx.x; at < call.forced_count * count; at += kThreads) {
         const int gate = at / count, i = at % count;
-        decisions(gate)[i] =
-            call.forced[static_cast<std::size_t>(control().first + i) * call.forced_image + gate * call.forced_gate];
+        store_shared(
+            decisions(gate) + i,
+            call.forced[static_cast<std::size_t>(first_image() + i) * call.forced_image + gate * call.forced_gate]);
     }
 }
 
@@ -914,13 +927,13 @@ template <typename Element, bool kClustered>
 __device__ __forceinline__ void ForwardPass<Element, kClustered>::write_decisions() const {
     for (int at = threadIdx.x; at < call.num_gates * count; at += kThreads) {
         const int gate = at / count, i = at % count;
-        const std::size_t to = static_cast<std::size_t>(gate) * call.batch + control().first + i;
-        const float logit = logits(gate)[i], probability = sigmoid(logit);
+        const std::size_t to = static_cast<std::size_t>(gate) * call.batch + first_image() + i;
+        const float logit = load_shared(logits(gate) + i), probability = sigmoid(logit);
         call.gate_logits[to] = logit;
         call.probabilities[to] = executes_logit(logit) == executes(probability) ? probability
                                  : executes(probability)                        ? 0.5f
                                                                                 : 0.5f + 0x1p-24f;
-        call.executed[to] = decisions(gate)[i];
+        call.executed[to] = load_shared(decisions(gate) + i);
     }
 }
 
@@ -930,19 +943,20 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::head() {
     const int last = network.stages - 1, channels = stage_channels(last), classes = network.classes;
     auto* features = reinterpret_cast<float*>(shared + layout.pooled);  // [count, channels]
     for (int at = threadIdx.x; at < count * channels; at += kThreads)
-        features[at] = pooled<4>(last, at / channels, at % channels, 0, 1, [] {});
+        store_shared(features + at, pooled<4>(last, at / channels, at % channels, 0, 1, [] {}));
     __syncthreads();
     if (rank() > 0) return;
     write_decisions();
     for (int at = threadIdx.x; at < count * classes; at += kThreads) {
         const int i = at / classes, number = at % classes;
         float logit = network.head[channels * classes + number];
-        for (int c = 0; c < channels; ++c) logit += network.head[c * classes + number] * features[i * channels + c];
-        static_cast<Element*>(call.logits)[static_cast<std::size_t>(control().first) * classes + at] =
+        for (int c = 0; c < channels; ++c)
+            logit += network.head[c * classes + number] * load_shared(features + i * channels + c);
+        static_cast<Element*>(call.logits)[static_cast<std::size_t>(first_image()) * classes + at] =
             from_float<Element>(logit);
     }
     if (warp < count && lane < network.hidden) {
-        const std::size_t at = static_cast<std::size_t>(control().first + warp) * network.hidden + lane;
+        const std::size_t at = static_cast<std::size_t>(first_image() + warp) * network.hidden + lane;
         call.hidden[at] = hidden;
         call.cell[at] = cell;
     }
@@ -954,7 +968,7 @@ __device__ __forceinline__ bool ForwardPass<Element, kClustered>::take(int turn,
     const int round = turn / turns.workers, size = turns.least + (round < turns.larger);
     const int first = (round * turns.least + min(round, turns.larger)) * turns.workers + turn % turns.workers * size;
     count = min(size, call.batch - first);
-    if (threadIdx.x == 0) control().first = first;
+    if (threadIdx.x == 0) store_shared(&control().first, first);
     __syncthreads();
     return count > 0;
 }
@@ -971,15 +985,16 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::run(const Turn
         if (rank() >= bands.sharers) return;
     }
     if (threadIdx.x < kZeroLines * kLine / 16)
-        *reinterpret_cast<uint4*>(shared + kZeros + threadIdx.x / (kLine / 16) * kRow +
-                                  threadIdx.x % (kLine / 16) * 16) = make_uint4(0, 0, 0, 0);
+        store_shared(reinterpret_cast<uint4*>(shared + kZeros + threadIdx.x / (kLine / 16) * kRow +
+                                              threadIdx.x % (kLine / 16) * 16),
+                     make_uint4(0, 0, 0, 0));
     if (threadIdx.x < 32) {
         const int right = lane / 4 - lane % 4 * 2;  // of a lane's two columns, the diagonal's place
         const unsigned two = pack<Element>(right == 0, right == 1);
-        control().identity[lane] = make_uint4(two, 0, 0, two);
+        store_shared(control().identity + lane, make_uint4(two, 0, 0, two));
     }
     for (int at = threadIdx.x; at < lstm_floats(network); at += kThreads)
-        reinterpret_cast<float*>(shared + layout.lstm)[at] = network.lstm[at];
+        store_shared(reinterpret_cast<float*>(shared + layout.lstm) + at, network.lstm[at]);
     for (int turn = static_cast<int>(blockIdx.x) / (kClustered ? cluster_size() : 1); take(turn, turns);) {
         executing = all_images();
         index = 0;
@@ -993,9 +1008,9 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::run(const Turn
         head();
         if (kClustered || !call.work_counter) return;
         clear_sums();
-        if (threadIdx.x == 0) control().turn = turns.workers + atomicAdd(call.work_counter, 1);
+        if (threadIdx.x == 0) store_shared(&control().turn, turns.workers + atomicAdd(call.work_counter, 1));
         __syncthreads();
-        turn = control().turn;
+        turn = load_shared(&control().turn);
     }
 }
 

@@ -1,7 +1,7 @@
 """No bank of shared memory is met twice at once by the compacted engine, which follows from addresses: by ldmatrix, by
 cp.async, and by plain loads and stores.
 
-test_simt_resident.py says so of the resident kernel's ldmatrix.
+test_simt_resident.py says so of the resident kernel's ldmatrix; its plain accesses are here.
 """
 
 import shutil
@@ -15,6 +15,7 @@ from test_simt_barriers import build_changed
 from test_simt_gate_step import GateStep
 from test_simt_gathered_conv import Case
 from test_simt_harness import NONE, rotate
+from test_simt_resident import images_of, model, routings, simulate
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
@@ -95,3 +96,29 @@ def test_nothing_else_reaches_shared_memory():
 def test_an_access_that_is_not_counted_faults():
     with library("faults").plain_accesses(closed=True), pytest.raises(SimtError, match="shared memory of block"):
         rotate(seed=0, fault=NONE)
+
+
+def resident_accesses(closed=False, **spread):
+    """Of a network of two blocks a stage whose routes differ from image to image."""
+    images, routing = images_of("14", 3), routings("14", 3)["mixed"]
+    with library("resident").plain_accesses(closed=closed) as told:
+        simulate(model("14"), images, torch.float16, routing=routing, seed=1, **spread)
+    return told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spread", [dict(at_a_time=2, multiprocessors=1), dict(cluster=4)], ids=["one", "cluster"])
+def test_plain_accesses_of_the_resident_kernel_seldom_meet_a_bank_twice(spread):
+    """Ten rows shared by three lanes each cannot all be in different banks, nor can sums of two bands, nor the head's
+    images; everything else is."""
+    told = resident_accesses(**spread)
+    assert {bytes for _, bytes, *_ in told} == {1, 4, 16}
+    assert sum(turns > 0 for *_, turns in told) <= 4, told
+    assert all(turns <= 1.05 * moved for _, _, moved, turns in told), "twice, not more often"
+    assert sum(turns for *_, turns in told) < 0.1 * sum(moved for *_, moved, _ in told), told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spread", [dict(at_a_time=2, multiprocessors=1), dict(cluster=2)], ids=["one", "cluster"])
+def test_nothing_else_reaches_the_resident_kernels_shared_memory(spread):
+    resident_accesses(closed=True, **spread)

@@ -57,7 +57,10 @@ inline void store_async(void* place, unsigned value, const void* at, int rank, S
     StoreCounterState& counter = counter_at(other, there(at), "st.async", site);
     if (counter.known_after >= block.cluster->phase)
         machine.fail("st.async: no fence and barrier of the cluster since the counter's beginning", site);
-    std::memset(there(place), kPoison, sizeof value);
+    {
+        const SharedMemoryOpen open(other);
+        std::memset(there(place), kPoison, sizeof value);
+    }
     counter.coming.push_back({there(place), value});
     for (Fiber* fiber : std::exchange(counter.waiting, {})) machine.wake(fiber);
     machine.perhaps_yield();
@@ -74,7 +77,10 @@ inline void wait_for_stores(const void* at, bool odd, Site site) {
         std::swap(counter.coming[machine.random(counter.coming.size())], counter.coming.back());
         const ComingStore store = counter.coming.back();
         counter.coming.pop_back();
-        std::memcpy(store.to, &store.value, sizeof store.value);
+        {
+            const SharedMemoryOpen open;
+            std::memcpy(store.to, &store.value, sizeof store.value);
+        }
         counter.bytes -= static_cast<int>(sizeof store.value);
         settle(counter);
     }

@@ -10,16 +10,16 @@ inline bool shared_memory_closed = false;
 
 class SharedMemoryOpen {
 public:
-    SharedMemoryOpen() {
-        if (shared_memory_closed) shared().permit();
+    explicit SharedMemoryOpen(Block& block = *machine.current->block) : shared_(*block.shared) {
+        if (shared_memory_closed) shared_.permit();
     }
     SharedMemoryOpen(const SharedMemoryOpen&) = delete;
     ~SharedMemoryOpen() {
-        if (shared_memory_closed) shared().forbid();
+        if (shared_memory_closed) shared_.forbid();
     }
 
 private:
-    static Guarded& shared() { return *machine.current->block->shared; }
+    Guarded& shared_;
 };
 
 inline unsigned char* shared_memory() {
