@@ -12,7 +12,7 @@
 // the rows that they read, too, and what they pool; gates are computed by each. Not a bit differs. No plan chooses it.
 //
 // An output is the sum of its bias, then over channels (chunks of 16), columns and rows of the kernel, then of what
-// stands in its place, in this order, whatever the batch.
+// stands in its place (in the first stage after the first column), in this order, whatever the batch.
 //
 // The phases are those of every engine: stem, gate_step, compact, run_block, head.
 #include "resident.h"
@@ -43,6 +43,11 @@ constexpr int kMostChannels = stage_channels(kMaxStages - 1);
 constexpr int kEmbeddings = 4;        // for a gate, the next one, and two more on their way
 constexpr int kPooledTogether = 256;  // sums of pieces that are taken at once, zeros where there are fewer
 constexpr unsigned kAllLanes = ~0u;
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890)
+constexpr bool kManyRegisters = false;  // ptxas needs some more for these
+#else
+constexpr bool kManyRegisters = true;
+#endif
 
 constexpr SKIPNET_HD int rounded_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 constexpr SKIPNET_HD int quotient_up(int value, int divisor) { return (value + divisor - 1) / divisor; }
@@ -50,13 +55,13 @@ constexpr SKIPNET_HD int quotient_up(int value, int divisor) { return (value + d
 // Rows of a band, of which 32x32, 16x16 and 8x8 planes have four. A pool is a sum over pieces of a band and 8 columns.
 constexpr SKIPNET_HD int band_rows(int channels) { return 128 / channels; }
 
-// The number of the first image in a mask, which has some: quicker than __ffs.
+constexpr SKIPNET_HD int region_rows(int channels) { return channels == 64 ? 4 : 8; }
+
+// The number of the first image in a mask, which has some: from a table of two bits for each mask, quicker than __ffs.
 __device__ inline int lowest(unsigned images) {
     static_assert(kMaxImages == 4);
     return 0x12131210u >> 2 * images & 3;
 }
-
-constexpr SKIPNET_HD int region_rows(int channels) { return channels == 64 ? 4 : 8; }
 
 // A warp's share of a convolution's output: regions, and some of the output channels. Such that the shares of 32x32,
 // 16x16 and 8x8 planes keep all warps busy, those of one thread block or, with one piece for each, of four.
@@ -398,7 +403,7 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::convolve_plane
         // A chunk of input channels and a column of the kernel make a step. Its operands come while the tensor cores
         // are busy with the step before, where registers are left for them.
         constexpr int kSteps = kIn / kChunk * kKernel;
-        constexpr int kBuffers = 2;
+        constexpr int kBuffers = kIn < 64 || kClustered || kManyRegisters ? 2 : 1;
         unsigned operands[kBuffers][kSources][4];
         // In a whole plane an address serves all rows, and zeros where it is outside of the columns. But a region's
         // first and last rows may be outside, too.
