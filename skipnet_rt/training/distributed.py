@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -26,6 +27,8 @@ Result = TypeVar("Result")
 # PyTorch 2.13 renamed it.
 _BUFFERS = ("forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
             else "broadcast_buffers")
+
+_PATIENCE = 3.0  # seconds in which a rank that has failed ends
 
 
 class RankError(TrainError):
@@ -201,10 +204,14 @@ def lost_contact(error: RuntimeError) -> bool:
 
 def tell_launcher(error: Exception) -> None:
     """Let torchrun's last words be of the rank whose failure it was: to be called where the error is handled."""
-    if place().count > 1 and not isinstance(error, RankError):
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+    if place().count == 1:
+        return
+    if isinstance(error, RankError):
+        time.sleep(_PATIENCE)  # it blames the rank that it sees end first, and ends the others itself
+        return
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-        get_error_handler().record_exception(error)
+    get_error_handler().record_exception(error)
 
 
 def random_seed(*path: int) -> int:
