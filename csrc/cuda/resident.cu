@@ -606,7 +606,7 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::stem() {
     const Planes planes{layout.inner[0], height, width, layout.x[0], stage};
     convolve<16, 16, 1, 3>(weights, {}, all_images(), planes);
     await_others<16>(stage, false);
-    cp_async_wait<1>();  // for the embeddings of the first gate and the next one
+    cp_async_wait<kEmbeddings - 3>();  // for the embeddings of the first gate and the next one
     __syncthreads();
 }
 
@@ -851,7 +851,7 @@ __device__ __forceinline__ void ForwardPass<Element, kClustered>::rnn_gate(int b
             store_shared(ahead(i, index + 1) + lane, embed_features(index + 1));
         }
         fetch_embedding<kStage>(index + kEmbeddings - 1, block + kEmbeddings - 1);
-        cp_async_wait<1>();  // for those of the next gate
+        cp_async_wait<kEmbeddings - 3>();  // for those of the next gate and the one after
     } else if (i < count) {
         const auto* projection = reinterpret_cast<const float*>(lstm - unit + (embed + units + 1) * units);
         float4 sums{0.0f, 0.0f, 0.0f, 0.0f}, input;
