@@ -11,12 +11,10 @@
 namespace skipnet::cpu {
 namespace {
 
-// Images that go through the network together and share a pass over the weights, at most: as many as fill the threads
-// and the caches. The transformed weights of SkipNet-110 are 27 MB: a pass for one image alone waits for memory;
-// docs/cpu.md has the figures.
+// Images of a slice of the compacted strategy, at most: as many as share a pass over the weights.
 constexpr int kMaxImages = 8;
 
-// Of a slice, at most, whatever the strategy: the resident one has more of them share a pass.
+// Of any slice, at most: the resident strategy has more of them share a pass.
 constexpr int kSliceImages = 16;
 
 // Some of a slice's images, in order. ImageState: what a strategy keeps of an image; it has a GateState `gate`.
